@@ -1,0 +1,64 @@
+"""What every dataset offers: a name, a shape, an identity, and its examples as two splits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split as stored: `values` (N, ...) in their own dtype, `labels` (N,) int64 where they exist."""
+
+    values: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits of a dataset; models see `train` only, `test` is for measuring."""
+
+    train: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x: what the model sees, float32 (B, ...). index: (B,) int64 position of each example in its split."""
+
+    x: Tensor
+    index: Tensor
+
+
+class Dataset(ABC):
+    """A source of examples; constructing one reads no data."""
+
+    kind: ClassVar[str]  # what an example is, in words for messages: "images", "spike counts"
+    name: str
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example, known without loading all of them. Raises UserError when the data are missing."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, object]:
+        """What makes two datasets the same whatever folder they lie in: name, preprocessing, SHA-256 of user files."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make sure the data are there, downloading where that is possible; raise UserError (one line) if not."""
+
+    @abstractmethod
+    def load(self) -> Data:
+        """Read both splits; raise UserError (one line: which file, what was expected) if they are damaged."""
+
+    @abstractmethod
+    def to_model(self, values: Tensor) -> Tensor:
+        """Stored values (B, ...) to what the model sees, float32 (B, ...)."""
