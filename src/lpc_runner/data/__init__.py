@@ -1,0 +1,1 @@
+"""Examples: their sources, their checks, and device-resident batches by (seed, epoch, position)."""

@@ -1,0 +1,1 @@
+"""From the command line to checked objects; the only place besides main that knows Hydra."""

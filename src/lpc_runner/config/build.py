@@ -1,0 +1,195 @@
+"""Configurations to objects. The constructor that `_target_` names is the schema: keys, types and ranges are its."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from lpc_runner.config.compose import unknown_key
+from lpc_runner.errors import UserError
+from lpc_runner.schema import check_value, constructor_of, hints_of
+
+# Keys of the root that belong to no group, with their types.
+ROOT = {
+    "seed": int,
+    "device": str,
+    "deterministic": bool,
+    "num_threads": int | None,
+    "study": str,
+    "output_dir": str,
+    "data_dir": str,
+    "check": bool,
+    "rerun": bool,
+}
+GROUPS = (
+    "dataset",
+    "model",
+    "sampler",
+    "step_size",
+    "preconditioning",
+    "objective",
+    "optimizer",
+    "trainer",
+    "metrics",
+    "tracker",
+)
+# What `_partial_` targets are given later, by the objects beside them.
+LATER = {
+    "model": {"data_shape"},
+    "sampler": {"step_size", "preconditioner"},
+    "tracker": {"run_id", "name", "group", "config", "folder"},
+}
+
+
+@dataclass
+class Experiment:
+    """The checked objects of one run; model and sampler are complete, the tracker still waits for its run."""
+
+    dataset: Any
+    model: Any
+    sampler: Any
+    objective: Any
+    optimizer: Any
+    trainer: Any
+    metrics: Any
+    tracker: Callable[..., Any]
+    seed: int
+    device: Any
+    deterministic: bool
+    num_threads: int | None
+
+
+def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
+    """All objects of a resolved configuration, nothing heavy loaded.
+
+    Raises UserError, one line that names the key, for an unknown key, a wrong type, a value out of range, or options
+    that do not go together.
+    """
+    values = OmegaConf.to_container(cfg, resolve=True)
+    _check_root(values)
+    parts = {group: instantiate(values[group], group) for group in GROUPS}
+    import torch
+
+    from lpc_runner.randomness import generator
+
+    dataset, objective = parts["dataset"], parts["objective"]
+    sampler = _call("sampler", parts["sampler"], step_size=parts["step_size"], preconditioner=parts["preconditioning"])
+    target = parts["model"].func
+    if target.data_kind != dataset.kind:
+        raise UserError(
+            f"model={choices['model']} expects {target.data_kind}, dataset={choices['dataset']} holds {dataset.kind}"
+        )
+    if sampler.num_steps == 0 and (objective.forward > 0 or not objective.uses_encoder):
+        raise UserError(
+            f"objective={choices['objective']} needs a chain: sampler=none goes with objective=reverse only"
+        )
+    device = resolve_device(values["device"])
+    with torch.random.fork_rng(devices=[]):
+        # Layers initialise themselves from the global generator: it is seeded for them and put back.
+        torch.manual_seed(generator(values["seed"], "initialisation").initial_seed())
+        model = _call("model", parts["model"], data_shape=tuple(dataset.shape))
+    return Experiment(
+        dataset=dataset,
+        model=model,
+        sampler=sampler,
+        objective=objective,
+        optimizer=parts["optimizer"],
+        trainer=parts["trainer"],
+        metrics=parts["metrics"],
+        tracker=parts["tracker"],
+        seed=values["seed"],
+        device=device,
+        deterministic=values["deterministic"],
+        num_threads=values["num_threads"],
+    )
+
+
+def instantiate(node: dict[str, Any], path: str) -> Any:
+    """The object (or, with `_partial_`, the function that waits for the rest) that a YAML node describes."""
+    target = _locate(node["_target_"], path)
+    hints = hints_of(target)
+    given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    for key in given:
+        if key not in hints:
+            raise UserError(unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in hints]))
+    arguments = {
+        key: instantiate(value, f"{path}.{key}") if _is_object(value) else value for key, value in given.items()
+    }
+    for key, value in arguments.items():
+        if not _is_object(given[key]):
+            _naming(path, check_value, key, value, hints[key])
+    later = LATER.get(path, set()) if node.get("_partial_") else set()
+    for name, parameter in inspect.signature(inspect.unwrap(constructor_of(target))).parameters.items():
+        if name in hints and name not in arguments and name not in later and parameter.default is parameter.empty:
+            raise UserError(f"{path}.{name} has no value: the option's YAML file must give one")
+    if node.get("_partial_"):
+        return functools.partial(target, **arguments)
+    return _naming(path, target, **arguments)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
+def _locate(target: str, path: str) -> Any:
+    try:
+        return get_object(target)
+    except Exception as error:
+        raise UserError(f"{path}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from None
+
+
+def _call(path: str, factory: Callable[..., Any], **later: Any) -> Any:
+    return _naming(path, factory, **later)
+
+
+def _naming(path: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call, and put the group's name before what a constructor says of its own argument."""
+    try:
+        return function(*args, **kwargs)
+    except UserError:
+        raise
+    except ValueError as error:
+        message = str(error).splitlines()[0]
+        first = message.split(" ", 1)[0]
+        raise UserError(f"{path}.{message}" if first.isidentifier() and "=" not in first else message) from None
+
+
+def _check_root(values: dict[str, Any]) -> None:
+    for key in values:
+        if key not in ROOT and key not in GROUPS and key != "tuned":
+            raise UserError(unknown_key(key, [*ROOT, *GROUPS]))
+    for key, hint in ROOT.items():
+        try:
+            check_value(key, values[key], hint)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    if values["num_threads"] is not None and values["num_threads"] < 1:
+        raise UserError(f"num_threads must be an integer of at least 1 or null, got {values['num_threads']}")
+    if any(part in ("", ".", "..") for part in values["study"].split("/")) or values["study"].startswith("."):
+        raise UserError(f"study must be a plain folder name, got {values['study']!r}")
+
+
+def resolve_device(name: str) -> Any:
+    """The torch device: `auto` is CUDA where there is one. Raises UserError if the one asked for is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"{count} CUDA device(s)" if count else "no CUDA device, only the CPU"
+            raise UserError(f"device={name}: found {found} (device=auto takes what is there)")
+    elif device.type != "cpu":
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device

@@ -1,0 +1,137 @@
+"""The command line to configurations: every cell of a sweep, composed before the first one starts."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lpc_runner.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# An installed wheel carries conf/ inside the package, a checkout has it beside src/.
+CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if path.is_dir())
+CONFIG_NAME = "config"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run to be: its resolved configuration, which option of each group it uses, its overrides."""
+
+    cfg: DictConfig
+    choices: dict[str, str]
+    overrides: tuple[str, ...]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Hydra's own command line."""
+    return get_args_parser().parse_args(argv)
+
+
+def compose_cells(args: argparse.Namespace) -> list[Cell]:
+    """All cells of a command, one unless it is a sweep. Raises UserError (one line) if any does not compose."""
+    extra = []
+    if args.config_dir is not None:
+        folder = Path(args.config_dir).absolute()
+        if not folder.is_dir():
+            raise UserError(f"--config-dir: {folder} is not a folder")
+        extra = [f"hydra.searchpath=['file://{folder}']"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return [_compose(overrides, extra) for overrides in _expand(args, extra)]
+
+
+def _expand(args: argparse.Namespace, extra: list[str]) -> list[list[str]]:
+    """The overrides of every cell: the product of the command line's and the experiment's sweeps."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(args.overrides)
+    except HydraException as error:
+        raise UserError(_first_sentence(error)) from None
+    sweeps = [override for override in parsed if override.is_sweep_override()]
+    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+    # The experiment says whether it is a sweep; a swept experiment or method counts with its first value.
+    probe = [*fixed, *(f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" for o in sweeps)]
+    hydra_cfg = _compose_raw(probe, extra).hydra
+    if not args.multirun and hydra_cfg.mode != RunMode.MULTIRUN:
+        if sweeps:
+            raise UserError(f"{sweeps[0].input_line}: several values are a sweep: add -m")
+        return [list(args.overrides)]
+    params = hydra_cfg.sweeper.get("params") or {}
+    lines = [*(f"{key}={value}" for key, value in params.items()), *args.overrides]
+    parsed = [o for o in OverridesParser.create().parse_overrides(lines) if not o.is_hydra_override()]
+    (batch,) = BasicSweeper.split_arguments(parsed, None)
+    return [list(cell) for cell in batch]
+
+
+def _compose(overrides: list[str], extra: list[str]) -> Cell:
+    full = _compose_raw(overrides, extra)
+    choices = {group: option for group, option in full.hydra.runtime.choices.items() if "hydra" not in group}
+    cfg = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give one with {missing[0]}=...")
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
+    return Cell(cfg, choices, tuple(overrides))
+
+
+def _compose_raw(overrides: list[str], extra: list[str]) -> DictConfig:
+    try:
+        return compose(CONFIG_NAME, overrides=[*extra, *overrides], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, extra)) from None
+
+
+def _explain(error: Exception, extra: list[str]) -> str:
+    """One line for what Hydra says in up to thirteen."""
+    text = str(error)
+    if option := re.search(r"Could not find '(.+)'\n\nAvailable options in '(.+)':\n((?:\t.+\n?)+)", text):
+        group, options = option[2], ", ".join(option[3].split())
+        return f"{group}={option[1].removeprefix(group + '/')}: no such option; there are: {options}"
+    if key := re.search(r"Could not (?:override|append to config).*?'([^']+)'", text):
+        return unknown_key(key[1].lstrip("+").split("=")[0], known_keys(extra))
+    if group := re.search(r"Could not override '(.+?)'\.\s*No match in the defaults list", text):
+        return unknown_key(group[1], known_keys(extra))
+    return _first_sentence(error)
+
+
+def known_keys(extra: list[str] | None = None) -> list[str]:
+    """Every key of the configuration as it stands without overrides, in dotted form."""
+    cfg = compose(CONFIG_NAME, overrides=extra or [])
+    return list(_dotted(OmegaConf.to_container(cfg), ""))
+
+
+def _dotted(node: dict, prefix: str) -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The message for a key that does not exist, with the nearest that does."""
+    # The same name in another spelling is meant more often than another name of the same group.
+    head, _, tail = key.rpartition(".")
+    siblings = [name for name in known if name.startswith(head + ".") and "_target_" not in name] if head else []
+    near = difflib.get_close_matches(key, siblings or known, n=1, cutoff=0.5)
+    squeezed = [name for name in known if name.replace("_", "").endswith(tail.replace("_", ""))]
+    nearest = (squeezed or near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[:1]
+    return f"unknown key {key}" + (f"; the nearest known one is {nearest[0]}" if nearest else "")
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

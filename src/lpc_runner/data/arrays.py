@@ -1,0 +1,143 @@
+"""The user's own images in .npz files."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lpc_runner.data.dataset import Data
+from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
+from lpc_runner.data.stored import content_hash
+from lpc_runner.errors import UserError
+from lpc_runner.schema import checked
+
+_MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
+# What zipfile, zlib and numpy raise on a file whose bytes are not what they were.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """dtype and shape of one array."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class Arrays(ImageDataset):
+    """Images from .npz files with `images` uint8 (N, C, H, W) and, if wanted, `labels` integers (N,).
+
+    train: one file or several, which are joined in the order given (all of them have labels or none has).
+    test: one file; null holds out a random 10 % of train, the same ones in every run whatever its seed.
+    """
+
+    name = "arrays"
+
+    @checked
+    def __init__(self, train: str | list[str], test: str | None = None) -> None:
+        names = [train] if isinstance(train, str) else train
+        if not names:
+            raise UserError("train must name at least one .npz file")
+        self._train = [Path(name).expanduser() for name in names]
+        self._test = None if test is None else Path(test).expanduser()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) from the header of the first file. Raises UserError if that file is missing or wrong."""
+        return _headers(self._train[0])["images"].shape[1:]
+
+    def identity(self) -> dict[str, object]:
+        """SHA-256 of every file and the rule for the test split, no paths. UserError if a file is missing."""
+        for path in self._files():
+            _must_exist(path)
+        test = "a tenth of train" if self._test is None else content_hash(self._test)
+        return {"name": self.name, "train": [content_hash(path) for path in self._train], "test": test}
+
+    def prepare(self) -> None:
+        """Check dtypes, shapes and labels from the headers. Raises UserError naming the file at fault."""
+        headers = {path: _headers(path) for path in self._files()}
+        first = self._train[0]
+        for path, header in headers.items():
+            if header["images"].shape[1:] != headers[first]["images"].shape[1:]:
+                raise UserError(
+                    f"{path}: images of shape {header['images'].shape[1:]} do not fit those of {first}, "
+                    f"{headers[first]['images'].shape[1:]}: all files need one (C, H, W)"
+                )
+        with_labels = {path: "labels" in headers[path] for path in self._train}
+        if len(set(with_labels.values())) > 1:
+            path = next(path for path, has in with_labels.items() if not has)
+            raise UserError(f"{path}: no key 'labels', other train files have it: give labels to all or none")
+
+    def load(self) -> Data:
+        """Read and check all files. Raises UserError naming the file that is damaged or wrong."""
+        self.prepare()
+        parts = [_read(path) for path in self._train]
+        images = np.concatenate([part["images"] for part in parts])
+        labels = np.concatenate([part["labels"] for part in parts]) if "labels" in parts[0] else None
+        where = self._train[0]
+        if self._test is not None:
+            test = _read(self._test)
+            test_split = image_split(self._test, test["images"], test.get("labels"))
+            return Data(image_split(where, images, labels), test_split)
+        train, held_out = hold_out(where, len(images))
+        pick = lambda index: image_split(where, images[index], None if labels is None else labels[index])
+        return Data(pick(train), pick(held_out))
+
+    def _files(self) -> list[Path]:
+        return self._train if self._test is None else [*self._train, self._test]
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected an .npz: {_MAKE}")
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what damaged files raise into one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error
+
+
+def _headers(path: Path) -> dict[str, _Header]:
+    """dtype and shape of `images` and, where present, `labels`, checked; the arrays are not read."""
+    _must_exist(path)
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not an .npz file or cut short (no zip directory at its end): {_MAKE}")
+    with _damage_named(path), zipfile.ZipFile(path) as archive:
+        keys = [name.removesuffix(".npy") for name in archive.namelist()]
+        if "images" not in keys:
+            raise UserError(f"{path}: no key 'images', found {', '.join(keys) or 'none'}: {_MAKE}")
+        headers = {key: _header(archive, key) for key in ("images", "labels") if key in keys}
+    check_images(path, headers["images"].dtype, headers["images"].shape)
+    if "labels" in headers:
+        check_labels(path, headers["labels"].dtype, headers["labels"].shape, headers["images"].shape[0])
+    return headers
+
+
+def _header(archive: zipfile.ZipFile, key: str) -> _Header:
+    with archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        layouts = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in layouts:
+            raise ValueError(f"{key}.npy has format version {version}")
+        shape, _, dtype = layouts[version](file)
+    return _Header(dtype, shape)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """`images` and, where present, `labels`; reading to the end makes zipfile compare its checksums."""
+    with _damage_named(path), np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in ("images", "labels") if key in file}

@@ -1,0 +1,56 @@
+"""Batches without a loader: the whole split lives on the device, the order is a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lpc_runner.data.dataset import Batch, Dataset, Split
+from lpc_runner.errors import UserError
+from lpc_runner.randomness import generator
+
+
+class Batches:
+    """Random access to batch (epoch, position); nothing to save, for the same arguments give the same bits.
+
+    values: the split as stored (N, ...), in its own dtype, moved to `device` once. The incomplete last
+    batch of an epoch is dropped. Raises UserError if the split is smaller than one batch.
+    """
+
+    def __init__(
+        self, split: Split, dataset: Dataset, batch_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if len(split) < batch_size:
+            raise UserError(
+                f"{dataset.name} has {len(split)} training examples, fewer than one batch: "
+                f"batch_size must be at most {len(split)}, got {batch_size}"
+            )
+        self.values = split.values.to(device)
+        self.batch_size = batch_size
+        self.num_batches = len(split) // batch_size
+        self._dataset = dataset
+        self._seed = seed
+        self._epoch: int | None = None
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def batch(self, epoch: int, position: int) -> Batch:
+        """Batch `position` (0 to num_batches - 1) of an epoch: x float32 (B, ...), index int64 (B,)."""
+        assert 0 <= position < self.num_batches, f"position {position} of {self.num_batches}"
+        start = position * self.batch_size
+        return self._take(self.order(epoch)[start : start + self.batch_size])
+
+    def fixed(self, count: int) -> Batch:
+        """The first `count` examples in stored order, for pictures. Raises UserError if there are fewer."""
+        if count > len(self.values):
+            raise UserError(f"{self._dataset.name} has {len(self.values)} examples, {count} were asked for")
+        return self._take(torch.arange(count, device=self.values.device))
+
+    def order(self, epoch: int) -> Tensor:
+        """perm(seed, epoch), int64 (N,) on the device; drawn on the CPU, so all devices see one order."""
+        if epoch != self._epoch:
+            order = torch.randperm(len(self.values), generator=generator(self._seed, "batches", epoch))
+            self._order, self._epoch = order.to(self.values.device), epoch
+        return self._order
+
+    def _take(self, index: Tensor) -> Batch:
+        return Batch(x=self._dataset.to_model(self.values.index_select(0, index)), index=index)

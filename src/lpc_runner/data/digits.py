@@ -1,0 +1,80 @@
+"""The digits that come with scikit-learn: the dataset that needs no download."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lpc_runner.data.dataset import Data
+from lpc_runner.data.images import ImageDataset, decode_all, image_split
+from lpc_runner.randomness import generator
+from lpc_runner.schema import checked
+
+_VERSION = 1  # of resizing and split: raise it when either changes, for runs then see other data
+_NUM_TEST = 360
+
+
+class Digits(ImageDataset):
+    """1,797 handwritten digits (UCI Optdigits), uint8 (N, 1, 28, 28): 1,437 train, 360 test, stratified."""
+
+    name = "digits"
+
+    @checked
+    def __init__(self) -> None:
+        """Nothing to choose: the images lie inside scikit-learn."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(1, 28, 28)."""
+        return (1, 28, 28)
+
+    def identity(self) -> dict[str, object]:
+        """Name and version of resizing and split."""
+        return {"name": self.name, "preprocessing": _VERSION}
+
+    def prepare(self) -> None:
+        """Nothing to do: the images lie inside scikit-learn."""
+
+    def load(self) -> Data:
+        """Both splits with labels 0..9, resized from 8x8 by `enlarge`."""
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        images = enlarge(images.reshape(-1, 8, 8))
+        train, test = stratified_split(labels)
+        return Data(
+            train=image_split("digits", images[train], labels[train]),
+            test=image_split("digits", images[test], labels[test]),
+        )
+
+
+def enlarge(images: np.ndarray) -> np.ndarray:
+    """Values 0..16 (N, 8, 8) to uint8 (N, 1, 28, 28): one black pixel around, then bicubic, 10x10 to 28x28.
+
+    The border lets strokes that touch the frame fade out. Pillow resizes 8-bit images in integer arithmetic,
+    so the bytes are the same on every processor.
+    """
+    from PIL import Image
+
+    levels = np.pad((images * 255 / 16).round().astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
+
+    def resize(image: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC))
+
+    return decode_all(resize, levels, np.empty((len(images), 1, 28, 28), np.uint8))
+
+
+def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending indices (train, test): each class gives its share of the 360 test images, to within one."""
+    counts = np.bincount(labels)
+    shares = counts * _NUM_TEST / len(labels)
+    quota = np.floor(shares).astype(int)
+    largest_remainders = np.argsort(quota - shares, kind="stable")[: _NUM_TEST - quota.sum()]
+    quota[largest_remainders] += 1
+    chosen = []
+    for label, num_test in enumerate(quota):
+        members = np.flatnonzero(labels == label)
+        order = torch.randperm(len(members), generator=generator(0, "digits test split", label)).numpy()
+        chosen.append(members[order[:num_test]])
+    test = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(labels)), test), test

@@ -1,0 +1,299 @@
+"""The public image sets that torchvision knows: it downloads and verifies, this file makes splits of them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+import zipfile
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from filelock import FileLock
+
+from lpc_runner.data.dataset import Data
+from lpc_runner.data.folder import square
+from lpc_runner.data.images import ImageDataset, image_split
+from lpc_runner.data.stored import intact, load_images, save_images
+from lpc_runner.errors import UserError
+from lpc_runner.schema import checked
+
+log = logging.getLogger(__name__)
+
+Arrays2 = tuple[np.ndarray, np.ndarray | None]  # images uint8 (N, C, H, W), labels (N,) where they exist
+_CELEBA_CHUNK = 1000  # images decoded at a time: 12 MB
+
+
+class TorchvisionImages(ImageDataset):
+    """A public image set below `data_dir`, in the layout that torchvision uses."""
+
+    example_shape: ClassVar[tuple[int, int, int]]
+    num_examples: ClassVar[tuple[int, int]]  # train, test
+    subfolder: ClassVar[str]  # below data_dir: where files are put by hand
+    by_hand: ClassVar[str]  # which files those are, archives as published
+    source: ClassVar[str]
+    version: ClassVar[int] = 1  # of the preprocessing: raise it when it changes, for runs then see other data
+
+    @checked
+    def __init__(self, data_dir: str) -> None:
+        self._data_dir = Path(data_dir).expanduser()
+        self._folder = self._data_dir / self.subfolder
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.example_shape
+
+    def identity(self) -> dict[str, object]:
+        """Name and version of the preprocessing; the files themselves have published checksums."""
+        return {"name": self.name, "preprocessing": self.version}
+
+    def prepare(self) -> None:
+        """Download what is missing or damaged, with progress. Raises UserError: which files to put where."""
+        if self._complete():
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._data_dir / f".{self.name}.lock"):  # jobs of a sweep start together
+                if not self._complete():
+                    log.info("%s: downloading to %s", self.name, self._folder)
+                    self._download()
+        except Exception as error:  # networks, disks, archives and gdown fail in ways of their own
+            raise UserError(f"{self.name}: not fetched ({_reason(error)}); {self._remedy()}") from error
+        if not self._complete():
+            raise UserError(f"{self.name}: still incomplete after the download; {self._remedy()}")
+
+    def load(self) -> Data:
+        """Read both splits, verified. Raises UserError if files are missing or damaged."""
+        if not self._complete():
+            raise UserError(f"{self.name}: missing or damaged in {self._folder}; {self._remedy()}")
+        try:
+            splits = self._read()
+        except Exception as error:  # what a damaged file does to a parser is anyone's guess
+            fault = f"damaged in {self._folder} ({_reason(error)})"
+            raise UserError(f"{self.name}: {fault}; {self._remedy()}") from error
+        for (images, _), expected in zip(splits, self.num_examples):
+            if images.shape != (expected, *self.example_shape):
+                raise UserError(
+                    f"{self.name}: {self._folder} holds images of shape {images.shape}, "
+                    f"expected {(expected, *self.example_shape)}; {self._remedy()}"
+                )
+        train, test = (image_split(self._folder, *split) for split in splits)
+        return Data(train, test)
+
+    def _remedy(self) -> str:
+        return (
+            f"without a network put {self.by_hand} (from {self.source}) into {self._folder}, "
+            f"with one: python scripts/fetch_data.py {self.name}"
+        )
+
+    def _complete(self) -> bool:
+        return all(intact(path, md5) for path, md5 in self._files())
+
+    @abstractmethod
+    def _files(self) -> list[tuple[Path, str | None]]:
+        """The files that `_read` needs, with torchvision's MD5 where it has one."""
+
+    @abstractmethod
+    def _download(self) -> None:
+        """Fetch and verify; files already there with the right checksum need no network."""
+
+    @abstractmethod
+    def _read(self) -> tuple[Arrays2, Arrays2]:
+        """Train and test arrays."""
+
+
+class MNIST(TorchvisionImages):
+    """Handwritten digits (LeCun 1998), uint8 (N, 1, 28, 28), labels 0..9: 60,000 train, 10,000 test."""
+
+    name = "mnist"
+    example_shape = (1, 28, 28)
+    num_examples = (60_000, 10_000)
+    subfolder = "MNIST/raw"
+    by_hand = "the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
+    source = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+    torchvision_name: ClassVar[str] = "MNIST"
+
+    def _torchvision_class(self):
+        from torchvision import datasets
+
+        return getattr(datasets, self.torchvision_name)
+
+    def _files(self) -> list[tuple[Path, str | None]]:
+        return [(self._folder / archive.removesuffix(".gz"), None) for archive, _ in self._archives()]
+
+    def _archives(self) -> list[tuple[str, str]]:
+        return self._torchvision_class().resources
+
+    def _damaged(self) -> list[Path]:
+        """Unpacked files that differ from their verified archive: torchvision has no checksum for these."""
+        pairs = [(self._folder / archive, md5) for archive, md5 in self._archives()]
+        return [gz.with_suffix("") for gz, md5 in pairs if intact(gz, md5) and not _unpacked(gz)]
+
+    def _complete(self) -> bool:
+        return super()._complete() and not self._damaged()
+
+    def _download(self) -> None:
+        for path in self._damaged():
+            path.unlink(missing_ok=True)  # torchvision unpacks again only what is not there
+        self._torchvision_class()(self._data_dir, download=True)
+
+    def _read(self) -> tuple[Arrays2, Arrays2]:
+        train, test = (self._torchvision_class()(self._data_dir, train=train) for train in (True, False))
+        return tuple((part.data.numpy()[:, None], part.targets.numpy()) for part in (train, test))
+
+
+class FashionMNIST(MNIST):
+    """Clothing (Xiao et al. 2017), uint8 (N, 1, 28, 28), labels 0..9: 60,000 train, 10,000 test."""
+
+    name = "fashion_mnist"
+    subfolder = "FashionMNIST/raw"
+    source = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+    torchvision_name = "FashionMNIST"
+
+
+class SVHN(TorchvisionImages):
+    """House numbers (Netzer et al. 2011), uint8 (N, 3, 32, 32), labels 0..9: 73,257 train, 26,032 test.
+
+    The 531,131 easier images of `extra` are not used.
+    """
+
+    name = "svhn"
+    example_shape = (3, 32, 32)
+    num_examples = (73_257, 26_032)
+    subfolder = "svhn"
+    by_hand = "train_32x32.mat and test_32x32.mat"
+    source = "http://ufldl.stanford.edu/housenumbers/"
+
+    def _files(self) -> list[tuple[Path, str | None]]:
+        from torchvision.datasets import SVHN as Source
+
+        entries = [Source.split_list[split] for split in ("train", "test")]
+        return [(self._folder / file, md5) for _, file, md5 in entries]
+
+    def _download(self) -> None:
+        from torchvision.datasets.utils import download_url
+
+        for path, md5 in self._files():
+            download_url(self.source + path.name, self._folder, path.name, md5)
+
+    def _read(self) -> tuple[Arrays2, Arrays2]:
+        from torchvision.datasets import SVHN as Source
+
+        train, test = (Source(self._folder, split=split) for split in ("train", "test"))
+        return tuple((part.data, part.labels) for part in (train, test))
+
+
+class CIFAR10(TorchvisionImages):
+    """Ten kinds of object (Krizhevsky 2009), uint8 (N, 3, 32, 32), labels 0..9: 50,000 train, 10,000 test."""
+
+    name = "cifar10"
+    example_shape = (3, 32, 32)
+    num_examples = (50_000, 10_000)
+    subfolder = "."
+    by_hand = "cifar-10-python.tar.gz"
+    source = "https://www.cs.toronto.edu/~kriz/cifar.html"
+
+    def _files(self) -> list[tuple[Path, str | None]]:
+        from torchvision.datasets import CIFAR10 as Source
+
+        files = [*Source.train_list, *Source.test_list, (Source.meta["filename"], Source.meta["md5"])]
+        return [(self._folder / Source.base_folder / file, md5) for file, md5 in files]
+
+    def _download(self) -> None:
+        from torchvision.datasets import CIFAR10 as Source
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        download_and_extract_archive(Source.url, self._folder, filename=Source.filename, md5=Source.tgz_md5)
+
+    def _read(self) -> tuple[Arrays2, Arrays2]:
+        from torchvision.datasets import CIFAR10 as Source
+
+        with warnings.catch_warnings():
+            # The published pickles describe their dtype as NumPy did in 2009; NumPy 2.4 warns about it.
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align")
+            train, test = (Source(self._folder, train=train) for train in (True, False))
+        return tuple((part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test))
+
+
+class CelebA64(TorchvisionImages):
+    """Aligned faces (Liu et al. 2015), uint8 (N, 3, 64, 64), no labels: 162,770 train, 19,962 test.
+
+    The central 148x148 of 178x218 pixels, then antialiased bilinear to 64x64: what most VAE papers with FID
+    use (a crop of 140 gives other numbers). Decoded once into celeba/<split>-v<version>-<hash>.npy, 2.2 GB;
+    the split `valid` is not used.
+    """
+
+    name = "celeba64"
+    example_shape = (3, 64, 64)
+    num_examples = (162_770, 19_962)
+    subfolder = "celeba"
+    archives: ClassVar[tuple[str, str]] = ("img_align_celeba.zip", "list_eval_partition.txt")
+    by_hand = " and ".join(archives)
+    source = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+    crop: ClassVar[int] = 148
+    partitions: ClassVar[dict[str, str]] = {"train": "0", "test": "2"}  # in list_eval_partition.txt
+
+    def _files(self) -> list[tuple[Path, str | None]]:
+        return [(self._cached(split), None) for split in self.partitions]
+
+    def _cached(self, split: str) -> Path:
+        stem = f"{split}-v{self.version}"
+        return min(self._folder.glob(f"{stem}-*.npy"), default=self._folder / f"{stem}.npy")
+
+    def _download(self) -> None:
+        from torchvision.datasets import CelebA as Source
+        from torchvision.datasets.utils import check_integrity, download_file_from_google_drive
+
+        needed = [entry for entry in Source.file_list if entry[2] in self.archives]
+        for file_id, md5, file in needed:
+            if not check_integrity(self._folder / file, md5):
+                _require_gdown()
+                download_file_from_google_drive(file_id, self._folder, file, md5)
+        lines = (self._folder / self.archives[1]).read_text().splitlines()
+        partition = dict(line.split() for line in lines)
+        with zipfile.ZipFile(self._folder / self.archives[0]) as archive:
+            for split, code in self.partitions.items():
+                members = [f"img_align_celeba/{file}" for file, number in partition.items() if number == code]
+                chunks = self._decoded(archive, members)
+                save_images(self._folder, f"{split}-v{self.version}", len(members), chunks)
+
+    def _decoded(self, archive: zipfile.ZipFile, members: list[str]) -> Iterator[np.ndarray]:
+        """Chunks uint8 (n, 3, 64, 64) in the order of `members`; threads, because JPEG decoding dominates."""
+        from PIL import Image
+
+        def decode(member: str) -> np.ndarray:
+            with Image.open(io.BytesIO(archive.read(member))) as image:
+                face = square(image.convert("RGB"), self.crop, self.example_shape[1])
+            return np.asarray(face).transpose(2, 0, 1)
+
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(members), _CELEBA_CHUNK):
+                log.info("celeba64: decoded %d of %d", start, len(members))
+                yield np.stack(list(pool.map(decode, members[start : start + _CELEBA_CHUNK])))
+
+    def _read(self) -> tuple[Arrays2, Arrays2]:
+        return tuple((load_images(self._cached(split)), None) for split in self.partitions)
+
+
+def _unpacked(archive: Path) -> bool:
+    """Whether the file beside a .gz holds what the archive's own CRC-32 says."""
+    path = archive.with_suffix("")
+    expected = int.from_bytes(archive.read_bytes()[-8:-4], "little")
+    return path.is_file() and zlib.crc32(path.read_bytes()) == expected
+
+
+def _require_gdown() -> None:
+    try:
+        import gdown  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("Google Drive needs gdown: pip install 'lpc-runner[celeba]'") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,195 @@
+"""Densities: the discretised Gaussian of pixels, the Gaussian, the prior of z and the encoder's q(z|x)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lpc_runner.schema import PositiveFloat, between, checked
+
+LOG_2PI = math.log(2 * math.pi)
+BIN_HALF_WIDTH = 1 / 255  # 256 levels on [-1, 1]: bins of width 2/255
+# Beyond this many standard deviations erfc nears underflow, and the asymptotic series of the tail is exact to rounding.
+TAIL_START = {torch.float32: 10.0, torch.float64: 25.0}
+
+
+def _tail_series(y: Tensor) -> Tensor:
+    """S(y) = 1 - 1/y² + 3/y⁴ - 15/y⁶ + ..., so that the upper tail is Q(y) = φ(y) S(y) / y for large y."""
+    r = y.reciprocal().square()
+    series = torch.ones_like(r)
+    for n in range(7, 0, -1):  # Horner form of Σ (-1)ⁿ (2n-1)!! rⁿ
+        series = 1 - (2 * n - 1) * r * series
+    return series
+
+
+class _LogBinProbability(torch.autograd.Function):
+    """log of the Gaussian mass of each pixel's bin, with its exact derivatives.
+
+    With t = (x - mean)/σ, u = |t| and h = (1/255)/σ, reflection puts the bin into the upper tail:
+    P = Q(u - h) - Q(u + h), Q(y) = erfc(y/√2)/2, which keeps full relative precision; an end bin is open on its
+    outer side. Beyond TAIL_START the same difference is taken in logarithms.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+        inverse_scale = torch.exp(-log_scale)
+        t = (x - mean) * inverse_scale
+        u, h = t.abs(), BIN_HALF_WIDTH * inverse_scale
+        near, far = u - h, u + h
+        # The outer side of the two end bins, seen after the reflection that makes t positive.
+        outward = torch.where(t < 0, -x, x)
+        closed_far = (outward < 1 - BIN_HALF_WIDTH).to(x.dtype)
+        closed_near = outward > -1 + BIN_HALF_WIDTH
+        decay = torch.exp(-2 * u * h) * closed_far  # φ(far)/φ(near), 0 where there is no far edge
+
+        probability = torch.erfc(near * math.sqrt(0.5))
+        probability = torch.where(closed_near, probability, 2.0)
+        probability = (probability - torch.erfc(far * math.sqrt(0.5)) * closed_far) / 2
+        density = torch.exp(-0.5 * (near * near + LOG_2PI))
+        inside = torch.log(probability)
+        ratio = density / probability  # φ(near)/P
+
+        start = TAIL_START[x.dtype]
+        is_tail = (near > start) & closed_near
+        y = near.clamp_min(start)
+        series = _tail_series(y)
+        y_far = torch.maximum(far, y)  # outside the tail these values are discarded, but must stay finite
+        kept = 1 - decay * (y / y_far) * (_tail_series(y_far) / series)  # 1 - Q(far)/Q(near)
+        kept = torch.where(is_tail, kept, 1.0)
+        tail = torch.log(series * kept / y) - 0.5 * (y * y + LOG_2PI)
+        log_probability = torch.where(is_tail, tail, inside)
+        ratio = torch.where(is_tail, y / (series * kept), ratio)
+
+        near_ratio = torch.where(closed_near, ratio, 0.0)  # φ(near)/P and φ(far)/P where those edges exist
+        far_density = torch.exp(-0.5 * (far * far + LOG_2PI)) * closed_far
+        far_ratio = torch.where(is_tail, ratio * decay, far_density / probability)
+        slope = (far_ratio - near_ratio) * torch.where(t < 0, -1.0, 1.0)  # d log P / dt
+        spread = far_ratio + near_ratio  # d log P / dh
+        ctx.save_for_backward(slope * inverse_scale, slope * t + spread * h)
+        return log_probability
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        to_mean, to_log_scale = ctx.saved_tensors
+        for_mean = -gradient * to_mean if ctx.needs_input_grad[1] else None
+        for_scale = -(gradient * to_log_scale).sum() if ctx.needs_input_grad[2] else None
+        return None, for_mean, for_scale
+
+
+def log_bin_probability(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log P(level of x) under a Gaussian cut into 256 bins on [-1, 1], end bins open; nats, elementwise.
+
+    x: levels l/127.5 - 1, any shape. mean: same shape. log_scale: log σ, a scalar tensor. Differentiable once in
+    mean and log_scale; value and gradient keep their precision at any distance from the mean.
+    """
+    return _LogBinProbability.apply(x, mean, log_scale)
+
+
+def log_normal(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log N(x; mean, σ²), nats, elementwise; log_scale = log σ broadcasts."""
+    return -0.5 * (((x - mean) * torch.exp(-log_scale)).square() + LOG_2PI) - log_scale
+
+
+class _ScaledLikelihood(nn.Module):
+    """p(x | mean) with one scale σ for all dimensions.
+
+    scale: `fixed` at initial_scale; `learned` by gradient; `optimal`, σ² = running mean squared error (σ-VAE,
+    Rybkin et al. 2021), where momentum is the weight of the past.
+    """
+
+    @checked
+    def __init__(
+        self,
+        scale: Literal["fixed", "learned", "optimal"],
+        initial_scale: PositiveFloat,
+        momentum: Annotated[float, between(0, 1)],
+    ) -> None:
+        super().__init__()
+        self.scale, self.momentum = scale, momentum
+        log_scale = torch.tensor(math.log(initial_scale))
+        if scale == "learned":
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+        self.register_buffer("num_observed", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, mean: Tensor) -> None:
+        """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it."""
+        assert self.scale == "optimal"
+        error = (x - mean).square().mean()
+        past = torch.where(self.num_observed == 0, 0.0, self.momentum)
+        self.log_scale.copy_(0.5 * torch.log(past * torch.exp(2 * self.log_scale) + (1 - past) * error))
+        self.num_observed += 1
+
+    def density(self, x: Tensor, mean: Tensor) -> Tensor:
+        """Elementwise log-density or log-probability in nats."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, mean: Tensor) -> Tensor:
+        """log p(x | mean) in nats, (B,), summed over all dimensions; x and mean are (B, ...)."""
+        return self.density(x, mean).flatten(1).sum(1)
+
+
+class DiscretisedGaussian(_ScaledLikelihood):
+    """p(x | mean) of 8-bit images scaled to [-1, 1]: each of 256 levels owns a bin of width 2/255, end bins open."""
+
+    def density(self, x: Tensor, mean: Tensor) -> Tensor:
+        return log_bin_probability(x, mean, self.log_scale)
+
+
+class Gaussian(_ScaledLikelihood):
+    """p(x | mean) = N(mean, σ²I), a density over real-valued x."""
+
+    def density(self, x: Tensor, mean: Tensor) -> Tensor:
+        return log_normal(x, mean, self.log_scale)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """p(z) = N(0, s²I) over (B, d); scale is s."""
+
+    scale: float = 1.0
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) in nats, (B,)."""
+        dim = z.shape[1]
+        return -0.5 * (z.square().sum(1) / self.scale**2 + dim * (LOG_2PI + 2 * math.log(self.scale)))
+
+    def score(self, z: Tensor) -> Tensor:
+        """∇z log p(z), (B, d)."""
+        return -z / self.scale**2
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """q(z|x; φ) = N(mean, diag(variance)); mean and variance are (B, d)."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def rsample(self, noise: Tensor) -> Tensor:
+        """mean + sqrt(variance) ⊙ noise, (B, d), differentiable; noise ~ N(0, I) of shape (B, d)."""
+        return self.mean + self.variance.sqrt() * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z|x) in nats, (B,)."""
+        return log_normal(z, self.mean, 0.5 * self.variance.log()).sum(1)
+
+    def kl_per_dimension(self, prior: Prior) -> Tensor:
+        """KL(q ‖ p) of each coordinate in nats, (B, d)."""
+        ratio = self.variance / prior.scale**2
+        return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - ratio.log())
+
+    def kl(self, prior: Prior) -> Tensor:
+        """KL(q(z|x) ‖ p(z)) in nats, (B,)."""
+        return self.kl_per_dimension(prior).sum(1)
+
+    def detach(self) -> DiagonalGaussian:
+        """The same distribution, cut from the encoder's graph."""
+        return DiagonalGaussian(self.mean.detach(), self.variance.detach())

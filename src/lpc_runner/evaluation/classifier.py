@@ -1,0 +1,171 @@
+"""Features of a small network trained on the dataset's own labels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lpc_runner.data.dataset import Data, Split
+from lpc_runner.errors import UserError
+from lpc_runner.evaluation.networks import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
+from lpc_runner.files import write_atomically
+from lpc_runner.randomness import generator
+
+_log = logging.getLogger(__name__)
+
+
+class Classifier:
+    """Penultimate features, 128-d, of a small convolutional network trained once on the real labels.
+
+    Three 3x3 convolutions with group normalisation and ReLU, averaged over positions, one linear layer;
+    AdamW. Trained from a fixed seed and kept in `cache_dir` with its accuracy on the test split, under a name
+    made of the data, the architecture and `VERSION`: another machine may round differently, so quote numbers
+    with the hash.
+    """
+
+    name = "classifier"
+    metric_suffix = "_classifier"
+    dimension = 128
+
+    VERSION = 1  # raise when anything below changes what is learned
+    WIDTHS, STRIDES, GROUPS = (32, 64, 128), (2, 1, 2), 8
+    BATCH_SIZE, MIN_EPOCHS, MIN_UPDATES = 64, 5, 400
+    LEARNING_RATE, WEIGHT_DECAY, NUM_WARMUP = 3e-3, 1e-2, 20
+
+    def __init__(self, data: Data, identity: dict[str, object], cache_dir: Path) -> None:
+        self._data, self._identity, self._cache_dir = data, identity, Path(cache_dir)
+        self._device: torch.device | str = "cpu"
+        self._weights: dict[str, Tensor] = {}
+        self.fingerprint = ""
+        self.accuracy = float("nan")
+
+    def prepare(self) -> None:
+        """Read the trained network or train it; UserError when a split has no labels."""
+        train, test = self._data.train, self._data.test
+        if train.labels is None or test.labels is None:
+            raise UserError(
+                "metrics.extractor=classifier learns from labels and the dataset has none; "
+                "use metrics.extractor=random_conv or inception"
+            )
+        path = self._cache_dir / f"classifier-{self._key()[:16]}.pt"
+        if not (path.exists() and self._read(path)):
+            classes, targets = train.labels.cpu().unique(return_inverse=True)  # labels may be any integers
+            self._weights = self._train(train.values, targets)
+            self.fingerprint = hash_of_tensors(self._weights)
+            self.accuracy = self._accuracy(test, classes)
+            saved = {"weights": self._weights, "accuracy": self.accuracy, "fingerprint": self.fingerprint}
+            buffer = io.BytesIO()
+            torch.save(saved, buffer)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getvalue())
+        self.to(self._device)
+
+    def to(self, device: torch.device | str) -> Classifier:
+        """Move the weights, or train there; returns itself."""
+        self._device = device
+        self._weights = {name: weight.to(device) for name, weight in self._weights.items()}
+        return self
+
+    def facts(self) -> dict[str, object]:
+        """What to write beside its numbers."""
+        return {
+            "extractor": self.name,
+            "extractor_hash": self.fingerprint,
+            "extractor_accuracy": self.accuracy,
+        }
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) to float32 (B, 128)."""
+        with exact_arithmetic():
+            return self._features(images, self._weights)
+
+    def _key(self) -> str:
+        settings = (self.VERSION, self.WIDTHS, self.STRIDES, self.GROUPS, self.BATCH_SIZE, self.MIN_EPOCHS)
+        settings += (self.MIN_UPDATES, self.LEARNING_RATE, self.WEIGHT_DECAY, self.NUM_WARMUP)
+        content = {
+            f"{name} {part}": getattr(split, part)
+            for name, split in (("train", self._data.train), ("test", self._data.test))
+            for part in ("values", "labels")
+        }
+        named = json.dumps([settings, self._identity, hash_of_tensors(content)], sort_keys=True, default=str)
+        return hashlib.sha256(named.encode()).hexdigest()
+
+    def _read(self, path: Path) -> bool:
+        """Whether the file held a whole network, which is then in place."""
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if hash_of_tensors(saved["weights"]) != saved["fingerprint"]:
+                raise ValueError("its hash does not fit its weights")
+            accuracy = float(saved["accuracy"])
+        except (
+            Exception
+        ) as error:  # torch.load raises almost anything on a damaged file, and all of it means: again
+            _log.warning("%s is damaged (%s); training the classifier again", path, type(error).__name__)
+            return False
+        self._weights, self.fingerprint, self.accuracy = saved["weights"], saved["fingerprint"], accuracy
+        return True
+
+    def _features(self, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        hidden = to_unit(images, self._device)
+        for i, stride in enumerate(self.STRIDES):
+            hidden = functional.conv2d(hidden, weights[f"conv{i}"], stride=stride, padding=1)
+            hidden = functional.group_norm(
+                hidden, self.GROUPS, weights[f"scale{i}"], weights[f"shift{i}"]
+            ).relu()
+        return hidden.mean((2, 3))
+
+    def _logits(self, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        return functional.linear(self._features(images, weights), weights["output"], weights["bias"])
+
+    def _initial_weights(self, num_channels: int, num_classes: int) -> dict[str, Tensor]:
+        widths = (num_channels, *self.WIDTHS)
+        weights = {"output": he_uniform((num_classes, self.dimension), "classifier/output")}
+        weights["bias"] = torch.zeros(num_classes)
+        for i, width in enumerate(self.WIDTHS):
+            weights[f"conv{i}"] = he_uniform((width, widths[i], 3, 3), f"classifier/{i}")
+            weights[f"scale{i}"], weights[f"shift{i}"] = torch.ones(width), torch.zeros(width)
+        return {name: weight.to(self._device).requires_grad_() for name, weight in weights.items()}
+
+    @torch.enable_grad()
+    def _train(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy for a fixed number of updates, learning rate warmed up and then falling to 0."""
+        weights = self._initial_weights(images.shape[1], int(targets.max()) + 1)
+        optimizer = torch.optim.AdamW(weights.values(), lr=self.LEARNING_RATE, weight_decay=self.WEIGHT_DECAY)
+        updates_per_epoch = math.ceil(len(images) / self.BATCH_SIZE)
+        num_epochs = max(self.MIN_EPOCHS, math.ceil(self.MIN_UPDATES / updates_per_epoch))
+        _log.info(
+            "training the classifier for sample quality: %d epochs of %d updates",
+            num_epochs,
+            updates_per_epoch,
+        )
+        update = 0
+        with exact_arithmetic():
+            for epoch in range(num_epochs):
+                order = torch.randperm(len(images), generator=generator(0, "classifier/batches", epoch))
+                for batch in order.split(self.BATCH_SIZE):
+                    progress = update / (num_epochs * updates_per_epoch)
+                    warmth = min(1, (update + 1) / self.NUM_WARMUP)
+                    optimizer.param_groups[0]["lr"] = self.LEARNING_RATE * warmth * (1 - progress)
+                    logits = self._logits(images[batch], weights)
+                    loss = functional.cross_entropy(logits, targets[batch].to(logits.device))
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    update += 1
+        return {name: weight.detach().cpu() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def _accuracy(self, test: Split, classes: Tensor) -> float:
+        weights = {name: weight.to(self._device) for name, weight in self._weights.items()}
+        with exact_arithmetic():
+            guesses = [self._logits(part, weights).argmax(1).cpu() for part in test.values.split(512)]
+        return (classes[torch.cat(guesses)] == test.labels.cpu()).double().mean().item()

@@ -1,0 +1,292 @@
+"""Sample quality: features of real and generated images once, every number about them from those.
+
+`SampleQuality` holds what a user chooses; `prepare` turns it, before any training, into a `Measurer` that
+holds the references; `measure` is called as often as one likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpc_runner.data.dataset import Data, Split
+from lpc_runner.errors import UserError
+from lpc_runner.evaluation.features import Extractor, ExtractorName, make_extractor
+from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
+from lpc_runner.evaluation.kernel import kernel_distance, within_term
+from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
+from lpc_runner.evaluation.networks import hash_of_tensors
+from lpc_runner.files import write_atomically
+from lpc_runner.randomness import generator
+from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
+
+_log = logging.getLogger(__name__)
+_VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
+
+
+class SampleQuality:
+    """Fréchet and kernel distance, precision, recall, density and coverage of generated images.
+
+    extractor, weights: see `evaluation.features`. k: neighbours that make a ball. num_samples: generated
+    images at the end, None for as many as references. max_references: cap on the real images, None for all.
+    reference: the split they come from. every_epochs: measure during training too, 0 for only at the end,
+    then with num_samples_during images against the same references. Raises ValueError where a count is too
+    small for k.
+    """
+
+    @checked
+    def __init__(
+        self,
+        *,
+        extractor: ExtractorName,
+        weights: str | None,
+        k: PositiveInt,
+        num_samples: PositiveInt | None,
+        max_references: PositiveInt | None,
+        reference: Literal["train", "test"],
+        batch_size: PositiveInt,
+        every_epochs: NonNegativeInt,
+        num_samples_during: PositiveInt,
+    ) -> None:
+        counts = {
+            "num_samples": num_samples,
+            "max_references": max_references,
+            "num_samples_during": num_samples_during,
+        }
+        for name, count in counts.items():
+            if count is not None and count <= k:
+                raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
+        if weights is not None and extractor != "inception":
+            warnings.warn(f"metrics.weights has no effect with metrics.extractor={extractor}", stacklevel=2)
+        self.extractor, self.weights, self.k = extractor, weights, k
+        self.num_samples, self.max_references, self.reference = num_samples, max_references, reference
+        self.batch_size, self.every_epochs = batch_size, every_epochs
+        self.num_samples_during = num_samples_during
+
+    def check(self, num_available: int) -> None:
+        """UserError when the reference split, of num_available images, is too small for k."""
+        if num_available <= self.k:
+            raise UserError(
+                f"metrics.k={self.k} needs at least {self.k + 1} {self.reference} images to measure against, "
+                f"there are {num_available}; lower metrics.k or use more data"
+            )
+
+    def prepare(
+        self, data: Data, identity: dict[str, object], cache_dir: Path, device: torch.device | str
+    ) -> Measurer:
+        """Extractor and reference features, read from `cache_dir` or computed and kept there.
+
+        identity: the dataset's. UserError (one line) when weights, labels or images are missing.
+        """
+        split, other = data.train, data.test
+        if self.reference == "test":
+            split, other = other, split
+        if split.values.dtype != torch.uint8 or split.values.ndim != 4:
+            raise UserError(
+                "metrics measure images stored as uint8 (N, C, H, W), the dataset holds "
+                f"{split.values.dtype} {tuple(split.values.shape)}; use metrics=none"
+            )
+        self.check(len(split))
+        extractor = make_extractor(
+            self.extractor,
+            data=data,
+            identity=identity,
+            cache_dir=Path(cache_dir),
+            weights=self.weights,
+            device=device,
+        )
+        extractor.prepare()
+        real = _choose(split, self.max_references, "references")
+        floor = _choose(other, len(real), "floor")
+        key = {
+            "version": _VERSION,
+            "identity": identity,
+            "split": self.reference,
+            "images": hash_of_tensors({"real": real, "floor": floor}),  # whatever the identity says
+            "num_references": len(real),
+            "num_floor": len(floor),
+            "extractor": extractor.name,
+            "extractor_hash": extractor.fingerprint,
+            "k": self.k,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        path = Path(cache_dir) / f"references-{extractor.name}-{digest[:16]}.npz"
+        reference = Reference.read(path, digest) if path.exists() else None
+        if reference is None:
+            reference = Reference.compute(extractor, real, floor, self.k, self.batch_size)
+            reference.write(path, digest)
+        return Measurer(extractor, reference, tuple(real.shape[1:]), self, device)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Everything about the real images that no generated one changes.
+
+    features: (N, d) float32. radii: (N,) float64, squared, to the k-th neighbour. within: the real part of
+    the kernel distance. floor: Fréchet distance to num_floor real images of the other split, None where that
+    has fewer than 2.
+    """
+
+    features: Tensor
+    radii: Tensor
+    moments: Moments
+    within: float
+    floor: float | None
+    num_floor: int
+
+    @classmethod
+    def compute(cls, extractor: Extractor, real: Tensor, floor: Tensor, k: int, batch_size: int) -> Reference:
+        """From real (N, C, H, W) and disjoint floor (n, C, H, W) uint8 images."""
+        features = _extract(extractor, real.split(batch_size), len(real), batch_size)
+        summary = moments(features)
+        distance = None
+        if len(floor) >= 2:
+            others = _extract(extractor, floor.split(batch_size), len(floor), batch_size)
+            distance = frechet_distance(summary, moments(others))
+        radii, within = squared_radii(features, k), within_term(features)
+        return cls(features.cpu(), radii.cpu(), summary.to("cpu"), within, distance, len(floor))
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> Reference | None:
+        """The reference kept under `key`; None, with a warning, when the file is not whole or not its."""
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                stored = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "seal"}
+                whole = str(archive["seal"]) == _seal(stored, key)
+            if not whole:
+                raise ValueError("its hash does not fit its content")
+        except Exception as error:  # zip, header and shape errors alike mean: compute it again
+            _log.warning("%s is damaged (%s); computing the reference again", path, type(error).__name__)
+            return None
+        within, floor, num_floor = stored["scalars"].tolist()
+        return cls(
+            stored["features"],
+            stored["radii"],
+            Moments(stored["mean"], stored["covariance"]),
+            within,
+            None if num_floor < 2 else floor,
+            int(num_floor),
+        )
+
+    def write(self, path: Path, key: str) -> None:
+        """Keep it in one file, sealed with a hash over its content and `key`."""
+        floor = -1.0 if self.floor is None else self.floor
+        stored = {
+            "features": self.features,
+            "radii": self.radii,
+            "mean": self.moments.mean,
+            "covariance": self.moments.covariance,
+            "scalars": torch.tensor([self.within, floor, self.num_floor], dtype=torch.float64),
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, seal=_seal(stored, key), **{name: tensor.numpy() for name, tensor in stored.items()})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
+
+
+class Measurer:
+    """Measures generated images against one fixed reference.
+
+    num_samples, num_samples_during: how many images it wants at the end, and during training.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        reference: Reference,
+        shape: tuple[int, ...],
+        settings: SampleQuality,
+        device: torch.device | str,
+    ) -> None:
+        self.extractor, self.reference = extractor, reference
+        self._shape, self._settings, self._device = shape, settings, device
+        self.num_samples = settings.num_samples or len(reference.features)
+        self.num_samples_during = min(settings.num_samples_during, self.num_samples)
+
+    def measure(self, images: Iterable[Tensor], num_samples: int) -> dict[str, float]:
+        """All numbers of the first `num_samples` of `images`, uint8 chunks (B, C, H, W) of any size.
+
+        Named with the extractor's suffix, `fid` for inception and `fd_...` otherwise. ValueError when the
+        images run out.
+        """
+        samples = _extract(self.extractor, images, num_samples, self._settings.batch_size, self._shape)
+        real = self.reference.features.to(samples.device)
+        radii = self.reference.radii.to(samples.device)
+        numbers = {
+            self._distance_name: frechet_distance(
+                self.reference.moments.to(samples.device), moments(samples)
+            ),
+            "kid": kernel_distance(real, samples, reference_term=self.reference.within),
+            **compare_neighbours(real, samples, self._settings.k, reference_radii=radii),
+        }
+        return {name + self.extractor.metric_suffix: value for name, value in numbers.items()}
+
+    def facts(self, num_samples: int) -> dict[str, object]:
+        """What to write beside the numbers: counts, extractor, the best coverage to expect, the Fréchet
+        floor.
+
+        The floor is the distance between the references and num_floor real images of the other split: with
+        finite sets even real images are not at 0.
+        """
+        num_references = len(self.reference.features)
+        return {
+            "num_samples": num_samples,
+            "num_references": num_references,
+            "k": self._settings.k,
+            "reference": self._settings.reference,
+            **self.extractor.facts(),
+            "coverage_ceiling": coverage_ceiling(num_references, num_samples, self._settings.k),
+            f"{self._distance_name}{self.extractor.metric_suffix}_floor": self.reference.floor,
+            "num_floor": self.reference.num_floor,
+        }
+
+    @property
+    def _distance_name(self) -> str:
+        return "fid" if self.extractor.name == "inception" else "fd"
+
+
+def _choose(split: Split, limit: int | None, stream: str) -> Tensor:
+    """All values of a split, or `limit` of them drawn without replacement: the same ones in every run."""
+    if limit is None or limit >= len(split):
+        return split.values.cpu()
+    chosen = torch.randperm(len(split), generator=generator(0, f"quality/{stream}"))[:limit]
+    return split.values.cpu()[chosen.sort().values]
+
+
+def _extract(
+    extractor: Extractor,
+    images: Iterable[Tensor],
+    num_images: int,
+    batch_size: int,
+    shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Features (num_images, d) float32, on the extractor's device, of the first num_images of `images`."""
+    parts, missing = [], num_images
+    for chunk in images:
+        if chunk.dtype != torch.uint8 or (shape is not None and tuple(chunk.shape[1:]) != shape):
+            raise ValueError(f"expected uint8 images (B, *{shape}), got {chunk.dtype} {tuple(chunk.shape)}")
+        kept = chunk[:missing]
+        parts += [extractor(batch) for batch in kept.split(batch_size)]
+        missing -= len(kept)
+        if missing <= 0:
+            break
+    if missing > 0:
+        raise ValueError(f"{num_images} images were promised, {num_images - missing} came")
+    features = torch.cat(parts)
+    assert features.isfinite().all(), "uint8 images cannot give features that are not finite"
+    return features
+
+
+def _seal(stored: dict[str, Tensor], key: str) -> str:
+    return hashlib.sha256((hash_of_tensors(stored) + key).encode()).hexdigest()

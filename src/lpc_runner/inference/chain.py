@@ -1,0 +1,151 @@
+"""One batch's chain: the states are visited once, and only what the update needs is kept.
+
+Memory does not grow with T: of the states z(1) .. z(T) two running sums remain, of the gradients of θ one sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lpc_runner.inference.samplers import Info, State
+from lpc_runner.randomness import generator
+
+NOISE_BLOCK = 32  # steps of noise drawn at once
+
+
+class FusedPotential:
+    """log p(x, z), ∇z and, summed over calls, ∇θ from one backward pass.
+
+    log_joint: z (B, d) -> (B,) nats. parameters: θ. The gradient with respect to z is per sample, because samples do
+    not interact; the gradient of θ is the sum over the batch.
+    """
+
+    def __init__(self, log_joint: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]) -> None:
+        self.log_joint, self.parameters = log_joint, list(parameters)
+        self.sums = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.num_evaluations = 0
+
+    def __call__(self, z: Tensor, accumulate: bool) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.log_joint(z)
+            wanted = [z, *self.parameters] if accumulate else [z]
+            drift, *theta = torch.autograd.grad(value.sum(), wanted)
+        if theta:
+            torch._foreach_add_(self.sums, theta)
+        self.num_evaluations += 1
+        return value.detach(), drift
+
+
+@dataclass
+class Moments:
+    """Σ_t (z(t) - centre) and Σ_t (z(t) - centre)² over `count` states, each (B, d).
+
+    The centre is the encoder's mean: sums of raw squares would lose the variance to rounding in float32.
+    """
+
+    centre: Tensor
+    first: Tensor = field(init=False)
+    second: Tensor = field(init=False)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.first, self.second = torch.zeros_like(self.centre), torch.zeros_like(self.centre)
+
+    def add(self, z: Tensor) -> None:
+        difference = z - self.centre
+        self.first += difference
+        self.second += difference.square()
+        self.count += 1
+
+
+class ChainNoise:
+    """ξ(t) ~ N(0, I) for t = 1 .. T, drawn in blocks from generators named by (seed, update, block).
+
+    shape: (B, d) of the global batch; rows: the slice of it that this process works on.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        update: int,
+        shape: tuple[int, int],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        rows: slice = slice(None),
+    ) -> None:
+        self.seed, self.update, self.shape, self.rows = seed, update, shape, rows
+        self.device, self.dtype = device, dtype
+        self.block_index, self.block = -1, None
+
+    def __call__(self, t: int) -> Tensor:
+        index, offset = divmod(t - 1, NOISE_BLOCK)
+        if index != self.block_index:
+            source = generator(self.seed, "chain", self.update, index, device=self.device)
+            draw = torch.randn(
+                NOISE_BLOCK, *self.shape, generator=source, device=self.device, dtype=self.dtype
+            )
+            self.block_index, self.block = index, draw[:, self.rows]
+        return self.block[offset]
+
+
+@dataclass
+class Chain:
+    """What a chain leaves behind.
+
+    z: z(T), (B, d). theta_gradient: mean over the batch and over the states used of ∇θ log p(x, z; θ), one tensor per
+    parameter. moments: sums over z(1) .. z(T). first: log p and drift at z(0), with the first step. trace: per step,
+    means over the batch of log p(x, z(t-1)) and of the norm of its gradient, and the largest 2γG; each (T,).
+    """
+
+    z: Tensor
+    theta_gradient: list[Tensor]
+    moments: Moments
+    first: tuple[Tensor, Tensor]
+    trace: dict[str, Tensor]
+    num_evaluations: int
+
+
+def run_chain(
+    log_joint: Callable[[Tensor], Tensor],
+    z: Tensor,
+    sampler,
+    noise: Callable[[int], Tensor],
+    *,
+    parameters: Sequence[Tensor] = (),
+    centre: Tensor | None = None,
+    observe: Callable[[State, Info], None] | None = None,
+) -> Chain:
+    """Run `sampler` from z(0) = z on log p(x, z) and gather what Algorithm 1 needs from its states.
+
+    log_joint: z (B, d) -> (B,) nats. noise: t -> ξ(t), (B, d). parameters: θ, empty for sampling only. centre: about
+    which the moments are taken (the encoder's mean; zero without one). observe: called after every step, for pictures.
+    """
+    potential = FusedPotential(log_joint, parameters)
+    along = sampler.theta_states == "all" and bool(parameters)
+    z = z.detach()
+    moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
+    names = ("log_joint", "drift_norm", "noise_variance")
+    trace = {name: torch.empty(sampler.num_steps, dtype=z.dtype, device=z.device) for name in names}
+    state, first = sampler.init(z), None
+    for t in range(1, sampler.num_steps + 1):
+        xi = noise(t) if sampler.noisy else None
+        state, info = sampler.step(state, lambda point: potential(point, along), xi)
+        moments.add(state.z)
+        first = first or (info.log_joint, info.drift)
+        trace["log_joint"][t - 1] = info.log_joint.mean()
+        trace["drift_norm"][t - 1] = info.drift.norm(dim=1).mean()
+        largest = info.noise_variance
+        trace["noise_variance"][t - 1] = largest.max() if torch.is_tensor(largest) else largest
+        if observe is not None:
+            observe(state, info)
+    if sampler.theta_states == "last":
+        last = potential(state.z, bool(parameters))
+        first = first or last
+    num_states = sampler.num_steps if sampler.theta_states == "all" else 1
+    gradient = [total / (num_states * len(z)) for total in potential.sums]
+    return Chain(state.z, gradient, moments, first, trace, potential.num_evaluations * len(z))

@@ -1,0 +1,63 @@
+"""Diagonal preconditioners G of the Langevin chain, from the drift g alone.
+
+Each is two functions: `init(z)` gives the state before the first step of a batch, `update(state, drift, t)` gives the
+next state and G, which broadcasts against z (B, d). The chain drops the Γ term (derivatives of G), as the paper does.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from lpc_runner.schema import PositiveFloat, PositiveInt, between, checked
+
+Decay = Annotated[float, between(0, 1, "no preconditioning is preconditioning=none")]
+
+
+class Identity:
+    """G = 1: plain unadjusted Langevin, bit for bit."""
+
+    def init(self, z: Tensor) -> None:
+        return None
+
+    def update(self, state: None, drift: Tensor, t: int) -> tuple[None, float]:
+        return None, 1.0
+
+
+class Adam:
+    """G = 1 / (sqrt(m̂) + eps), m = β m + (1 - β) g⊙g, m̂ = m / (1 - β^t) (Algorithm 1; second moment per sample).
+
+    beta: β in (0, 1). eps: added to sqrt(m̂). freeze_after: keep m̂ as it is after that many steps, null for never;
+    a frozen G makes the rest of the chain an ordinary Langevin chain.
+    """
+
+    @checked
+    def __init__(self, beta: Decay, eps: PositiveFloat, freeze_after: PositiveInt | None) -> None:
+        self.beta, self.eps, self.freeze_after = beta, eps, freeze_after
+
+    def second_moment(self, drift: Tensor) -> Tensor:
+        """g⊙g, (B, d)."""
+        return drift.square()
+
+    def init(self, z: Tensor) -> Tensor:
+        return self.second_moment(torch.zeros_like(z))
+
+    def update(self, state: Tensor, drift: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        last = t if self.freeze_after is None else min(t, self.freeze_after)
+        if t == last:
+            state = torch.lerp(self.second_moment(drift), state, self.beta)
+        corrected = state / (1 - self.beta**last)
+        return state, 1 / (corrected.sqrt() + self.eps)
+
+
+class SharedAdam(Adam):
+    """`Adam` with g⊙g averaged over the batch, (1, d): one metric for all chains, at the price of coupling them."""
+
+    def second_moment(self, drift: Tensor) -> Tensor:
+        """Mean of g⊙g over the batch, (1, d)."""
+        return drift.square().mean(0, keepdim=True)
+
+
+Preconditioner = Identity | Adam | Any  # anything with init and update as above

@@ -1,0 +1,89 @@
+"""Chains in latent space: state, info, init, step.
+
+A step receives `potential`, which maps z (B, d) to log p(x, z) (B,) and its gradient (B, d) in one backward pass,
+and `noise` (B, d) ~ N(0, I), so that the same step serves every model, a slice of a batch, or a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from lpc_runner.schema import at_least, checked
+
+Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
+NumSteps = Annotated[int, at_least(1, "no steps at all: sampler=none")]
+
+
+class State(NamedTuple):
+    """z: (B, d) after t steps. metric: the preconditioner's state. t: steps made."""
+
+    z: Tensor
+    metric: Any
+    t: int
+
+
+class Info(NamedTuple):
+    """What one step saw: log p(x, z(t-1)) (B,), its gradient (B, d), and 2γG, the variance of the noise it added."""
+
+    log_joint: Tensor
+    drift: Tensor
+    noise_variance: Tensor | float
+
+
+class Langevin:
+    """Preconditioned unadjusted Langevin dynamics (Eq. 5, 18): z(t) = z(t-1) + γ G g + sqrt(2 γ G) ξ.
+
+    num_steps: T. theta_states: which states θ takes its gradient from, `all` z(0) .. z(T-1) or the `last`, z(T).
+    step_size: γ(t), a callable of t = 1 .. T. preconditioner: gives G from the drift.
+    """
+
+    noisy = True
+
+    @checked
+    def __init__(
+        self,
+        num_steps: NumSteps,
+        theta_states: Literal["all", "last"],
+        step_size: Any,
+        preconditioner: Any,
+    ) -> None:
+        self.num_steps, self.theta_states = num_steps, theta_states
+        self.step_size, self.preconditioner = step_size, preconditioner
+
+    def init(self, z: Tensor) -> State:
+        return State(z, self.preconditioner.init(z), 0)
+
+    def step(self, state: State, potential: Potential, noise: Tensor | None) -> tuple[State, Info]:
+        t = state.t + 1
+        step_size = self.step_size(t)
+        log_joint, drift = potential(state.z)
+        metric, scale = self.preconditioner.update(state.metric, drift, t)
+        variance = 2 * step_size * scale if self.noisy else 0.0
+        z = state.z + step_size * scale * drift
+        if self.noisy:
+            z = z + variance**0.5 * noise
+        return State(z, metric, t), Info(log_joint, drift, variance)
+
+
+class Map(Langevin):
+    """Gradient ascent on log p(x, z): classic predictive coding (Eqs. 1-2), the Langevin step without its noise."""
+
+    noisy = False
+
+
+class NoSteps:
+    """No chain: θ takes its gradient at z(0), which with objective=reverse is a variational autoencoder."""
+
+    num_steps = 0
+    noisy = False
+    theta_states = "last"
+
+    @checked
+    def __init__(self, step_size: Any, preconditioner: Any) -> None:
+        """step_size and preconditioner are accepted, and unused, so that every sampler is built alike."""
+
+    def init(self, z: Tensor) -> State:
+        return State(z, None, 0)

@@ -1,0 +1,27 @@
+"""Step sizes γ(t) along one chain, t = 1 .. T."""
+
+from __future__ import annotations
+
+from lpc_runner.schema import PositiveFloat, checked
+
+
+class Constant:
+    """γ(t) = value, as in the paper."""
+
+    @checked
+    def __init__(self, value: PositiveFloat) -> None:
+        self.value = value
+
+    def __call__(self, t: int) -> float:
+        return self.value
+
+
+class Polynomial:
+    """γ(t) = value (1 + (t - 1)/offset)^-power (Welling and Teh 2011): starts at value and decays after `offset` steps."""
+
+    @checked
+    def __init__(self, value: PositiveFloat, offset: PositiveFloat, power: PositiveFloat) -> None:
+        self.value, self.offset, self.power = value, offset, power
+
+    def __call__(self, t: int) -> float:
+        return self.value * (1 + (t - 1) / self.offset) ** -self.power

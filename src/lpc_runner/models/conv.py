@@ -1,0 +1,68 @@
+"""The paper's convolutional networks (Table 2) for images of 28, 32 or 64 pixels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lpc_runner.models.latent import Encoder, LatentVariableModel
+from lpc_runner.schema import PositiveFloat, PositiveInt, checked
+
+SIDES = (28, 32, 64)
+
+
+def _decoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
+    # The second to last layer is the only one that depends on the image side.
+    last_hidden = {
+        28: nn.Conv2d(32, 32, 3, 1, 0),
+        32: nn.Conv2d(32, 32, 3, 1, 1),
+        64: nn.ConvTranspose2d(32, 32, 4, 2, 1),
+    }[side]
+    return nn.Sequential(
+        nn.Linear(latent_dim, 256), nn.SiLU(), nn.Unflatten(1, (256, 1, 1)),
+        nn.ConvTranspose2d(256, 64, 4, 1, 0), nn.SiLU(),
+        nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.SiLU(),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU(),
+        last_hidden, nn.SiLU(),
+        nn.ConvTranspose2d(32, channels, 4, 2, 1),
+    )  # fmt: skip
+
+
+def _encoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
+    first = nn.Conv2d(channels, 32, 3, 3, 1) if side == 64 else nn.Conv2d(channels, 32, 4, 2, 1)
+    fourth = nn.Conv2d(64, 64, 3, 2, 1) if side == 28 else nn.Conv2d(64, 64, 4, 2, 1)
+    return nn.Sequential(
+        first, nn.SiLU(),
+        nn.Conv2d(32, 32, 4, 2, 1), nn.SiLU(),
+        nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU(),
+        fourth, nn.SiLU(),
+        nn.Conv2d(64, 256, 4, 2, 1), nn.SiLU(),
+        nn.Flatten(), nn.Linear(256, 2 * latent_dim),
+    )  # fmt: skip
+
+
+class Conv(LatentVariableModel):
+    """Table 2 of the paper; data_shape is (C, side, side) with side 28, 32 or 64, any number of channels."""
+
+    @checked
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        latent_dim: PositiveInt,
+        prior_scale: PositiveFloat,
+        likelihood: nn.Module,
+        variance_beta: PositiveFloat,
+    ) -> None:
+        super().__init__(latent_dim, prior_scale, likelihood)
+        channels, *sides = data_shape
+        if sides not in [[side, side] for side in SIDES]:
+            raise ValueError(
+                f"model=conv takes square images of {SIDES} pixels, got {'x'.join(map(str, sides))} (model=mlp takes any)"
+            )
+        self.channels, self.side, self.variance_beta = channels, sides[0], variance_beta
+        self.decoder = _decoder(latent_dim, channels, self.side)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def build_encoder(self) -> Encoder:
+        return Encoder(_encoder(self.latent_dim, self.channels, self.side), self.variance_beta)

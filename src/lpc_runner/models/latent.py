@@ -1,0 +1,61 @@
+"""The interface of every model: p(x, z; θ) with a Gaussian prior over a flat z, and an encoder for q(z|x; φ)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lpc_runner.data.dataset import Batch
+from lpc_runner.distributions import DiagonalGaussian, Prior
+
+
+class LatentVariableModel(nn.Module, ABC):
+    """p(x, z; θ) = p(x | decode(z); θ) p(z), z flat of shape (B, latent_dim).
+
+    The likelihood is a module called as likelihood(x, mean) -> (B,) nats; `data_kind` says which datasets fit.
+    """
+
+    data_kind: ClassVar[str] = "images"
+
+    def __init__(self, latent_dim: int, prior_scale: float, likelihood: nn.Module) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.prior = Prior(prior_scale)
+        self.likelihood = likelihood
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """Mean of p(x|z; θ), (B, *data_shape), from z (B, latent_dim)."""
+
+    @abstractmethod
+    def build_encoder(self) -> nn.Module:
+        """A new encoder that fits this model: called with a Batch, it returns a DiagonalGaussian over z."""
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z; θ) in nats, (B,), summed over the dimensions of x; x (B, *data_shape), z (B, latent_dim)."""
+        return self.likelihood(x, self.decode(z)) + self.prior.log_prob(z)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, z: Tensor) -> None:
+        """Quantities estimated from data without a gradient: the `optimal` scale. Called once per update."""
+        if self.likelihood.scale == "optimal":
+            self.likelihood.observe(x, self.decode(z))
+
+
+class Encoder(nn.Module):
+    """q(z|x; φ): a network to 2d numbers per example, read as mean and raw variance.
+
+    variance = softplus(raw, beta=variance_beta), as the paper's appendix. body maps x (B, *data_shape) to (B, 2d).
+    """
+
+    def __init__(self, body: nn.Module, variance_beta: float) -> None:
+        super().__init__()
+        self.body, self.variance_beta = body, variance_beta
+
+    def forward(self, batch: Batch) -> DiagonalGaussian:
+        mean, raw = self.body(batch.x).chunk(2, dim=1)
+        return DiagonalGaussian(mean, F.softplus(raw, beta=self.variance_beta))

@@ -1,0 +1,59 @@
+"""The linear-Gaussian model (probabilistic PCA), whose posterior and evidence are known: the oracle."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+
+from lpc_runner.distributions import Gaussian
+from lpc_runner.models.latent import Encoder, LatentVariableModel
+from lpc_runner.schema import PositiveFloat, PositiveInt, checked
+
+
+class Linear(LatentVariableModel):
+    """x = W z + b + σ ε, z ~ N(0, s²I), ε ~ N(0, I) (Tipping and Bishop 1999); x of any shape is flattened."""
+
+    @checked
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        latent_dim: PositiveInt,
+        prior_scale: PositiveFloat,
+        likelihood: nn.Module,
+        variance_beta: PositiveFloat,
+    ) -> None:
+        if not isinstance(likelihood, Gaussian):
+            raise ValueError("model=linear has a closed form only under model/likelihood=gaussian")
+        super().__init__(latent_dim, prior_scale, likelihood)
+        self.variance_beta, self.data_dim = variance_beta, math.prod(data_shape)
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, self.data_dim), nn.Unflatten(1, tuple(data_shape))
+        )
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def build_encoder(self) -> Encoder:
+        body = nn.Sequential(nn.Flatten(), nn.Linear(self.data_dim, 2 * self.latent_dim))
+        return Encoder(body, self.variance_beta)
+
+    def posterior(self, x: Tensor) -> MultivariateNormal:
+        """p(z|x; θ) = N(Σ Wᵀ(x - b)/σ², Σ), Σ⁻¹ = WᵀW/σ² + I/s²; batch (B,), event (latent_dim,)."""
+        weight, bias = self.decoder[0].weight, self.decoder[0].bias
+        variance = torch.exp(2 * self.likelihood.log_scale)
+        identity = torch.eye(self.latent_dim, dtype=weight.dtype, device=weight.device)
+        precision = weight.T @ weight / variance + identity / self.prior.scale**2
+        covariance = torch.linalg.inv(precision)
+        mean = (x.flatten(1) - bias) @ weight / variance @ covariance
+        return MultivariateNormal(mean, precision_matrix=precision.expand(len(x), -1, -1))
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x; θ) = log N(x; b, s² W Wᵀ + σ²I) in nats, (B,)."""
+        weight, bias = self.decoder[0].weight, self.decoder[0].bias
+        identity = torch.eye(self.data_dim, dtype=weight.dtype, device=weight.device)
+        covariance = self.prior.scale**2 * weight @ weight.T
+        covariance = covariance + torch.exp(2 * self.likelihood.log_scale) * identity
+        return MultivariateNormal(bias, covariance).log_prob(x.flatten(1))

@@ -1,0 +1,45 @@
+"""Fully connected networks for images of any shape."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from lpc_runner.models.latent import Encoder, LatentVariableModel
+from lpc_runner.schema import PositiveFloat, PositiveInt, checked
+
+
+def _network(sizes: list[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for width_in, width_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(width_in, width_out), nn.SiLU()]
+    return layers[:-1]
+
+
+class MLP(LatentVariableModel):
+    """Decoder latent_dim -> hidden -> data, encoder with the same hidden layers reversed, SiLU between layers."""
+
+    @checked
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        latent_dim: PositiveInt,
+        prior_scale: PositiveFloat,
+        likelihood: nn.Module,
+        variance_beta: PositiveFloat,
+        hidden: list[PositiveInt],
+    ) -> None:
+        super().__init__(latent_dim, prior_scale, likelihood)
+        self.hidden, self.variance_beta = hidden, variance_beta
+        self.data_dim = math.prod(data_shape)
+        self.decoder = nn.Sequential(
+            *_network([latent_dim, *hidden, self.data_dim]), nn.Unflatten(1, tuple(data_shape))
+        )
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def build_encoder(self) -> Encoder:
+        sizes = [self.data_dim, *reversed(self.hidden), 2 * self.latent_dim]
+        return Encoder(nn.Sequential(nn.Flatten(), *_network(sizes)), self.variance_beta)

@@ -1,0 +1,110 @@
+"""What the training loop is handed: the metric log, and beside it any number of sinks such as W&B."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lpc_runner.schema import NonNegativeInt, checked
+from lpc_runner.tracking.log import MetricLog
+
+Status = Literal["finished", "diverged", "failed", "interrupted"]
+
+_logger = logging.getLogger("lpc_runner")
+
+
+class Sink(Protocol):
+    """Where numbers go besides metrics.jsonl; what it raises costs the run that sink and nothing else."""
+
+    def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Record the values of one update."""
+
+    def images(self, update: int, name: str, path: Path) -> None:
+        """Record the picture file at `path` under `name`."""
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Record numbers that describe the whole run."""
+
+    def close(self, status: Status) -> None:
+        """The run has ended; nothing follows."""
+
+
+class Tracker:
+    """Writes every row to `metrics` (None: a rank other than 0 keeps no log), then to each sink."""
+
+    def __init__(self, metrics: MetricLog | None, sinks: Sequence[Sink] = ()) -> None:
+        self.metrics = metrics
+        self._sinks = list(sinks)
+        self._broken: list[Sink] = []
+
+    def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
+        """One row; `epoch` may be fractional; OSError when metrics.jsonl cannot be written."""
+        if self.metrics is not None:
+            self.metrics.append(update, epoch, values)
+        self._each(lambda sink: sink.log(update, epoch, values))
+
+    def images(self, update: int, name: str, path: Path) -> None:
+        """A picture file that the run's folder already holds, for the sinks that show pictures."""
+        self._each(lambda sink: sink.images(update, name, path))
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Final numbers for the sinks; result.json, which the caller writes, is what reports read."""
+        self._each(lambda sink: sink.summary(values))
+
+    def close(self, status: Status) -> None:
+        """End every sink, broken ones too: they may still save what they hold."""
+        self._each(lambda sink: sink.close(status))
+        for sink in self._broken:
+            try:
+                sink.close(status)
+            except Exception as error:
+                _logger.debug("closing %s: %s", type(sink).__name__, error)
+        self._sinks, self._broken = [], []
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except Exception as error:  # a sink is a convenience: whatever it raises, training goes on
+                self._sinks.remove(sink)
+                self._broken.append(sink)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                _logger.warning(
+                    "%s failed and is off for the rest of this run (metrics.jsonl goes on): %s",
+                    type(sink).__name__,
+                    reason[:300],
+                )
+
+
+class NoTracker:
+    """tracker=none: takes what every tracker takes at run time and records nothing beside metrics.jsonl."""
+
+    @checked
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        name: str,
+        group: str | None,
+        config: dict[str, Any],
+        folder: Path,
+        resume_step: NonNegativeInt = 0,
+        more_tags: tuple[str, ...] = (),
+    ) -> None:
+        del run_id, name, group, config, folder, resume_step, more_tags
+
+    def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def images(self, update: int, name: str, path: Path) -> None:
+        """Nothing."""
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self, status: Status) -> None:
+        """Nothing."""

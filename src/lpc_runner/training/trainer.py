@@ -1,0 +1,161 @@
+"""The loop: batches in order, one update each, and what happens between updates."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lpc_runner.data.batches import Batches
+from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
+from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.training.interrupts import Interrupted, Interrupts
+from lpc_runner.training.learner import Learner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """Where a run stands: updates made, seconds of training (measuring excluded), decoder-gradient evaluations.
+
+    One evaluation is ∇ log p(x, z) of one example. log_offset: bytes of metrics.jsonl that belong to these updates.
+    """
+
+    update: int = 0
+    train_seconds: float = 0.0
+    gradient_evaluations: int = 0
+    log_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: `diverged` means that update number `counters.update` would not have been finite."""
+
+    status: Literal["finished", "diverged"]
+    counters: Counters
+    epoch: float
+
+
+class Trainer:
+    """Settings of the loop.
+
+    num_epochs: passes over the training split. batch_size: examples per update. num_prior_batches: first updates
+    whose chains start at z(0) ~ p(z). max_updates: stop after that many, null for num_epochs alone. log_every:
+    updates between rows of metrics.jsonl. checkpoint_seconds: time between checkpoints (one also at every
+    measurement, at the end, and on a signal). init_from: a run directory to take the first weights from.
+    """
+
+    @checked
+    def __init__(
+        self,
+        num_epochs: PositiveInt,
+        batch_size: PositiveInt,
+        num_prior_batches: NonNegativeInt,
+        max_updates: PositiveInt | None,
+        log_every: PositiveInt,
+        checkpoint_seconds: PositiveFloat,
+        init_from: str | None,
+    ) -> None:
+        self.num_epochs, self.batch_size, self.num_prior_batches = num_epochs, batch_size, num_prior_batches
+        self.max_updates, self.log_every = max_updates, log_every
+        self.checkpoint_seconds, self.init_from = checkpoint_seconds, init_from
+
+    def total_updates(self, batches_per_epoch: int) -> int:
+        """Updates of a whole run."""
+        total = self.num_epochs * batches_per_epoch
+        return total if self.max_updates is None else min(total, self.max_updates)
+
+    def fit(
+        self,
+        learner: Learner,
+        batches: Batches,
+        *,
+        seed: int,
+        folder: Path,
+        tracker: Any,
+        progress: Any,
+        measure: Callable[[Counters], dict[str, float]],
+        measure_every: int,
+    ) -> Outcome:
+        """Train to the end, from the newest checkpoint in `folder` where there is one.
+
+        tracker: its `log` takes rows of numbers, its metric log is rewound to the checkpoint. progress: told after
+        every update. measure: called after every `measure_every` epochs (0: never) but the last. Raises Interrupted
+        on a signal, after saving.
+        """
+        counters = self._restore(learner, folder, tracker.metrics)
+        total = self.total_updates(batches.num_batches)
+        with Interrupts() as interrupts:
+            saved_at = time.monotonic()
+            while counters.update < total:
+                started = time.perf_counter()
+                epoch, position = divmod(counters.update, batches.num_batches)
+                batch = batches.batch(epoch, position)
+                from_prior = counters.update < self.num_prior_batches
+                gradients = learner.gradients(batch, seed, counters.update, from_prior)
+                if not bool(gradients.finite):
+                    logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
+                    self._save(learner, folder, counters, tracker.metrics)
+                    return Outcome("diverged", counters, counters.update / batches.num_batches)
+                learner.apply(batch, gradients)
+                counters.update += 1
+                counters.gradient_evaluations += gradients.chain.num_evaluations
+                counters.train_seconds += time.perf_counter() - started
+
+                done, rest = divmod(counters.update, batches.num_batches)
+                values = {"epoch": counters.update / batches.num_batches}
+                last = counters.update == total
+                if last or counters.update == 1 or counters.update % self.log_every == 0:
+                    row = _read(gradients.scalars) | _times(counters)
+                    tracker.log(counters.update, values["epoch"], row)
+                    values |= row
+                due = measure_every > 0 and rest == 0 and done % measure_every == 0 and not last
+                if due:
+                    measured = measure(counters)
+                    tracker.log(counters.update, values["epoch"], measured)
+                    values |= measured
+                progress.update(counters.update, total, values)
+                stop = interrupts.received is not None and not last
+                if due or last or stop or time.monotonic() - saved_at > self.checkpoint_seconds:
+                    self._save(learner, folder, counters, tracker.metrics)
+                    saved_at = time.monotonic()
+                if stop:
+                    raise Interrupted(interrupts.received)
+        return Outcome("finished", counters, counters.update / batches.num_batches)
+
+    @staticmethod
+    def _restore(learner: Learner, folder: Path, metrics: Any) -> Counters:
+        state = load_checkpoint(folder)
+        if state is None:
+            metrics.rewind(0)
+            return Counters()
+        learner.load_state_dict(state)
+        counters = Counters(**state["counters"])
+        metrics.rewind(counters.log_offset)
+        logger.info("resuming after update %d", counters.update)
+        return counters
+
+    @staticmethod
+    def _save(learner: Learner, folder: Path, counters: Counters, metrics: Any) -> None:
+        metrics.sync()  # the log must not be shorter than the checkpoint says
+        counters.log_offset = metrics.offset
+        save_checkpoint(folder, counters.update, {**learner.state_dict(), "counters": vars(counters).copy()})
+
+
+def _read(scalars: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Values of 0-d tensors, by one transfer from the device."""
+    return dict(zip(scalars, torch.stack([value.to(torch.float64) for value in scalars.values()]).tolist()))
+
+
+def _times(counters: Counters) -> dict[str, float]:
+    return {
+        "train/gradient_evaluations": float(counters.gradient_evaluations),
+        "time/train_seconds": counters.train_seconds,
+        "time/ms_per_update": 1e3 * counters.train_seconds / counters.update,
+    }

@@ -1,0 +1,257 @@
+"""Image folders and public sets, on tiny files in the published layouts."""
+
+import gzip
+import hashlib
+import io
+import pickle
+import struct
+import zipfile
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lpc_runner.data.folder import ImageFolder
+from lpc_runner.data.torchvision_sets import CIFAR10, MNIST, SVHN, CelebA64, FashionMNIST
+from lpc_runner.errors import UserError
+
+RANDOM = np.random.default_rng(0)
+
+
+def random_images(count, *shape):
+    return RANDOM.integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def user_error(function):
+    """The message of the UserError that `function` raises, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        function()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestImageFolder:
+    def write(self, path, pixels):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+    def test_pixels_survive_and_the_centre_is_cut(self, tmp_path):
+        pixels = random_images(10, 6, 10, 3)
+        for i, image in enumerate(pixels):
+            self.write(tmp_path / f"{i}.png", image)
+        (tmp_path / ".hidden.png").write_bytes(b"")
+        (tmp_path / "notes.txt").write_text("not an image")
+        dataset = ImageFolder(str(tmp_path), 6, 3)
+        data = dataset.load()
+        assert (len(data.train), len(data.test), data.train.labels) == (9, 1, None)
+        both = {v.numpy().tobytes() for v in torch.cat([data.train.values, data.test.values])}
+        assert both == {np.ascontiguousarray(i[:, 2:8].transpose(2, 0, 1)).tobytes() for i in pixels}
+        assert ImageFolder(str(tmp_path), 3, 1).load().train.values.shape == (9, *(1, 3, 3))
+
+    def test_splits_and_classes_are_folders(self, tmp_path):
+        for split, count in (("train", 3), ("test", 2)):
+            for label, name in enumerate(("ant", "bee")):
+                for i in range(count):
+                    level = np.full((4, 4), 10 * label + i, np.uint8)
+                    self.write(tmp_path / split / name / f"{i}.png", level)
+        data = ImageFolder(str(tmp_path), 4, 1).load()
+        assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert data.test.values[:, 0, 0, 0].tolist() == [0, 1, 10, 11]
+        (tmp_path / "train").rename(tmp_path / "other")
+        assert "train" in user_error(ImageFolder(str(tmp_path), 4, 1).prepare)
+
+    def test_resizing_is_antialiased(self, tmp_path):
+        stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))
+        for i in range(2):
+            self.write(tmp_path / f"{i}.png", stripes)
+        values = ImageFolder(str(tmp_path), 8, 1).load().train.values.float()
+        assert (values - 127.5).abs().max() < 8
+
+    def test_faults(self, tmp_path):
+        assert str(tmp_path) in user_error(ImageFolder(str(tmp_path), 4, 3).prepare)
+        assert "no such folder" in user_error(ImageFolder(str(tmp_path / "none"), 4, 3).identity)
+        for i in range(3):
+            self.write(tmp_path / f"{i}.png", random_images(8, 8)[0:8])
+        bad = tmp_path / "1.png"
+        whole = bad.read_bytes()
+        for content in (whole[:60], b"", b"<html>"):
+            bad.write_bytes(content)
+            assert str(bad) in user_error(ImageFolder(str(tmp_path), 4, 3).load)
+        self.write(bad, np.full((8, 8), 60_000, np.uint16))
+        assert "8 bits" in user_error(ImageFolder(str(tmp_path), 4, 3).load)
+
+    def test_identity(self, tmp_path):
+        for i, image in enumerate(random_images(3, 8, 8, 3)):
+            self.write(tmp_path / "here" / f"{i}.png", image)
+            self.write(tmp_path / "there" / f"{i}.png", image)
+        here, there = str(tmp_path / "here"), str(tmp_path / "there")
+        before = ImageFolder(there, 4, 3).identity()
+        assert before == ImageFolder(here, 4, 3).identity()
+        assert before != ImageFolder(here, 8, 3).identity() != ImageFolder(here, 8, 1).identity()
+        (tmp_path / "there" / "2.png").rename(tmp_path / "there" / "7.png")
+        assert before != ImageFolder(there, 4, 3).identity()
+        self.write(tmp_path / "here" / "2.png", random_images(8, 8, 3))
+        assert before != ImageFolder(here, 4, 3).identity()
+
+
+def md5_of(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+class TestTorchvision:
+    """Tiny files in the published layouts; only torchvision's checksums and the counts are replaced."""
+
+    @pytest.fixture(autouse=True)
+    def no_network(self, monkeypatch):
+        def unreachable(*args, **kwargs):
+            raise URLError("no route to host")
+
+        monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", unreachable)
+        monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", unreachable)
+        monkeypatch.setattr("torchvision.datasets.utils.download_file_from_google_drive", unreachable)
+
+    @pytest.mark.parametrize(
+        "dataset, file, folder",
+        [
+            (MNIST, "ubyte.gz", "MNIST/raw"),
+            (FashionMNIST, "ubyte.gz", "FashionMNIST/raw"),
+            (SVHN, "train_32x32.mat", "svhn"),
+            (CIFAR10, "cifar-10-python.tar.gz", ""),
+            (CelebA64, "img_align_celeba.zip", "celeba"),
+        ],
+    )
+    def test_no_network(self, tmp_path, dataset, file, folder):
+        absent = dataset(str(tmp_path))
+        for ask in (absent.prepare, absent.load):
+            message = user_error(ask)
+            assert file in message and str(tmp_path / folder) in message and "fetch_data" in message
+
+    def test_svhn(self, tmp_path, monkeypatch):
+        from scipy.io import savemat
+
+        (tmp_path / "svhn").mkdir()
+        files, images = {}, {"train": random_images(3, 3, 32, 32), "test": random_images(2, 3, 32, 32)}
+        for split, values in images.items():
+            path = tmp_path / "svhn" / f"{split}_32x32.mat"
+            labels = np.array([[10], [1], [9]], np.uint8)[: len(values)]
+            savemat(path, {"X": values.transpose(2, 3, 1, 0), "y": labels})
+            files[split] = ["http://localhost/", path.name, md5_of(path)]
+        monkeypatch.setattr("torchvision.datasets.SVHN.split_list", files)
+        monkeypatch.setattr(SVHN, "num_examples", (3, 2))
+        dataset = SVHN(str(tmp_path))
+        dataset.prepare()
+        data = dataset.load()
+        assert torch.equal(data.train.values, torch.from_numpy(images["train"]))
+        assert torch.equal(data.test.values, torch.from_numpy(images["test"]))
+        assert data.train.labels.tolist() == [0, 1, 9]
+        monkeypatch.setattr(SVHN, "num_examples", (4, 2))
+        assert "expected (4, 3, 32, 32)" in user_error(dataset.load)
+        with open(path, "r+b") as file:
+            file.seek(300)
+            file.write(b"?")
+        assert "damaged" in user_error(dataset.load)
+        assert "test_32x32.mat" in user_error(dataset.prepare)
+
+    def test_cifar10(self, tmp_path, monkeypatch):
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        images = random_images(7, 3, 32, 32)
+
+        def store(name, content):
+            (folder / name).write_bytes(pickle.dumps(content))
+            return [name, md5_of(folder / name)]
+
+        parts = [("one", images[:3]), ("two", images[3:5]), ("test", images[5:])]
+        stored = [store(n, {"data": p.reshape(len(p), -1), "labels": [4] * len(p)}) for n, p in parts]
+        meta = store("meta", {"label_names": ["thing"] * 10})
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.train_list", stored[:2])
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.test_list", stored[2:])
+        monkeypatch.setattr(
+            "torchvision.datasets.CIFAR10.meta", {"filename": "meta", "key": "label_names", "md5": meta[1]}
+        )
+        monkeypatch.setattr(CIFAR10, "num_examples", (5, 2))
+        data = CIFAR10(str(tmp_path)).load()
+        assert torch.equal(data.train.values, torch.from_numpy(images[:5]))
+        assert torch.equal(data.test.values, torch.from_numpy(images[5:]))
+        assert data.train.labels.tolist() == [4] * 5
+
+    def test_mnist_unpacks_archives_and_mends_what_was_unpacked(self, tmp_path, monkeypatch):
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        images, resources = random_images(5, 28, 28), []
+        for split, values in (("train", images[:3]), ("t10k", images[3:])):
+            head = struct.pack(">4i", 2051, len(values), 28, 28)
+            labels = struct.pack(">2i", 2049, len(values)) + bytes(range(len(values)))
+            for name, content in (("images-idx3", head + values.tobytes()), ("labels-idx1", labels)):
+                archive = raw / f"{split}-{name}-ubyte.gz"
+                archive.write_bytes(gzip.compress(content))
+                resources.append((archive.name, md5_of(archive)))
+        monkeypatch.setattr("torchvision.datasets.MNIST.resources", resources)
+        monkeypatch.setattr(MNIST, "num_examples", (3, 2))
+        dataset = MNIST(str(tmp_path))
+        dataset.prepare()
+        data = dataset.load()
+        assert torch.equal(data.train.values, torch.from_numpy(images[:3, None]))
+        assert torch.equal(data.test.values, torch.from_numpy(images[3:, None]))
+        assert data.train.labels.tolist() == [0, 1, 2]
+        with open(raw / "train-images-idx3-ubyte", "r+b") as file:
+            file.seek(100)
+            file.write(bytes([file.read(1)[0] ^ 1]))
+        assert "damaged" in user_error(dataset.load)
+        dataset.prepare()
+        assert torch.equal(dataset.load().train.values, data.train.values)
+
+    def test_celeba(self, tmp_path, monkeypatch):
+        folder = tmp_path / "celeba"
+        folder.mkdir()
+        levels = {
+            "000001.jpg": (10, 0),
+            "000002.jpg": (60, 1),
+            "000003.jpg": (110, 2),
+            "000004.jpg": (160, 0),
+        }
+        with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
+            for name, (level, _) in levels.items():
+                picture = np.full((218, 178, 3), 255, np.uint8)
+                picture[35:183, 15:163] = level  # the crop sees this square and nothing of the frame
+                content = io.BytesIO()
+                Image.fromarray(picture).save(content, "png")
+                archive.writestr(f"img_align_celeba/{name}", content.getvalue())
+        partition = folder / "list_eval_partition.txt"
+        partition.write_text("".join(f"{name} {code}\n" for name, (_, code) in levels.items()))
+        files = [(None, md5_of(folder / name), name) for name in CelebA64.archives]
+        monkeypatch.setattr("torchvision.datasets.CelebA.file_list", files)
+        monkeypatch.setattr("lpc_runner.data.torchvision_sets._CELEBA_CHUNK", 1)
+        monkeypatch.setattr(CelebA64, "num_examples", (2, 1))
+        dataset = CelebA64(str(tmp_path))
+        dataset.prepare()
+        (folder / "img_align_celeba.zip").unlink()  # the decoded copy is enough
+        dataset.prepare()
+        data = dataset.load()
+        expected = torch.tensor([10, 160], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 64, 64)
+        assert torch.equal(data.train.values, expected)
+        assert (data.test.values == 110).all() and data.test.labels is None
+        cached = next(folder.glob("train-v1-*.npy"))
+        content = bytearray(cached.read_bytes())
+        content[-1] ^= 1
+        cached.write_bytes(content)
+        assert cached.name in user_error(dataset.load)
+
+    def test_a_failed_decoding_leaves_no_file(self, tmp_path):
+        from lpc_runner.data.stored import save_images
+
+        def chunks():
+            yield random_images(2, 3, 4, 4)
+            raise OSError("disk full")
+
+        with pytest.raises(OSError, match="disk full"):
+            save_images(tmp_path, "train", 4, chunks())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_shapes_and_identities_need_no_files(self, tmp_path):
+        for dataset in (MNIST, FashionMNIST, SVHN, CIFAR10, CelebA64):
+            absent = dataset(str(tmp_path))
+            assert absent.shape == dataset.example_shape
+            assert absent.identity() == {"name": dataset.name, "preprocessing": 1}
