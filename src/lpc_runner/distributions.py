@@ -102,6 +102,8 @@ class _ScaledLikelihood(nn.Module):
     Rybkin et al. 2021), where momentum is the weight of the past.
     """
 
+    is_discrete = False  # whether p(x|z) is a probability of levels rather than a density
+
     @checked
     def __init__(
         self,
@@ -138,6 +140,8 @@ class _ScaledLikelihood(nn.Module):
 
 class DiscretisedGaussian(_ScaledLikelihood):
     """p(x | mean) of 8-bit images scaled to [-1, 1]: each of 256 levels owns a bin of width 2/255, end bins open."""
+
+    is_discrete = True
 
     def density(self, x: Tensor, mean: Tensor) -> Tensor:
         return log_bin_probability(x, mean, self.log_scale)

@@ -1,0 +1,62 @@
+"""What makes two runs the same: a hash of the resolved configuration without what changes no result."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lpc_runner.config.compose import Cell
+
+# Where things lie, who watches, and how fast: none of it changes what is computed.
+_OUTSIDE = ("study", "tracker", "device", "check", "rerun", "output_dir", "data_dir", "num_threads", "tuned")
+
+
+def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:
+    """Hex SHA-256 of what the run computes; the dataset enters by its content, not by its path."""
+    values = copy.deepcopy(OmegaConf.to_container(cell.cfg, resolve=True))
+    for key in _OUTSIDE:
+        values.pop(key)
+    values["dataset"] = dataset_identity
+    values["trainer"].pop("checkpoint_seconds", None)
+    values["metrics"].pop("weights", None)  # verified by their own hash
+    if values["trainer"].get("init_from"):
+        values["trainer"]["init_from"] = Path(values["trainer"]["init_from"]).resolve().name
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def flat_keys(cell: Cell) -> dict[str, Any]:
+    """The settings that sweeps and dashboards group by, at one level, absent where they do not apply."""
+    cfg, choices = cell.cfg, cell.choices
+    groups = ("dataset", "model", "sampler", "objective", "preconditioning", "step_size")
+    keys: dict[str, Any] = {group: choices[group] for group in groups}
+    keys["step_size_schedule"] = keys.pop("step_size")
+    has_chain = "num_steps" in cfg.sampler
+    keys |= {
+        "seed": cfg.seed,
+        "num_steps": cfg.sampler.get("num_steps", 0),
+        "step_size": cfg.step_size.get("value") if has_chain else None,
+        "beta": cfg.preconditioning.get("beta") if has_chain else None,
+        "theta_states": cfg.sampler.get("theta_states"),
+        "learning_rate": cfg.optimizer.get("learning_rate"),
+        "num_epochs": cfg.trainer.num_epochs,
+        "batch_size": cfg.trainer.batch_size,
+        "scale": OmegaConf.select(cfg, "model.likelihood.scale"),
+        "extractor": cfg.metrics.get("extractor"),
+    }
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def run_name(cell: Cell, digest: str) -> str:
+    """<dataset>-<model>-<method>-s<seed>-<hash>: readable, safe as a file name, never the clock."""
+    choices = cell.choices
+    words = [choices["dataset"], choices["model"], choices["sampler"], choices["objective"]]
+    if choices["sampler"] != "none":
+        words.append(choices["preconditioning"])
+    text = "-".join(words + [f"s{cell.cfg.seed}", digest[:10]])
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)

@@ -1,0 +1,49 @@
+"""What a run was made with: versions, commit, device, host."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpc_runner import __version__
+
+_PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "wandb", "torch-fidelity", "scikit-learn")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Facts to keep beside a result; nothing secret: no environment variables."""
+    on_cuda = device.type == "cuda"
+    return {
+        "lpc_runner": __version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu ({platform.processor() or platform.machine()})",
+        "num_threads": torch.get_num_threads(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with '+' when files differ from it; None outside one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

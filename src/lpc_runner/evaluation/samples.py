@@ -1,0 +1,43 @@
+"""Images drawn from a model, and grids of them."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lpc_runner.data.images import to_uint8
+from lpc_runner.files import write_atomically
+from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.randomness import generator
+
+CHUNK = 250  # images drawn at once; part of what sample number i is, so it is no setting
+
+
+@torch.no_grad()
+def sample_images(model: LatentVariableModel, num: int, seed: int) -> Iterator[Tensor]:
+    """Decoder means of z ~ p(z) as uint8 chunks (B, C, H, W); image i is the same whatever `num` is."""
+    device = next(model.parameters()).device
+    for number, start in enumerate(range(0, num, CHUNK)):
+        source = generator(seed, "samples", number, device=device)
+        z = model.prior.scale * torch.randn(CHUNK, model.latent_dim, generator=source, device=device)
+        yield to_uint8(model.decode(z[: num - start]))
+
+
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """A PNG grid of uint8 images (N, C, H, W), C = 1 or 3, row by row, two pixels apart; square unless told."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=255)
+    side = max(1, round(96 / images.shape[-1]))  # small images enlarged by whole pixels, so that one can see them
+    grid = grid.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    buffer = io.BytesIO()
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,332 @@
+"""Tables of a study: every number is a mean over seeds, of one dataset and one way of measuring."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lpc_runner.report import paper
+from lpc_runner.report.grouping import Group, common_settings
+from lpc_runner.report.study import STATUSES, Measurement, Run, Setting, Study
+
+ORDER = ("fid", "fd", "kid", "density", "coverage", "precision", "recall")
+LIKELIHOOD = ("elbo", "bits_per_dim", "kl", "active_units", "sigma")
+UNITS = {"elbo": "nats per example", "kl": "nats per example", "bits_per_dim": "bits per dimension"}
+DASH = "–"
+DIVERGED = "† no seed finished: the last finite states of diverged runs."
+
+
+@dataclass
+class Table:
+    """Text in rows and columns, the first column naming the row; hidden: columns too many for a terminal."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    hidden: frozenset[str] = frozenset()
+
+    def markdown(self) -> str:
+        """A heading, the table, and the notes as a list."""
+        lines = [f"## {self.title}", "", *_markdown_rows([self.columns, *self.rows])]
+        return "\n".join([*lines, "", *[f"- {_escape(note)}" for note in self.notes]]).rstrip() + "\n"
+
+
+def _markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    text = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
+    return [text[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *text[1:]]
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+# Numbers --------------------------------------------------------------------------------------------------
+
+
+def show(value: float | None, decimals: int | None = None) -> str:
+    """A number with as many decimals as its size deserves, – for None."""
+    if value is None:
+        return DASH
+    if not math.isfinite(value):
+        return str(value)
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.2g}"
+    return f"{value:,.{_decimals(value) if decimals is None else decimals}f}"
+
+
+def _decimals(value: float) -> int:
+    if abs(value) >= 1000:
+        return 0
+    return 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
+
+
+def spread(values: Iterable[float | None], expected: int | None = None) -> str:
+    """mean ± standard deviation (n - 1 in its denominator, – for one value); n is said where not `expected`."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return DASH
+    count = "" if expected in (None, len(present)) else f" (n={len(present)})"
+    if not all(map(math.isfinite, present)):
+        return f"not finite{count}"
+    mean = statistics.fmean(present)
+    if len(present) == 1:
+        return f"{show(mean)} ± {DASH}{count}"
+    return f"{show(mean)} ± {show(statistics.stdev(present), _decimals(mean))}{count}"
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of what is there, None where nothing is."""
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None
+
+
+# Sample quality -------------------------------------------------------------------------------------------
+
+
+def base_name(metric: str) -> str:
+    """fd of fd_random_conv."""
+    return metric.split("_")[0]
+
+
+def metric_order(metric: str) -> tuple[int, str]:
+    """Sort key: the Fréchet distance first, recall last."""
+    return ORDER.index(base_name(metric)), metric
+
+
+def main_metrics(names: Iterable[str]) -> frozenset[str]:
+    """Those that a terminal has no room for."""
+    return frozenset(name for name in names if base_name(name) in ("kid", "precision", "recall"))
+
+
+def describe_setting(setting: Setting) -> str:
+    """Extractor, N, references and k in words."""
+    known = [
+        f"{setting.extractor} features" + (f" ({setting.extractor_hash})" if setting.extractor_hash else "")
+    ]
+    known.append(
+        "number of samples not recorded" if setting.num_samples is None else f"N = {setting.num_samples:,}"
+    )
+    if setting.num_references is not None:
+        split = f" ({setting.reference})" if setting.reference else ""
+        known.append(f"{setting.num_references:,} references{split}")
+    if setting.k is not None:
+        known.append(f"k = {setting.k}")
+    return ", ".join(known)
+
+
+def settings_of(groups: Sequence[Group]) -> list[Setting]:
+    """The ways in which these runs were measured, the paper's extractor first."""
+    found = {measured.setting for group in groups for run in group.counted for measured in run.measurements}
+    return sorted(found, key=lambda setting: (setting.extractor != paper.EXTRACTOR, str(setting)))
+
+
+def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Table:
+    """Sample quality of every group measured in this setting, the paper's values beside it where they fit."""
+    found = {group.label: [run.measured(setting) for run in group.counted] for group in groups}
+    shown = [group for group in groups if any(found[group.label])]
+    present = [measured for group in shown for measured in found[group.label] if measured]
+    names = sorted({name for measured in present for name in measured.values}, key=metric_order)
+    papers = {group.label: _paper_row(group, setting) for group in shown}
+    compared = paper.METRICS if any(papers.values()) else ()
+    columns, hidden = ["method", "seeds"], main_metrics(names)
+    rows = [[group.marked_label, str(len(list(filter(None, found[group.label]))))] for group in shown]
+    for name in names:
+        columns += [name] + ([f"paper {name}", f"{name} − paper"] if name in compared else [])
+        for row, group in zip(rows, shown):
+            values = [measured.values.get(name) for measured in found[group.label] if measured]
+            row.append(spread(values, len(values)))
+            if name in compared:
+                theirs = getattr(papers[group.label], name, None)
+                ours = mean_of(values)
+                row += [_printed(theirs), DASH if None in (theirs, ours) else f"{ours - theirs:+.2f}"]
+    hidden |= {name for name in columns if name.endswith("− paper")}
+    notes = [f"Measured with {describe_setting(setting)}."]
+    notes += _facts(present) + _comparison(dataset, setting, bool(compared))
+    notes += [DIVERGED] * any(group.diverged for group in shown)
+    return Table(f"{dataset}: sample quality, {setting.extractor}", columns, rows, notes, hidden)
+
+
+def _printed(value: float | None) -> str:
+    """As the paper prints it: two decimals."""
+    return DASH if value is None else f"{value:.2f}"
+
+
+def _paper_row(group: Group, setting: Setting) -> paper.Row | None:
+    """The row of Table 1 made as these runs were, if they did reach its epochs under its extractor."""
+    if setting.extractor != paper.EXTRACTOR or group.diverged:
+        return None
+    row = paper.find_row(group.dataset, group.method, group.properties)
+    reached = [run.cost("num_epochs") for run in group.counted]
+    done = row is not None and all(value is None or abs(value - row.num_epochs) < 0.5 for value in reached)
+    return row if done else None
+
+
+def _facts(measurements: Sequence[Measurement]) -> list[str]:
+    """The best coverage to expect and the distance of real images from real ones, where recorded."""
+    notes = []
+    ceilings = {show(found.facts.get("coverage_ceiling")) for found in measurements} - {DASH}
+    if ceilings:
+        notes.append(f"Coverage of a perfect model at these counts: {', '.join(sorted(ceilings))}.")
+    for found in measurements[:1]:
+        for name, value in found.facts.items():
+            if name.endswith("_floor") and isinstance(value, int | float):
+                count = found.facts.get("num_floor")
+                kind = f"{count:,} real images" if isinstance(count, int) else "real images"
+                notes.append(f"{name.removesuffix('_floor')} of {kind} of the other split: {show(value)}.")
+    return notes
+
+
+def _comparison(dataset: str, setting: Setting, compared: bool) -> list[str]:
+    if setting.extractor != paper.EXTRACTOR:
+        return [f"Distances between {setting.extractor} features: not comparable with the paper's FID."]
+    if compared and setting.num_samples != paper.NUM_SAMPLES:
+        return [f"The paper used {paper.NUM_SAMPLES:,} samples; FID is larger with fewer."]
+    if not compared and dataset in paper.DATASETS:
+        return ["No group has the settings of the paper's Table 1: its values stand in their own table."]
+    return []
+
+
+def paper_table(dataset: str) -> Table:
+    """The paper's Table 1 for one of its datasets."""
+    rows = [
+        [row.method, str(row.num_epochs), *(_printed(getattr(row, name)) for name in paper.METRICS)]
+        for row in paper.TABLE_1
+        if row.dataset == dataset
+    ]
+    note = (
+        f"{paper.EXTRACTOR} features, N = {paper.NUM_SAMPLES:,}; LPC is preconditioned or not as in Table 3."
+    )
+    title = f"{dataset}: the paper's Table 1 ({paper.DATASETS[dataset]})"
+    return Table(title, ["method", "epochs", *paper.METRICS], rows, [note])
+
+
+# Likelihood, cost, state ----------------------------------------------------------------------------------
+
+
+def likelihood_table(dataset: str, groups: Sequence[Group]) -> Table | None:
+    """Numbers that no extractor enters: bounds, KL, active units; None where there are none."""
+    found = {name for group in groups for run in group.counted for name in run.numbers}
+    names = [name for name in LIKELIHOOD if name in found] + sorted(found.difference(LIKELIHOOD))
+    shown = [group for group in groups if any(run.numbers for run in group.counted)]
+    if not names:
+        return None
+    rows = []
+    for group in shown:
+        cells = [
+            spread((run.numbers.get(name) for run in group.counted), len(group.counted)) for name in names
+        ]
+        rows.append([group.marked_label, str(len(group.counted)), *cells])
+    notes = ["; ".join(f"{name}: {UNITS[name]}" for name in names if name in UNITS)]
+    facts = {
+        f"{key} {value}"
+        for group in shown
+        for run in group.counted
+        for key, value in run.number_facts.items()
+    }
+    notes += [f"Bounds over: {', '.join(sorted(facts))}."] * bool(facts)
+    notes += [DIVERGED] * any(group.diverged for group in shown)
+    hidden = frozenset(names[len(LIKELIHOOD) :])
+    title = f"{dataset}: likelihood and latents"
+    return Table(title, ["method", "seeds", *names], rows, [note for note in notes if note], hidden)
+
+
+def cost_table(dataset: str, groups: Sequence[Group]) -> Table:
+    """State of every group's runs and what its averaged runs cost."""
+    columns = ["method", "runs", "updates", "epochs", "train s", "gradient evaluations", "total s"]
+    names = ("num_updates", "num_epochs", "train_seconds", "gradient_evaluations", "total_seconds")
+    rows = []
+    for group in groups:
+        costs = [_cost([run.cost(name) for run in group.counted]) for name in names]
+        rows.append([group.marked_label, count_statuses(group.runs), *costs])
+    notes = ["Train seconds leave measuring out; a gradient evaluation is one ∇ log p(x, z) of one example."]
+    notes += [
+        f"Same for all: {', '.join(f'{key} {value}' for key, value in common_settings(groups).items())}."
+    ]
+    notes += [DIVERGED] * any(group.diverged for group in groups)
+    return Table(f"{dataset}: runs", columns, rows, notes, frozenset({"total s"}))
+
+
+def _cost(values: Sequence[float | None]) -> str:
+    """One number where all seeds agree (a count), else mean ± standard deviation."""
+    present = {value for value in values if value is not None}
+    if len(present) == 1:
+        value = present.pop()
+        return f"{value:,.0f}" if value == int(value) else show(value)
+    return spread(values)
+
+
+def count_statuses(runs: Sequence[Run]) -> str:
+    """'2 finished, 1 diverged'."""
+    counts = Counter(run.status for run in runs)
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+
+
+def state_notes(study: Study) -> list[str]:
+    """One line for each run that did not finish, naming it and where it stands."""
+    describe: dict[str, Callable[[Run], str]] = {
+        "diverged": lambda run: f"diverged{_where(run.result.get('diverged_at'))}",
+        "failed": lambda run: (
+            f"failed: {' '.join(str(run.result.get('error') or 'no reason recorded').split())}"
+        ),
+        "unfinished": lambda run: (
+            "unfinished"
+            + (
+                ", nothing logged yet"
+                if run.last_update is None
+                else f", last logged at update {run.last_update:,}"
+            )
+        ),
+        "damaged": lambda run: "its result is damaged",
+    }
+    return [f"{run.name}: {describe[run.status](run)}" for run in study.runs if run.status in describe]
+
+
+def _where(place: Any) -> str:
+    if not isinstance(place, dict):
+        return ""
+    parts = [
+        f"{name} {place[name]:,.6g}"
+        for name in ("update", "epoch")
+        if isinstance(place.get(name), int | float)
+    ]
+    return f" at {', '.join(parts)}" if parts else ""
+
+
+def study_csv(study: Study) -> str:
+    """One row per run: its settings, state, cost and every number, in full precision."""
+    records = []
+    group_of = {id(run): group for group in study.groups for run in [*group.runs, *group.repeated]}
+    for run in study.runs:
+        group = group_of[id(run)]
+        counted = any(run is other for other in group.counted)
+        record = {"run": run.name, "status": run.status, "group": group.label, "counted": counted}
+        record |= {
+            f"setting.{key}": value for key, value in run.choices.items() if not isinstance(value, dict)
+        }
+        record |= {f"setting.{key}": value for key, value in (group.properties | run.keys).items()}
+        cost = ("num_updates", "num_epochs", "train_seconds", "total_seconds", "gradient_evaluations")
+        record |= {name: run.result.get(name) for name in cost}
+        place = run.result.get("diverged_at")
+        record |= (
+            {f"diverged_at.{key}": value for key, value in place.items()} if isinstance(place, dict) else {}
+        )
+        record |= {"error": run.result.get("error")}
+        record |= {f"metric.{name}": value for name, value in run.numbers.items()}
+        for found in run.measurements:
+            prefix = "" if found.source == "result.json" else f"{found.source}:"
+            record |= {f"{prefix}metric.{name}": value for name, value in found.values.items()}
+            record |= {f"{prefix}measurement.{name}": value for name, value in found.facts.items()}
+        records.append(record)
+    buffer = io.StringIO()
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()

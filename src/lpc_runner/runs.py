@@ -1,0 +1,128 @@
+"""Run directories: where they lie, what state they are in, who works in them. Knows no model and no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from lpc_runner.errors import UserError
+from lpc_runner.files import write_atomically
+
+State = Literal["new", "resume", "done"]
+DONE = ("finished", "diverged")
+
+
+class RunDirectory:
+    """One run on disk: outputs/runs/<name>, linked from every study that uses it.
+
+    config.yaml, run.json, sessions.jsonl (one line per start), metrics.jsonl, result.json, samples/, checkpoints/,
+    evaluations/, wandb/.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def locate(cls, output_dir: Path, name: str, rerun: bool) -> RunDirectory:
+        """The directory of a run of that name; with `rerun` the newest repetition that is not done, or a new one."""
+        run = cls(Path(output_dir) / "runs" / name)
+        number = 0
+        while rerun and (number == 0 or run.state() == "done"):
+            number += 1
+            run = cls(Path(output_dir) / "runs" / f"{name}-rerun{number}")
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDirectory:
+        """An existing run directory. Raises UserError if `path` is none."""
+        run = cls(Path(path).resolve())
+        if not (run.path / "run.json").is_file():
+            raise UserError(f"{path} is no run directory (it has no run.json); runs lie in outputs/<study>/<run>")
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def state(self) -> State:
+        """done: finished or diverged. resume: begun, interrupted or failed. new: nothing there."""
+        result = self.result()
+        if result is not None and result["status"] in DONE:
+            return "done"
+        return "resume" if (self.path / "run.json").exists() else "new"
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json, None while there is none."""
+        return self._read("result.json")
+
+    def description(self) -> dict[str, Any]:
+        """run.json: name, hash, choices, keys, studies, data_shape."""
+        found = self._read("run.json")
+        assert found is not None
+        return found
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise UserError(f"{path} is damaged (no JSON); restore it, or rerun=true starts again beside it") from None
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of this run atomically."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
+
+    def append_session(self, session: dict[str, Any]) -> None:
+        """One line about this start: command, versions, device."""
+        with open(self.path / "sessions.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(session, default=str) + "\n")
+
+    def link_into(self, output_dir: Path, study: str) -> Path:
+        """outputs/<study>/<run>, a relative link, so that studies share runs; returns its path."""
+        folder = Path(output_dir) / study
+        folder.mkdir(parents=True, exist_ok=True)
+        link = folder / self.name
+        if not link.is_symlink():
+            try:
+                link.symlink_to(os.path.relpath(self.path, folder.resolve()))
+            except FileExistsError:
+                if not link.is_symlink():
+                    raise UserError(f"{link} is in the way: it is not a link to a run; move it") from None
+        return link
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Sole use of the directory. Raises UserError with pid and host of whoever has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        owner = self.path / ".owner"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = owner.read_text().strip() if owner.exists() else "another process"
+            raise UserError(f"{self.path} is being run by {who}") from None
+        try:
+            owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()

@@ -1,0 +1,198 @@
+"""Densities against high-precision arithmetic, torch.distributions and finite differences."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from lpc_runner.distributions import (
+    DiagonalGaussian,
+    DiscretisedGaussian,
+    Gaussian,
+    Prior,
+    log_bin_probability,
+    log_normal,
+)
+
+SCALES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0)
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def exact(x, mean, sigma):
+    """log P, d log P / d mean and d log P / d log σ of one bin, with 60 digits."""
+    with mpmath.workdps(60):
+        x, mean, sigma, half = mpmath.mpf(x), mpmath.mpf(mean), mpmath.mpf(sigma), 1 / mpmath.mpf(255)
+        low, high = (x - half - mean) / sigma, (x + half - mean) / sigma
+        has_low, has_high = x > -1 + half, x < 1 - half
+
+        def below(y):  # Φ by erfc: full relative precision in either tail
+            return mpmath.erfc(-y / mpmath.sqrt(2)) / 2
+
+        if not has_high:
+            probability = below(-low)
+        elif not has_low:
+            probability = below(high)
+        elif low > 0:
+            probability = below(-low) - below(-high)
+        else:
+            probability = below(high) - below(low)
+        at_low = mpmath.npdf(low) if has_low else mpmath.mpf(0)
+        at_high = mpmath.npdf(high) if has_high else mpmath.mpf(0)
+        to_mean = (at_low - at_high) / sigma / probability
+        to_scale = ((low if has_low else 0) * at_low - (high if has_high else 0) * at_high) / probability
+        return float(mpmath.log(probability)), float(to_mean), float(to_scale)
+
+
+def computed(x, mean, sigma, dtype):
+    """The same three numbers of `log_bin_probability`, and the arguments as that precision rounds them."""
+    x = torch.tensor(x, dtype=dtype)
+    mean = torch.tensor(mean, dtype=dtype, requires_grad=True)
+    log_scale = torch.tensor(math.log(sigma), dtype=dtype, requires_grad=True)
+    value = log_bin_probability(x, mean, log_scale)
+    to_mean, to_scale = torch.autograd.grad(value, [mean, log_scale])
+    # σ as computed from log_scale, by which the exact value is measured
+    return (value.item(), to_mean.item(), to_scale.item()), (x.item(), mean.item(), log_scale.double().exp().item())
+
+
+CASES = [
+    (level, offset)
+    for level in (0, 1, 100, 128, 254, 255)
+    for offset in (0.0, 1e-4, -0.002, 0.02, -0.3, 0.9, -1.7, 3.0)
+]
+
+
+@pytest.mark.parametrize("sigma", SCALES)
+def test_log_bin_probability_float64(sigma):
+    """Value and both derivatives to 1e-9 relative (1e-10 absolute) at bins of core, tail and both ends.
+
+    The bin holds h = 2/(255 σ) of the density's width, so differences of erfc lose log10(1/h) of 16 digits: at most 4.
+    """
+    for level, offset in CASES:
+        x = float(LEVELS[level])
+        got, point = computed(x, x + offset, sigma, torch.float64)
+        np.testing.assert_allclose(got, exact(*point), rtol=1e-9, atol=1e-10, err_msg=f"{level} {offset}")
+
+
+@pytest.mark.parametrize("sigma", SCALES)
+def test_log_bin_probability_float32(sigma):
+    """In float32 the error is that of an argument moved by a rounding: t = (x - mean)/σ, known to 2⁻²⁴ |x|/σ."""
+    rounding = 2.0**-23
+    for level, offset in CASES:
+        x = float(LEVELS[level])
+        got, point = computed(x, x + offset, sigma, torch.float32)
+        value, to_mean, to_scale = exact(*point)
+        # Narrow bins (h small) are differences of nearly equal numbers: relative error 2⁻²³/h of P.
+        narrow = rounding * 255 * sigma
+        moved = rounding * (abs(to_mean) + abs(to_scale) * math.log(1 / 1e-4))
+        np.testing.assert_allclose(got[0], value, rtol=4e-6, atol=8 * (narrow + moved + rounding))
+        slope_error = 8 * (narrow / sigma * 4 + rounding * (1 / sigma**2 + abs(to_mean) / sigma))
+        np.testing.assert_allclose(got[1], to_mean, rtol=1e-4, atol=slope_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sigma", SCALES)
+@pytest.mark.parametrize("mean", [0.0, 0.37, -1.0, 1.0, 5.0, -40.0])
+def test_256_bins_sum_to_one(dtype, sigma, mean):
+    """Σ_l P(l) = 1 wherever the mean is, also far outside [-1, 1], where an end bin takes everything."""
+    log_scale = torch.tensor(math.log(sigma), dtype=dtype)
+    log_p = log_bin_probability(LEVELS.to(dtype), torch.full((256,), mean, dtype=dtype), log_scale)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5 * max(1.0, sigma)
+    assert log_p.double().exp().sum().item() == pytest.approx(1, abs=tolerance)
+    assert log_p.isfinite().all()
+
+
+def test_end_bins_are_open():
+    """At x = ±1 the probability is a whole tail: one half (and the bin's own half) at mean = ±1, 1 beyond it."""
+    log_scale = torch.tensor(math.log(0.1), dtype=torch.float64)
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    half = 0.5 * math.erfc(-(1 / 255) / 0.1 / math.sqrt(2))
+    torch.testing.assert_close(log_bin_probability(x, x, log_scale).exp(), torch.full_like(x, half))
+    assert log_bin_probability(x, 3 * x, log_scale).tolist() == pytest.approx([0, 0], abs=1e-15)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
+def test_gradcheck(sigma):
+    """Analytic derivatives against finite differences, in core, tail and end bins (u up to 60σ)."""
+    x = LEVELS[[0, 0, 0, 1, 90, 128, 200, 254, 255, 255, 255]]
+    away = torch.tensor([0.5, -2.0, 30.0, 1.0, 60.0, 0.3, -26.0, -40.0, 2.0, -0.4, -35.0], dtype=torch.float64)
+    mean = (x + sigma * away).requires_grad_()
+    log_scale = torch.tensor(math.log(sigma), dtype=torch.float64, requires_grad=True)
+    f = lambda mean, log_scale: log_bin_probability(x, mean, log_scale)
+    assert torch.autograd.gradcheck(f, (mean, log_scale), eps=1e-7 * sigma, atol=1e-4, rtol=1e-5)
+
+
+def test_gradient_lives_in_the_far_tail_in_float32():
+    """40σ away float32 still gives the drift (about 40/σ), which a clamped difference of cdfs turns to exactly 0."""
+    for sigma in (0.01, 0.04):
+        for level, side in ((128, 1), (128, -1), (0, 1), (255, -1)):
+            x = float(LEVELS[level])
+            got, point = computed(x, x + side * 40 * sigma, sigma, torch.float32)
+            want = exact(*point)
+            assert abs(want[1]) > 30 / sigma
+            np.testing.assert_allclose(got, want, rtol=2e-5)
+
+
+def test_likelihoods_sum_over_dimensions():
+    """forward = Σ over all dimensions of the elementwise log-density, per example."""
+    x = LEVELS[torch.randint(256, (3, 2, 4, 4))].float()
+    mean = torch.randn(3, 2, 4, 4) * 0.3
+    gaussian = Gaussian("fixed", 0.7, 0.9)
+    want = Normal(mean, 0.7).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(gaussian(x, mean), want)
+    torch.testing.assert_close(log_normal(x, mean, torch.tensor(math.log(0.7))), Normal(mean, 0.7).log_prob(x))
+    discrete = DiscretisedGaussian("fixed", 0.2, 0.9)
+    width = 2 / 255  # a bin's mass is density times width up to the curvature, (width/σ)²/24 = 6e-5, per pixel
+    inner = (x.abs() < 0.99).double()
+    approximate = (Normal(mean, 0.2).log_prob(x) + math.log(width)) * inner
+    torch.testing.assert_close((discrete.density(x, mean) * inner).double(), approximate, atol=5e-3, rtol=1e-4)
+
+
+def test_scales():
+    """fixed: no parameter; learned: one; optimal: σ² = weight·σ² + (1 - weight)·MSE, the first batch alone sets it."""
+    assert list(Gaussian("fixed", 0.5, 0.9).parameters()) == []
+    (parameter,) = DiscretisedGaussian("learned", 0.5, 0.9).parameters()
+    assert parameter.shape == () and parameter.item() == pytest.approx(math.log(0.5))
+    optimal = DiscretisedGaussian("optimal", 0.5, 0.75)
+    assert list(optimal.parameters()) == []
+    running = None
+    for _ in range(4):
+        x, mean = torch.randn(5, 3), torch.randn(5, 3)
+        error = (x - mean).square().mean().item()
+        running = error if running is None else 0.75 * running + 0.25 * error
+        optimal.observe(x, mean)
+        assert math.exp(2 * optimal.log_scale.item()) == pytest.approx(running, rel=1e-5)
+
+
+def test_prior():
+    """log N(0, s²I) and its score, against torch.distributions and autograd."""
+    prior, z = Prior(1.7), torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    value = prior.log_prob(z)
+    torch.testing.assert_close(value, Normal(0.0, 1.7).log_prob(z).sum(1))
+    torch.testing.assert_close(prior.score(z), torch.autograd.grad(value.sum(), z)[0])
+
+
+def test_diagonal_gaussian():
+    """log-density and KL against torch.distributions; rsample is mean + sd ⊙ noise, differentiable in both."""
+    mean = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    variance = (torch.rand(6, 3, dtype=torch.float64) + 0.1).requires_grad_()
+    q, reference = DiagonalGaussian(mean, variance), Normal(mean, variance.sqrt())
+    z, noise = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    torch.testing.assert_close(q.log_prob(z), reference.log_prob(z).sum(1))
+    want = kl_divergence(reference, Normal(torch.zeros_like(mean), torch.full_like(mean, 1.3)))
+    torch.testing.assert_close(q.kl(Prior(1.3)), want.sum(1))
+    torch.testing.assert_close(q.kl_per_dimension(Prior(1.3)), want)
+    sample = q.rsample(noise)
+    torch.testing.assert_close(sample, mean + variance.sqrt() * noise)
+    to_mean, to_variance = torch.autograd.grad(sample.sum(), [mean, variance])
+    torch.testing.assert_close(to_mean, torch.ones_like(mean))
+    torch.testing.assert_close(to_variance, noise / (2 * variance.sqrt()))
+    assert not q.detach().mean.requires_grad and not q.detach().variance.requires_grad

@@ -1,0 +1,63 @@
+"""Langevin predictive coding on the linear model finds probabilistic PCA, whose likelihood scikit-learn knows."""
+
+import math
+
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from lpc_runner.data.dataset import Batch
+from lpc_runner.distributions import Gaussian
+from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.preconditioning import Identity
+from lpc_runner.inference.samplers import Langevin
+from lpc_runner.inference.step_sizes import Constant
+from lpc_runner.models.linear import Linear
+from lpc_runner.training.learner import Learner
+from lpc_runner.training.optimizers import Adam
+
+DATA_DIM, LATENT_DIM, NUM_EXAMPLES, NUM_UPDATES = 8, 2, 1000, 700
+
+
+@pytest.mark.parametrize("forward, reverse", [(0.5, 0.5), (0.0, 1.0)], ids=["jeffreys", "reverse"])
+def test_lpc_recovers_probabilistic_pca(forward, reverse):
+    """Mean log p(x) on the training data within 0.02 nats of the maximum, W's span and σ² as the eigenvalues say.
+
+    At the optimum log p(x) is flat, so every error of the parameters enters squared. The posterior's precision is at
+    most 4/.8² = 6.3, by which γ = .03 inflates its variance 1/(1 - γλ/2) = 1.10 times (γ = .1: 1.46, and a gap of 0.07).
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # Two factors of variance 4 and 2.25 above a noise of sd .8: x = z Wᵀ + ε about a mean that is not 0.
+    basis = torch.linalg.qr(torch.randn(DATA_DIM, LATENT_DIM))[0]
+    z = torch.randn(NUM_EXAMPLES, LATENT_DIM) * torch.tensor([2.0, 1.5])
+    x = z @ basis.T + 0.8 * torch.randn(NUM_EXAMPLES, DATA_DIM) + torch.linspace(-0.5, 0.5, DATA_DIM)
+    pca = PCA(LATENT_DIM, svd_solver="full").fit(x.numpy())
+    best = pca.score(x.numpy())
+
+    model = Linear((DATA_DIM,), LATENT_DIM, 1.0, Gaussian("learned", 1.5, 0.9), 0.3)
+    sampler = Langevin(20, "all", Constant(0.03), Identity())
+    learner = Learner(
+        model, model.build_encoder(), sampler, Objective(forward, reverse), Adam(2e-2, [0.9, 0.999], 1e-8)
+    )
+    start = model.log_evidence(x).mean().item()
+    for update in range(NUM_UPDATES):
+        if update == NUM_UPDATES // 2:
+            for optimizer in (learner.theta_optimizer, learner.phi_optimizer):
+                optimizer.param_groups[0]["lr"] = 2e-3
+        index = torch.randint(NUM_EXAMPLES, (250,))
+        batch = Batch(x[index], index)
+        gradients = learner.gradients(batch, 0, update, update < 50)
+        assert gradients.finite
+        learner.apply(batch, gradients)
+
+    gap = best - model.log_evidence(x).mean().item()
+    print(gap, math.exp(2 * model.likelihood.log_scale.item())/ pca.noise_variance_, (model.decoder[0].bias.detach()- torch.from_numpy(pca.mean_)).abs().max())
+    assert start < best - 1
+    assert model.log_evidence(x).mean().item() == pytest.approx(best, abs=0.02)
+    weight = model.decoder[0].weight.detach().double()
+    components = torch.from_numpy(pca.components_).double()
+    cosines = torch.linalg.svdvals(components @ torch.linalg.qr(weight)[0])
+    assert cosines.min() > 0.99  # of the angles between the two planes
+    assert math.exp(2 * model.likelihood.log_scale.item()) == pytest.approx(pca.noise_variance_, rel=0.08)
+    torch.testing.assert_close(model.decoder[0].bias.detach(), torch.from_numpy(pca.mean_).float(), atol=0.15, rtol=0)
