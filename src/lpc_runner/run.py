@@ -17,12 +17,12 @@ from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
 from lpc_runner.data.batches import Batches
-from lpc_runner.data.dataset import Data
+from lpc_runner.data.dataset import Batch, Data
 from lpc_runner.environment import describe_environment
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.quality import Measurer
-from lpc_runner.evaluation.samples import sample_images, save_grid
+from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
 from lpc_runner.files import write_atomically
 from lpc_runner.randomness import generator
 from lpc_runner.runs import RunDirectory
@@ -46,6 +46,22 @@ class Planned:
     experiment: Experiment
     directory: RunDirectory
     digest: str
+
+    @property
+    def feature_cache(self) -> Path:
+        """Where extractors keep weights and reference features."""
+        return Path(self.cell.cfg.data_dir) / "features"
+
+    def require(self) -> None:
+        """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
+        dataset = self.experiment.dataset
+        dataset.prepare()
+        self.experiment.metrics.require(tuple(dataset.shape), self.feature_cache)
+        batch_size = self.experiment.trainer.batch_size
+        if dataset.num_train < batch_size:
+            raise UserError(f"trainer.batch_size={batch_size} is more than the {dataset.num_train} training examples")
+        if self.experiment.metrics.reference == "train":
+            self.experiment.metrics.check(dataset.num_train)
 
 
 def plan(cell: Cell) -> Planned:
@@ -99,7 +115,7 @@ def execute(planned: Planned) -> dict[str, Any]:
 
 
 def _train_and_measure(planned: Planned) -> dict[str, Any]:
-    experiment, directory, cfg = planned.experiment, planned.directory, planned.cell.cfg
+    experiment, directory = planned.experiment, planned.directory
     started = time.perf_counter()
     data = experiment.dataset.load()
     batches = Batches(data.train, experiment.dataset, experiment.trainer.batch_size, experiment.seed, experiment.device)
@@ -111,11 +127,11 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
     identity = experiment.dataset.identity()
-    measurer = experiment.metrics.prepare(data, identity, Path(cfg.data_dir) / "features", experiment.device)
+    measurer = experiment.metrics.prepare(data, identity, planned.feature_cache, experiment.device)
     tracker = _open_tracker(planned)
     status = "failed"
     try:
-        save_grid(_data_grid(data), directory.samples / "data.png")
+        save_grid(data.train.values[:GRID], directory.samples / "data.png")
 
         def measure(counters: Counters) -> dict[str, float]:
             images = sample_images(learner.model, measurer.num_samples_during, experiment.seed)
@@ -230,10 +246,6 @@ def _open_tracker(planned: Planned) -> Tracker:
     return Tracker(log, [sink])
 
 
-def _data_grid(data: Data) -> torch.Tensor:
-    return data.train.values[:GRID]
-
-
 def _draw(learner: Learner, planned: Planned, tracker: Tracker, update: int, final: bool = False) -> None:
     """The grid of the first samples: always of the same z, so that grids of a run can be compared."""
     name = "final.png" if final else f"update-{update:09d}.png"
@@ -247,7 +259,8 @@ def _draw_reconstructions(learner: Learner, planned: Planned, data: Data, tracke
         return
     values = data.test.values[: GRID // 2].to(planned.experiment.device)
     index = torch.arange(len(values), device=values.device)
-    images = reconstruct(learner, planned.experiment, values, index)
+    batch = Batch(planned.experiment.dataset.to_model(values), index)
+    images = reconstruct(learner.model, learner.encoder, batch)
     path = planned.directory.samples / "reconstructions.png"
     save_grid(torch.stack([values, images], 1).flatten(0, 1), path, columns=8)
     tracker.images(update, "reconstructions", path)

@@ -53,6 +53,12 @@ class Arrays(ImageDataset):
         """(C, H, W) from the header of the first file. Raises UserError if that file is missing or wrong."""
         return _headers(self._train[0])["images"].shape[1:]
 
+    @property
+    def num_train(self) -> int:
+        """Images in the training files, less those held out. Raises UserError if a file is missing or wrong."""
+        count = sum(_headers(path)["images"].shape[0] for path in self._train)
+        return count if self._test is not None else len(hold_out(self._train[0], count)[0])
+
     def identity(self) -> dict[str, object]:
         """SHA-256 of every file and the rule for the test split, no paths. UserError if a file is missing."""
         for path in self._files():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one split as stored: `values` (N, ...) in their own dtype, `labels` (N,) int64 where they exist."""
+    """Examples of one split as stored: `values` (N, ...) in their own dtype, `labels` (N,) int64 if any."""
 
     values: Tensor
     labels: Tensor | None = None
@@ -47,17 +47,22 @@ class Dataset(ABC):
     def shape(self) -> tuple[int, ...]:
         """Shape of one example, known without loading all of them. Raises UserError when the data are missing."""
 
+    @property
+    @abstractmethod
+    def num_train(self) -> int:
+        """Number of training examples, known without loading them. Raises UserError when the data are missing."""
+
     @abstractmethod
     def identity(self) -> dict[str, object]:
-        """What makes two datasets the same whatever folder they lie in: name, preprocessing, SHA-256 of user files."""
+        """What makes two datasets the same, wherever they lie: name, preprocessing, SHA-256 of user files."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make sure the data are there, downloading where that is possible; raise UserError (one line) if not."""
+        """Make sure the data are there, by a download if need be; raise UserError (one line) if not."""
 
     @abstractmethod
     def load(self) -> Data:
-        """Read both splits; raise UserError (one line: which file, what was expected) if they are damaged."""
+        """Read both splits; raise UserError (one line: which file, what was expected) if damaged."""
 
     @abstractmethod
     def to_model(self, values: Tensor) -> Tensor:

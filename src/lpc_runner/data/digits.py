@@ -28,6 +28,11 @@ class Digits(ImageDataset):
         """(1, 28, 28)."""
         return (1, 28, 28)
 
+    @property
+    def num_train(self) -> int:
+        """1,437."""
+        return 1437
+
     def identity(self) -> dict[str, object]:
         """Name and version of resizing and split."""
         return {"name": self.name, "preprocessing": _VERSION}

@@ -39,6 +39,11 @@ class ImageFolder(ImageDataset):
         """(channels, image_size, image_size)."""
         return (self._channels, self._size, self._size)
 
+    @property
+    def num_train(self) -> int:
+        """Files of the training split. Raises UserError if there are none."""
+        return len(self._splits()[0])
+
     def identity(self) -> dict[str, object]:
         """How images are decoded and one SHA-256 over all relative names and contents. UserError if none."""
         digest = hashlib.sha256()

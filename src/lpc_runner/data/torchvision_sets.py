@@ -49,6 +49,11 @@ class TorchvisionImages(ImageDataset):
         """(C, H, W) of one image."""
         return self.example_shape
 
+    @property
+    def num_train(self) -> int:
+        """Size of the published training split."""
+        return self.num_examples[0]
+
     def identity(self) -> dict[str, object]:
         """Name and version of the preprocessing; the files themselves have published checksums."""
         return {"name": self.name, "preprocessing": self.version}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.errors import UserError
-from lpc_runner.evaluation.features import Extractor, ExtractorName, make_extractor
+from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, make_extractor
 from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance, within_term
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
@@ -81,6 +81,11 @@ class SampleQuality:
                 f"metrics.k={self.k} needs at least {self.k + 1} {self.reference} images to measure against, "
                 f"there are {num_available}; lower metrics.k or use more data"
             )
+
+    def require(self, shape: tuple[int, ...], cache_dir: Path) -> None:
+        """UserError (one line) when the extractor's weights are missing and cannot be fetched; loads no data."""
+        if self.extractor == "inception":
+            Inception(shape[0], Path(cache_dir), self.weights).prepare()
 
     def prepare(
         self, data: Data, identity: dict[str, object], cache_dir: Path, device: torch.device | str

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lpc_runner.data.dataset import Batch
 from lpc_runner.data.images import to_uint8
 from lpc_runner.files import write_atomically
 from lpc_runner.models.latent import LatentVariableModel
@@ -26,6 +27,12 @@ def sample_images(model: LatentVariableModel, num: int, seed: int) -> Iterator[T
         source = generator(seed, "samples", number, device=device)
         z = model.prior.scale * torch.randn(CHUNK, model.latent_dim, generator=source, device=device)
         yield to_uint8(model.decode(z[: num - start]))
+
+
+@torch.no_grad()
+def reconstruct(model: LatentVariableModel, encoder: nn.Module, batch: Batch) -> Tensor:
+    """Decoder means at the mean of q(z|x), uint8 (B, C, H, W)."""
+    return to_uint8(model.decode(encoder(batch).mean))
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:

@@ -86,14 +86,10 @@ class Run:
         """Measurements during training that fit `setting`, then the final one if it fits too."""
         points = {point.update: point for point in self.points if point.setting.fits(setting)}
         updates = self.cost("num_updates")
-        for measurement in self.measurements[:1]:
-            if (
-                updates is not None
-                and measurement.source == "result.json"
-                and measurement.setting.fits(setting)
-            ):
+        for found in self.measurements:
+            if updates is not None and found.source == "result.json" and found.setting.fits(setting):
                 spent = self.cost("train_seconds"), self.cost("gradient_evaluations")
-                points[int(updates)] = Point(int(updates), *spent, measurement.setting, measurement.values)
+                points[int(updates)] = Point(int(updates), *spent, found.setting, found.values)
         return [points[update] for update in sorted(points)]
 
     def measured(self, setting: Setting) -> Measurement | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections import Counter
@@ -68,7 +66,7 @@ def _decimals(value: float) -> int:
 
 
 def spread(values: Iterable[float | None], expected: int | None = None) -> str:
-    """mean ± standard deviation (n - 1 in its denominator, – for one value); n is said where not `expected`."""
+    """mean ± standard deviation (over n - 1, – for one value); n is said where it is not `expected`."""
     present = [value for value in values if value is not None]
     if not present:
         return DASH
@@ -92,7 +90,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 def base_name(metric: str) -> str:
     """fd of fd_random_conv."""
-    return metric.split("_")[0]
+    return metric.partition("_")[0]
 
 
 def metric_order(metric: str) -> tuple[int, str]:
@@ -110,9 +108,8 @@ def describe_setting(setting: Setting) -> str:
     known = [
         f"{setting.extractor} features" + (f" ({setting.extractor_hash})" if setting.extractor_hash else "")
     ]
-    known.append(
-        "number of samples not recorded" if setting.num_samples is None else f"N = {setting.num_samples:,}"
-    )
+    count = setting.num_samples
+    known.append("number of samples not recorded" if count is None else f"N = {count:,}")
     if setting.num_references is not None:
         split = f" ({setting.reference})" if setting.reference else ""
         known.append(f"{setting.num_references:,} references{split}")
@@ -247,7 +244,7 @@ def cost_table(dataset: str, groups: Sequence[Group]) -> Table:
         rows.append([group.marked_label, count_statuses(group.runs), *costs])
     notes = ["Train seconds leave measuring out; a gradient evaluation is one ∇ log p(x, z) of one example."]
     notes += [
-        f"Same for all: {', '.join(f'{key} {value}' for key, value in common_settings(groups).items())}."
+        f"Shared settings: {', '.join(f'{key} {value}' for key, value in common_settings(groups).items())}."
     ]
     notes += [DIVERGED] * any(group.diverged for group in groups)
     return Table(f"{dataset}: runs", columns, rows, notes, frozenset({"total s"}))
@@ -297,36 +294,3 @@ def _where(place: Any) -> str:
         if isinstance(place.get(name), int | float)
     ]
     return f" at {', '.join(parts)}" if parts else ""
-
-
-def study_csv(study: Study) -> str:
-    """One row per run: its settings, state, cost and every number, in full precision."""
-    records = []
-    group_of = {id(run): group for group in study.groups for run in [*group.runs, *group.repeated]}
-    for run in study.runs:
-        group = group_of[id(run)]
-        counted = any(run is other for other in group.counted)
-        record = {"run": run.name, "status": run.status, "group": group.label, "counted": counted}
-        record |= {
-            f"setting.{key}": value for key, value in run.choices.items() if not isinstance(value, dict)
-        }
-        record |= {f"setting.{key}": value for key, value in (group.properties | run.keys).items()}
-        cost = ("num_updates", "num_epochs", "train_seconds", "total_seconds", "gradient_evaluations")
-        record |= {name: run.result.get(name) for name in cost}
-        place = run.result.get("diverged_at")
-        record |= (
-            {f"diverged_at.{key}": value for key, value in place.items()} if isinstance(place, dict) else {}
-        )
-        record |= {"error": run.result.get("error")}
-        record |= {f"metric.{name}": value for name, value in run.numbers.items()}
-        for found in run.measurements:
-            prefix = "" if found.source == "result.json" else f"{found.source}:"
-            record |= {f"{prefix}metric.{name}": value for name, value in found.values.items()}
-            record |= {f"{prefix}measurement.{name}": value for name, value in found.facts.items()}
-        records.append(record)
-    buffer = io.StringIO()
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue()

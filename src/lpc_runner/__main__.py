@@ -1,0 +1,3 @@
+from lpc_runner.main import main
+
+main()

@@ -1,0 +1,84 @@
+"""The command line: compose and check every cell, then let Hydra run them; one clear line and exit code 1 otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+
+from omegaconf import DictConfig
+
+from lpc_runner.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Entry point of `python -m lpc_runner` and of the console script."""
+    from lpc_runner.config.compose import compose_cells, parse_arguments
+
+    args = parse_arguments()
+    with one_line_errors():
+        looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
+        if not looking:
+            cells = compose_cells(args)  # every cell, so that a mistake in the last one is found before the first runs
+        if looking or args.cfg:
+            _hydra(args)
+            return
+        from lpc_runner.planning import check_plan, print_plan, print_results, unfinished
+
+        planned = check_plan(cells)
+        if cells[0].cfg.check:
+            print_plan(planned)
+            return
+        _hydra(args)
+        print_results(planned)
+        left = unfinished(planned)
+        if left:
+            raise UserError(f"{len(left)} of {len(planned)} runs did not finish: {left[0]}")
+
+
+class one_line_errors:  # noqa: N801 (used like a function)
+    """Context: a UserError becomes one line on standard error and exit code 1; LPC_TRACEBACK=1 shows the traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, UserError):
+            if os.environ.get("LPC_TRACEBACK"):
+                traceback.print_exception(error)
+            print(f"lpc_runner: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+def _hydra(args: argparse.Namespace) -> None:
+    """Hand over to Hydra, which parses the same command line again and calls `job` for every cell."""
+    import hydra
+
+    from lpc_runner.config.compose import CONF_DIR, CONFIG_NAME
+
+    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
+
+
+def job(cfg: DictConfig) -> None:
+    """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lpc_runner.planning import cell_of_job
+    from lpc_runner.run import execute, plan
+    from lpc_runner.training.interrupts import Interrupted
+
+    hydra_cfg = HydraConfig.get()
+    try:
+        execute(plan(cell_of_job(cfg, hydra_cfg)))
+    except Interrupted as signal:
+        raise SystemExit(signal.exit_code) from None
+    except UserError as error:
+        logger.error("%s", error)
+    except Exception:
+        # Not raised again: Hydra would end the sweep's report with this one failure and hide the others. The failed
+        # run is in its result.json, and `main` names it and exits with 1.
+        logger.exception("run failed")

@@ -1,0 +1,118 @@
+"""python -m lpc_runner.report outputs/<study>: tables, curves and samples, the paper's numbers beside ours.
+
+Writes report.md, report.csv and pictures into outputs/<study>/report, and prints the main columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from lpc_runner.errors import UserError
+from lpc_runner.files import write_atomically
+from lpc_runner.report import paper
+from lpc_runner.report.budgets import BUDGETS, budget_table, curve_settings
+from lpc_runner.report.figures import png, study_figures
+from lpc_runner.report.spreadsheet import study_csv
+from lpc_runner.report.study import Study, read_study
+from lpc_runner.report.tables import (
+    Table,
+    cost_table,
+    count_statuses,
+    likelihood_table,
+    paper_table,
+    quality_table,
+    settings_of,
+    state_notes,
+)
+
+WIDTH = 100
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write and print the report of one study; 1 with one line on stderr where that is impossible."""
+    parser = argparse.ArgumentParser(prog="python -m lpc_runner.report", description=__doc__)
+    parser.add_argument("study", type=Path, help="a folder of runs: outputs/<study>")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: <study>/report)")
+    options = parser.parse_args(arguments)
+    try:
+        study = read_study(options.study)
+        tables = study_tables(study)
+        paths = write_report(study, tables, options.output or options.study / "report")
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print_report(study, tables, paths)
+    return 0
+
+
+def study_tables(study: Study) -> list[Table]:
+    """Every table of the report in reading order, dataset by dataset."""
+    tables: list[Table | None] = []
+    for dataset in study.datasets:
+        groups = study.of(dataset)
+        tables += [cost_table(dataset, groups)]
+        tables += [quality_table(dataset, groups, setting) for setting in settings_of(groups)]
+        tables += [paper_table(dataset)] if dataset in paper.DATASETS else []
+        tables += [likelihood_table(dataset, groups)]
+        for setting in curve_settings(groups):
+            tables += [budget_table(dataset, groups, setting, budget) for budget in BUDGETS]
+    return [table for table in tables if table is not None]
+
+
+def write_report(study: Study, tables: Sequence[Table], folder: Path) -> list[Path]:
+    """Pictures first, then the texts that name them; the same study gives the same bytes. OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, figure in study_figures(study, study.warnings):
+        write_atomically(folder / name, png(figure))
+        pictures.append(folder / name)
+    write_atomically(folder / "report.csv", study_csv(study))
+    write_atomically(folder / "report.md", markdown(study, tables, pictures))
+    return [folder / "report.md", folder / "report.csv", *pictures]
+
+
+def markdown(study: Study, tables: Sequence[Table], pictures: Sequence[Path]) -> str:
+    """The whole report as text."""
+    parts = [f"# {study.name}\n", f"{len(study.runs)} runs: {count_statuses(study.runs)}.\n"]
+    for title, lines in (("Runs that did not finish", state_notes(study)), ("Warnings", study.warnings)):
+        if lines:
+            parts.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
+    parts += [table.markdown() for table in tables]
+    parts += [f"![{path.stem}]({path.name})\n" for path in pictures]
+    return "\n".join(parts)
+
+
+def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -> None:
+    """The main columns, what went wrong, and where the files are, in at most WIDTH columns."""
+    console = Console(highlight=False)
+    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    console.print(Text(f"{study.name}: {len(study.runs)} runs, {count_statuses(study.runs)}", style="bold"))
+    for table in tables:
+        grid = Grid(
+            title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        )
+        kept = [index for index, name in enumerate(table.columns) if name not in table.hidden]
+        for index in kept:
+            grid.add_column(Text(table.columns[index]), justify="right" if index else "left", overflow="fold")
+        for row in table.rows:
+            grid.add_row(*(Text(row[index]) for index in kept))
+        console.print(grid)
+        for note in table.notes:
+            console.print(Text(note, style="dim"))
+        console.print()
+    for line in [*state_notes(study), *(f"warning: {line}" for line in study.warnings)]:
+        console.print(Text(line), soft_wrap=True)
+    for path in paths:
+        console.print(Text(str(path)), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Pictures of a study: metrics during training, sample grids side by side."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lpc_runner.report.budgets import Curve, curve_settings, followed, mean_curve
+from lpc_runner.report.grouping import Group
+from lpc_runner.report.study import Point, Setting, Study
+from lpc_runner.report.tables import base_name, metric_order
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind eyes and in grey; yellow is too pale for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vP*"
+MAX_LINES = len(COLOURS)  # more lines in one picture cannot be told apart: the next ones get their own
+MAX_GRIDS = 12
+DPI = 200
+STYLE = {
+    "font.size": 13,
+    "axes.labelsize": 14,
+    "axes.titlesize": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 7,
+}
+NAMES = {
+    "fid": "FID (lower is better)",
+    "fd": "Fréchet distance (lower is better)",
+    "kid": "KID (lower is better)",
+    "density": "density (1 for a perfect model)",
+    "coverage": "coverage (higher is better)",
+    "precision": "precision (higher is better)",
+    "recall": "recall (higher is better)",
+    "train/elbo": "ELBO of training batches\n(nats per example)",
+}
+NUM_AVERAGED = 60  # points of a training curve, each a mean over neighbouring rows
+
+
+def study_figures(study: Study, warnings: list[str]) -> Iterator[tuple[str, Figure]]:
+    """File name and figure, one by one; only what was measured more than once during training has a curve."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        for dataset in study.datasets:
+            groups = study.of(dataset)
+            for setting in curve_settings(groups):
+                curves = [run.curve(setting) for group in groups for run in followed(group)]
+                names = {name for curve in curves for point in curve for name in point.values}
+                for metric in sorted(names, key=metric_order):
+                    yield from curve_figures(dataset, groups, metric, setting)
+            yield from curve_figures(dataset, groups, "train/elbo", None)
+            grids = sample_figure(dataset, groups, warnings)
+            if grids is not None:
+                yield f"{dataset}-samples.png", grids
+
+
+def png(figure: Figure) -> bytes:
+    """The picture, byte for byte the same whenever the data are."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+# Curves ---------------------------------------------------------------------------------------------------
+
+
+def _averaged(points: list[Point]) -> list[Point]:
+    """A training curve with its noise averaged over neighbouring rows, at the last row of each stretch."""
+    size = -(-len(points) // NUM_AVERAGED) or 1
+    averaged = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        mean = sum(point.values["train/elbo"] for point in stretch) / len(stretch)
+        last = stretch[-1]
+        averaged.append(
+            Point(last.update, last.seconds, last.gradient_evaluations, None, {"train/elbo": mean})
+        )
+    return averaged
+
+
+def curve_figures(
+    dataset: str, groups: Sequence[Group], metric: str, setting: Setting | None
+) -> Iterator[tuple[str, Figure]]:
+    """The metric against updates and against seconds, at most MAX_LINES groups a picture, all on the same axes.
+
+    setting None: not a measurement but the training log.
+    """
+    lines: list[tuple[Group, Curve]] = []
+    for group in groups:
+        runs = followed(group)
+        points = [_averaged(run.training) if setting is None else run.curve(setting) for run in runs]
+        curve = mean_curve(points, metric)
+        if curve.updates:
+            lines.append((group, curve))
+    if not any(len(curve.updates) > 1 for _, curve in lines):
+        return
+    pages = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+    for number, page in enumerate(pages, start=1):
+        suffix = f"-{number}" if len(pages) > 1 else ""
+        yield (
+            f"{dataset}-{metric.replace('/', '-')}{suffix}.png",
+            _curve_figure(dataset, page, lines, metric, setting),
+        )
+
+
+def _curve_figure(
+    dataset: str,
+    page: Sequence[tuple[Group, Curve]],
+    everything: Sequence[tuple[Group, Curve]],
+    metric: str,
+    setting: Setting | None,
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    timed = any(seconds is not None for _, curve in everything for seconds in curve.seconds)
+    rows = -(-len(page) // 2)
+    figure = Figure(figsize=(11, 4.4 + 0.3 * rows), layout="constrained")
+    axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
+    for index, (group, curve) in enumerate(page):
+        style = {"color": COLOURS[index], "marker": MARKERS[index], "label": _legend(group, curve)}
+        if not group.counted:
+            style["linestyle"] = ":"
+        _draw(axes[0], curve.updates, curve, style)
+        if timed:
+            _draw(axes[1], curve.seconds, curve, style)
+    axes[0].set_xlabel("updates")
+    axes[0].set_ylabel(_axis_name(metric, setting))
+    axes[0].set_ylim(*_limits([curve for _, curve in everything], cut=setting is None))
+    if timed:
+        seconds = [value for _, curve in everything for value in curve.seconds if value]
+        axes[1].set_xlabel("training time (s)")
+        if max(seconds) > 10 * min(seconds):
+            axes[1].set_xscale("log")
+            axes[1].set_xlabel("training time (s, logarithmic)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(page) > 1 else 1)
+    counted = "" if setting is None else f", N = {setting.num_samples:,} samples"
+    figure.suptitle(f"{dataset}{counted}", fontsize=14)
+    return figure
+
+
+def _draw(axis: Any, x: Sequence[float | None], curve: Curve, style: dict[str, Any]) -> None:
+    known = [index for index, value in enumerate(x) if value is not None]
+    x, mean, std = ([column[index] for index in known] for column in (x, curve.mean, curve.std))
+    axis.plot(x, mean, markevery=max(1, len(x) // 12), **style)
+    if curve.num_runs > 1:
+        low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _limits(curves: Sequence[Curve], cut: bool) -> tuple[float, float]:
+    """Room for every band; `cut`: for what comes after the first tenth, where a loss falls from its start."""
+    low, high = [], []
+    for curve in curves:
+        first = 0.1 * curve.updates[-1] if cut else 0
+        kept = [i for i, update in enumerate(curve.updates) if update >= first]
+        low += [curve.mean[i] - curve.std[i] for i in kept]
+        high += [curve.mean[i] + curve.std[i] for i in kept]
+    margin = 0.06 * (max(high) - min(low)) or 0.1 * abs(max(high)) or 1.0
+    return min(low) - margin, max(high) + margin
+
+
+def _axis_name(metric: str, setting: Setting | None) -> str:
+    name = NAMES[metric if setting is None else base_name(metric)]
+    return name if setting is None else f"{name.replace(' (', chr(10) + '(')}\n{setting.extractor} features"
+
+
+def _legend(group: Group, curve: Curve) -> str:
+    state = "" if group.counted else ", unfinished"
+    state = ", diverged" if group.diverged else state
+    seeds = f"mean ± std of {curve.num_runs} seeds" if curve.num_runs > 1 else "1 seed"
+    return "\n".join(textwrap.wrap(f"{group.label} ({seeds}{state})", 46))
+
+
+# Sample grids ---------------------------------------------------------------------------------------------
+
+
+def sample_figure(dataset: str, groups: Sequence[Group], warnings: list[str]) -> Figure | None:
+    """The data and the final samples of each group's first run, side by side; None where none has any."""
+    import matplotlib.image
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[str, Any]] = []
+    with_grids = [(group, run) for group in groups for run in group.counted[:1]]
+    wanted: list[tuple[str, Path]] = [
+        ("data", run.path / "samples" / "data.png") for _, run in with_grids[:1]
+    ]
+    for group, run in with_grids:
+        wanted.append((f"{group.marked_label} (seed {run.seed})", run.path / "samples" / "final.png"))
+    for title, path in wanted:
+        if path.exists():
+            try:
+                panels.append((title, matplotlib.image.imread(path)))
+            except (OSError, ValueError, SyntaxError):
+                warnings.append(f"{path.parents[1].name}/samples/{path.name} is damaged (no picture)")
+    if all(title == "data" for title, _ in panels):
+        return None
+    left_out = len(panels) - MAX_GRIDS
+    panels = panels[:MAX_GRIDS]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 4.7 * rows), layout="constrained")
+    for axis in figure.subplots(rows, columns, squeeze=False).flat:
+        axis.set_axis_off()
+    for axis, (title, picture) in zip(figure.axes, panels):
+        axis.imshow(picture, cmap="gray")
+        axis.set_title("\n".join(textwrap.wrap(title, 32)), fontsize=14)
+    if left_out > 0:
+        figure.supxlabel(f"{left_out} more groups are not shown", fontsize=13)
+    return figure
