@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=50, help="steps of the chain, T (default: 50)")
     parser.add_argument("--batch", type=positive, default=64, help="images per update (default: 64)")
     parser.add_argument("--rounds", type=positive, default=5, help="timed repetitions (default: 5)")
-    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--threads", type=positive, default=None, help="CPU threads (default: torch's choice)"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

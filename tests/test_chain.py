@@ -73,7 +73,9 @@ def test_stability_bound():
     chain = run(gaussian([1.99, 2.01]), torch.zeros(500, 2, dtype=torch.float64), langevin(1500, 1.0))
     inside, outside = chain.z.var(0).tolist()
     assert inside < 1.5 * ula_variance(1.99, 1.0)
-    assert outside == pytest.approx(2 * (1.01**3000 - 1) / (1.01**2 - 1), rel=0.4)  # 500 chains: 6.3 % each sd
+    assert outside == pytest.approx(
+        2 * (1.01**3000 - 1) / (1.01**2 - 1), rel=0.4
+    )  # 500 chains: 6.3 % each sd
 
 
 def test_shared_preconditioner_variance():
@@ -197,7 +199,11 @@ def test_chains_of_a_batch_are_independent_unless_the_metric_is_shared():
     moved = start.clone()
     moved[5] += 3
     others = [0, 1, 2, 3, 4, 6, 7]
-    for metric, independent in ((Identity(), True), (Adam(0.5, 1e-8, None), True), (SharedAdam(0.5, 1e-8, None), False)):
+    for metric, independent in (
+        (Identity(), True),
+        (Adam(0.5, 1e-8, None), True),
+        (SharedAdam(0.5, 1e-8, None), False),
+    ):
         sampler = langevin(10, 0.05, metric)
         one, two = (run(gaussian(CURVATURES), z, sampler).z for z in (start, moved))
         assert torch.equal(one[others], two[others]) == independent
@@ -263,7 +269,11 @@ def test_chain_gathers_what_its_states_say(mlp, theta_states):
 def test_moments_keep_the_variance_in_float32():
     """At mean 2, sd .01 the variance is exact to 1e-3; Σz² - (Σz)²/T in float32 would err by more than 2 %."""
     states = 2 + 0.01 * torch.randn(2000, 64, 4, dtype=torch.float64)
-    moments, raw_first, raw_second = Moments(torch.full((64, 4), 2.01)), torch.zeros(64, 4), torch.zeros(64, 4)
+    moments, raw_first, raw_second = (
+        Moments(torch.full((64, 4), 2.01)),
+        torch.zeros(64, 4),
+        torch.zeros(64, 4),
+    )
     for z in states.float():
         moments.add(z)
         raw_first, raw_second = raw_first + z, raw_second + z.square()
@@ -281,7 +291,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(mlp):
         seen, most = [], []
 
         def observe(state, info, seen=seen, most=most):
-            seen.extend(map(weakref.ref, (state.z, state.metric, info.log_joint, info.drift, info.noise_variance)))
+            seen.extend(
+                map(weakref.ref, (state.z, state.metric, info.log_joint, info.drift, info.noise_variance))
+            )
             most.append(sum(reference() is not None for reference in seen))
 
         sampler = langevin(num_steps, 0.02, Adam(0.5, 1e-8, None))

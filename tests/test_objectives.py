@@ -127,7 +127,8 @@ def hand_written_vae(model, encoder, batch):
 
 
 @pytest.mark.parametrize(
-    "sampler, start_from_prior", [(NoSteps(None, None), False), (NoSteps(None, None), True), (langevin(1), False)]
+    "sampler, start_from_prior",
+    [(NoSteps(None, None), False), (NoSteps(None, None), True), (langevin(1), False)],
 )
 def test_vae_is_a_special_case(model, encoder, batch, sampler, start_from_prior):
     """Without a chain, or with T = 1 whose z(1) is unused, reverse KL is a VAE's step: θ and φ, in float64."""
@@ -141,7 +142,9 @@ CASES = list(itertools.product(OBJECTIVES, METRICS, ["all", "last"], [False, Tru
 
 
 @pytest.mark.parametrize("objective, metric, theta_states, start_from_prior", CASES)
-def test_update_equals_literal_algorithm(model, encoder, batch, objective, metric, theta_states, start_from_prior):
+def test_update_equals_literal_algorithm(
+    model, encoder, batch, objective, metric, theta_states, start_from_prior
+):
     """Every saving (fused backward, two sums, no states, reverse KL without the decoder) changes rounding only."""
     weights = Objective(*OBJECTIVES[objective])
     used = encoder if weights.uses_encoder else None
@@ -168,7 +171,9 @@ def test_other_samplers_equal_literal_algorithm(model, encoder, batch, sampler):
     result = compute_gradients(model, encoder, sampler, Objective(0.5, 0.5), batch, NOISE, False)
     want = literal_gradients(model, encoder, sampler, Objective(0.5, 0.5), batch, NOISE, False)
     torch.testing.assert_close(result.chain.z, want.states[-1], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close([*grads(model), *grads(encoder)], [*want.theta, *want.phi], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        [*grads(model), *grads(encoder)], [*want.theta, *want.phi], rtol=1e-9, atol=1e-11
+    )
 
 
 def test_theta_does_not_see_the_encoder_loss(model, encoder, batch):
@@ -228,6 +233,16 @@ def test_finite_is_false_when_a_gradient_is_not(model, encoder, batch, where, va
     with torch.no_grad():
         next(part.parameters()).view(-1)[0] = value
     result = compute_gradients(model, encoder, langevin(), Objective(0.5, 0.5), batch, NOISE, False)
+    assert not result.finite
+
+
+@pytest.mark.parametrize("which", ["theta", "phi"])
+def test_finite_sees_the_gradients_themselves(model, encoder, batch, which):
+    """A gradient that is NaN while every value and every state of the chain is finite."""
+    parameter = list({"theta": model.decoder, "phi": encoder}[which].parameters())[-1]
+    parameter.register_hook(lambda gradient: gradient * torch.nan)
+    result = compute_gradients(model, encoder, langevin(), Objective(0.5, 0.5), batch, NOISE, False)
+    assert result.chain.z.isfinite().all() and result.scalars["train/encoder_loss"].isfinite()
     assert not result.finite
 
 

@@ -68,7 +68,9 @@ def _literally(learner: Learner, batch: Batch, update: int) -> None:
     noise = UpdateNoise(0, update, (len(batch.x), LATENT_DIM), batch.x.device)
     model, encoder = learner.model, learner.encoder
     result = literal_gradients(model, encoder, learner.sampler, learner.objective, batch, noise, False)
-    for parameter, gradient in zip([*model.parameters(), *encoder.parameters()], [*result.theta, *result.phi]):
+    for parameter, gradient in zip(
+        [*model.parameters(), *encoder.parameters()], [*result.theta, *result.phi]
+    ):
         parameter.grad = gradient
     learner.theta_optimizer.step()
     learner.phi_optimizer.step()
@@ -159,7 +161,9 @@ def tabulate(variants: list[Variant]) -> Table:
     return table
 
 
-def benchmark(side: int, num_steps: int, batch: int, rounds: int, device: torch.device, console: Console) -> None:
+def benchmark(
+    side: int, num_steps: int, batch: int, rounds: int, device: torch.device, console: Console
+) -> None:
     """Measure all variants and print one table; ms per step is an update's time divided by T."""
     variants = build_variants(side, num_steps, batch, device)
     logger.info("%d variants, %d rounds and one to warm up", len(variants), rounds)

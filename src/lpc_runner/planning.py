@@ -72,54 +72,56 @@ def _updates(run: Planned) -> int:
 
 
 def print_results(planned: list[Planned]) -> None:
-    """The closing table: metrics with what they were measured on, and where everything lies."""
+    """The closing table of every run that is done: metrics with what they were measured on, and the paths."""
     console = Console()
     for run in planned:
         result = run.directory.result()
         if result is None or result["status"] not in DONE:
             continue
-        console.print()
-        console.print(_table(run.directory.name, result))
-        study = run.cell.cfg.study
-        link = Path(run.cell.cfg.output_dir) / study / run.directory.name
-        console.print(f"samples  {link}/samples/final.png", soft_wrap=True)
-        console.print(f"result   {link}/result.json", soft_wrap=True)
+        print_measurement(run.directory.name, result["metrics"], result["measurement"])
+        seconds, updates = result["train_seconds"], result["num_updates"]
+        ending = f" at update {result['diverged_at']['update']:,}" if result["diverged_at"] else ""
+        console.print(
+            f"  {result['status']}{ending}: {updates:,} updates, {result['gradient_evaluations']:,} decoder gradients, "
+            f"{seconds:.1f} s of training on {result['device']}; metrics of the {result['state_measured']}"
+        )
+        link = Path(run.cell.cfg.output_dir) / run.cell.cfg.study / run.directory.name
+        console.print(f"  samples  {link}/samples/final.png", soft_wrap=True)
+        console.print(f"  result   {link}/result.json", soft_wrap=True)
 
 
-def _table(name: str, result: dict[str, Any]) -> Table:
-    facts, metrics = result["measurement"], result["metrics"]
-    quality = (
-        f"N = {facts['num_samples']:,} samples, {facts['num_references']:,} {facts['reference']} images, "
-        f"k = {facts['k']}, {facts['extractor']} ({facts['extractor_hash'][:8]})"
+def print_measurement(name: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+    """Metrics as a table, with N, k, extractor and split above those they belong to."""
+    console = Console()
+    console.print(f"\n[bold]{name}[/bold]", highlight=False, soft_wrap=True)
+    suffix = "_" + facts["extractor"]
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    quality = [metric for metric in _ordered(metrics) if metric.removesuffix(suffix) in _SHOWN]
+    for metric in quality:
+        note = ""
+        if metric.startswith("coverage"):
+            note = f"{facts['coverage_ceiling']:.3f} at best with these N"
+        elif facts.get(f"{metric}_floor") is not None:
+            note = f"{facts[f'{metric}_floor']:.3g} between the references and {facts['num_floor']:,} other real images"
+        table.add_row(metric, f"{metrics[metric]:.4g}", note)
+    table.add_section()
+    for metric in (metric for metric in _ordered(metrics) if metric not in quality):
+        note = {"elbo": "nats per image", "kl": "nats per image", "bits_per_dim": "from the ELBO"}.get(metric, "")
+        table.add_row(metric, f"{metrics[metric]:.4g}", note)
+    console.print(table)
+    sources = (
+        f"N = {facts['num_samples']:,} samples against {facts['num_references']:,} {facts['reference']} images, "
+        f"k = {facts['k']}, extractor {facts['extractor']} {facts['extractor_hash'][:8]}"
     )
-    table = Table("metric", "value", "measured on", title=name, title_justify="left", box=None, title_style="bold")
-    for metric in _ordered(metrics):
-        base = metric.removesuffix("_" + facts["extractor"])
-        if base in _SHOWN:
-            source = quality
-            if base == "coverage":
-                source += f"; at most {facts['coverage_ceiling']:.3f}"
-            floor = facts.get(f"{metric}_floor")
-            if floor is not None:
-                source += f"; real images: {floor:.3g}"
-        elif metric in _BOUND[:-1]:
-            source = f"N = {facts['num_bound']:,} {facts['bound_split']} images"
-        else:
-            source = "the model"
-        table.add_row(metric, f"{metrics[metric]:.4g}", source)
-    table.add_row("status", result["status"], result["state_measured"])
-    table.add_row(
-        "training",
-        f"{result['train_seconds']:.1f} s",
-        f"{result['num_updates']:,} updates, {result['gradient_evaluations']:,} decoder gradients, {result['device']}",
-    )
-    return table
+    if "num_bound" in facts:
+        sources += f"; elbo to active_units: {facts['num_bound']:,} {facts['bound_split']} images"
+    console.print(f"  {sources}")
 
 
 def _ordered(metrics: dict[str, float]) -> list[str]:
-    order = {name: number for number, name in enumerate([*_SHOWN, *_BOUND])}
+    order = [*_SHOWN, *_BOUND]
 
     def place(metric: str) -> int:
-        return next((number for name, number in order.items() if metric.startswith(name)), len(order))
+        return next((number for number, name in enumerate(order) if metric.startswith(name)), len(order))
 
     return sorted(metrics, key=place)

@@ -135,3 +135,9 @@ def unknown_key(key: str, known: list[str]) -> str:
 def _first_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def recompose_group(group: str, option: str) -> DictConfig:
+    """The values of one group's option, on their own. Raises UserError if there is no such option."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return _compose_raw([f"{group}={option}"], [])[group]

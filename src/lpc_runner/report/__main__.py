@@ -34,6 +34,8 @@ from lpc_runner.report.tables import (
 )
 
 WIDTH = 100
+MIN_LABEL = 20
+GAP = 3  # between columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,15 +98,7 @@ def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -
     console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
     console.print(Text(f"{study.name}: {len(study.runs)} runs, {count_statuses(study.runs)}", style="bold"))
     for table in tables:
-        grid = Grid(
-            title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-        )
-        kept = [index for index, name in enumerate(table.columns) if name not in table.hidden]
-        for index in kept:
-            grid.add_column(Text(table.columns[index]), justify="right" if index else "left", overflow="fold")
-        for row in table.rows:
-            grid.add_row(*(Text(row[index]) for index in kept))
-        console.print(grid)
+        console.print(_grid(table, console.width))
         for note in table.notes:
             console.print(Text(note, style="dim"))
         console.print()
@@ -112,6 +106,26 @@ def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -
         console.print(Text(line), soft_wrap=True)
     for path in paths:
         console.print(Text(str(path)), soft_wrap=True)
+
+
+def _grid(table: Table, width: int) -> Grid:
+    """The columns that fit, numbers never broken: names are wrapped first, then columns on the right left out."""
+    kept = [index for index, name in enumerate(table.columns) if name not in table.hidden]
+    headers = [name.removesuffix(f"_{table.extractor}").replace(" ", "\n") for name in table.columns]
+    widths = [
+        max(len(line) for cell in [headers[index], *(row[index] for row in table.rows)] for line in cell.split("\n"))
+        for index in kept
+    ]
+    while len(kept) > 2 and MIN_LABEL + sum(widths[1:]) + GAP * len(kept) > width:
+        kept.pop()
+        widths.pop()
+    widths[0] = min(widths[0], width - sum(widths[1:]) - GAP * len(kept))
+    grid = Grid(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for index, size in zip(kept, widths):
+        grid.add_column(Text(headers[index]), justify="right" if index else "left", width=size, vertical="bottom")
+    for row in table.rows:
+        grid.add_row(*(Text(row[index]) for index in kept))
+    return grid
 
 
 if __name__ == "__main__":

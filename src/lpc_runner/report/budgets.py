@@ -107,11 +107,14 @@ def last_within(points: Sequence[Point], budget: Budget, limit: float) -> Point 
 
 
 def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget: Budget) -> Table | None:
-    """Every group at the smallest final budget of them all; None where there is nothing to compare."""
+    """Every group at the smallest final budget of them all; None where nobody measured during training."""
     smallest = budget_of(groups, budget)
     measured = {group.label: [run.curve(setting) for run in group.counted] for group in groups}
     shown = [group for group in groups if any(measured[group.label])]
-    if smallest is None or len(shown) < 2:
+    during = any(
+        point.setting.fits(setting) for group in shown for run in group.counted for point in run.points
+    )
+    if smallest is None or not during or len(shown) < 2:
         return None
     limit, owner = smallest
     points = {
@@ -146,7 +149,8 @@ def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget
         notes.append(f"{DASH}: not measured so early; metrics.every_epochs measures during training.")
     notes += [DIVERGED] * any(group.diverged for group in shown)
     title = f"{dataset}: at equal {budget.name}, {setting.extractor}"
-    return Table(title, ["method", "seeds", "measured at", *names], rows, notes, main_metrics(names))
+    columns = ["method", "seeds", "measured at", *names]
+    return Table(title, columns, rows, notes, main_metrics(names), setting.extractor)
 
 
 def _range(used: Sequence[float], budget: Budget) -> str:

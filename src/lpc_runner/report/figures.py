@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind eyes and in grey; yellow is too pale for a line.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vP*"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8c8c8c")
+MARKERS = "osD^vP*X"
 MAX_LINES = len(COLOURS)  # more lines in one picture cannot be told apart: the next ones get their own
 MAX_GRIDS = 12
 DPI = 200
@@ -92,7 +92,7 @@ def _averaged(points: list[Point]) -> list[Point]:
 def curve_figures(
     dataset: str, groups: Sequence[Group], metric: str, setting: Setting | None
 ) -> Iterator[tuple[str, Figure]]:
-    """The metric against updates and against seconds, at most MAX_LINES groups a picture, all on the same axes.
+    """The metric against updates and against seconds, at most MAX_LINES groups a picture, on equal axes.
 
     setting None: not a measurement but the training log.
     """
@@ -105,7 +105,9 @@ def curve_figures(
             lines.append((group, curve))
     if not any(len(curve.updates) > 1 for _, curve in lines):
         return
-    pages = [lines[start : start + MAX_LINES] for start in range(0, len(lines), MAX_LINES)]
+    number_of_pages = -(-len(lines) // MAX_LINES)
+    size = -(-len(lines) // number_of_pages)
+    pages = [lines[start : start + size] for start in range(0, len(lines), size)]
     for number, page in enumerate(pages, start=1):
         suffix = f"-{number}" if len(pages) > 1 else ""
         yield (

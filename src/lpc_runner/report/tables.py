@@ -22,13 +22,17 @@ DIVERGED = "† no seed finished: the last finite states of diverged runs."
 
 @dataclass
 class Table:
-    """Text in rows and columns, the first column naming the row; hidden: columns too many for a terminal."""
+    """Text in rows and columns, the first column naming the row.
+
+    For a terminal: `hidden` columns are left out, and `extractor` off the ends of names, as the title says it.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     hidden: frozenset[str] = frozenset()
+    extractor: str = ""
 
     def markdown(self) -> str:
         """A heading, the table, and the notes as a list."""
@@ -147,7 +151,9 @@ def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Ta
     notes = [f"Measured with {describe_setting(setting)}."]
     notes += _facts(present) + _comparison(dataset, setting, bool(compared))
     notes += [DIVERGED] * any(group.diverged for group in shown)
-    return Table(f"{dataset}: sample quality, {setting.extractor}", columns, rows, notes, hidden)
+    return Table(
+        f"{dataset}: sample quality, {setting.extractor}", columns, rows, notes, hidden, setting.extractor
+    )
 
 
 def _printed(value: float | None) -> str:
@@ -173,7 +179,7 @@ def _facts(measurements: Sequence[Measurement]) -> list[str]:
         notes.append(f"Coverage of a perfect model at these counts: {', '.join(sorted(ceilings))}.")
     for found in measurements[:1]:
         for name, value in found.facts.items():
-            if name.endswith("_floor") and isinstance(value, int | float):
+            if name.startswith("f") and name.endswith("_floor") and isinstance(value, int | float):
                 count = found.facts.get("num_floor")
                 kind = f"{count:,} real images" if isinstance(count, int) else "real images"
                 notes.append(f"{name.removesuffix('_floor')} of {kind} of the other split: {show(value)}.")

@@ -1,0 +1,140 @@
+"""Plant one-line defects in the update, one at a time, and see that the tests catch each: python scripts/mutants.py
+
+Exit 1 if a defect survives, if its line is no longer in the code, or if the tests fail without any defect.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+LITERAL = ("tests/test_objectives.py", "literal or theta or vae")
+NUM_WORKERS = 2
+
+
+class Mutant(NamedTuple):
+    """A defect: `old` in `file` becomes `new`; `tests` is a test file and the -k expression that should catch it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str] = LITERAL
+
+
+def chain(expression: str) -> tuple[str, str]:
+    return "tests/test_chain.py", expression
+
+
+def objectives(expression: str) -> tuple[str, str]:
+    return "tests/test_objectives.py", expression
+
+
+def distributions(expression: str) -> tuple[str, str]:
+    return "tests/test_distributions.py", expression
+
+
+SAMPLERS, CHAIN, METRIC = "inference/samplers.py", "inference/chain.py", "inference/preconditioning.py"
+OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "distributions.py"
+
+MUTANTS = [
+    # The Langevin step, by closed forms
+    Mutant("drift has the wrong sign", SAMPLERS, "state.z + step_size", "state.z - step_size", chain("stationary")),
+    Mutant("noise without its factor 2", SAMPLERS, "2 * step_size * scale if", "step_size * scale if", chain("stationary")),
+    Mutant("z(t-1) is missing", SAMPLERS, "z = state.z + step_size", "z = step_size", chain("stationary or mode")),
+    Mutant("noise not preconditioned", SAMPLERS, "2 * step_size * scale if", "2 * step_size if", chain("preconditioner")),
+    Mutant("drift not preconditioned", SAMPLERS, "step_size * scale * drift", "step_size * drift", chain("preconditioner")),
+    Mutant("step size of the step before", SAMPLERS, "self.step_size(t)", "self.step_size(state.t)", chain("step_sizes")),
+    Mutant("same noise in every block", CHAIN, '"chain", self.update, index', '"chain", self.update, 0', chain("noise")),
+    Mutant("drift averaged over the batch", CHAIN, "grad(value.sum()", "grad(value.mean()", chain("fused")),
+    # Preconditioning
+    Mutant("bias correction one step late", METRIC, "self.beta**last", "self.beta ** (last + 1)", chain("bias")),
+    Mutant("β and 1 - β exchanged", METRIC, "state, self.beta)", "state, 1 - self.beta)", chain("bias")),
+    Mutant("shared moment is a sum", METRIC, "square().mean(0, keepdim=True)", "square().sum(0, keepdim=True)", chain("shared")),
+    Mutant("frozen one step late", METRIC, "min(t, self.freeze_after)", "min(t, self.freeze_after + 1)", chain("bias")),
+    # What the chain gathers
+    Mutant("g_θ not divided by the batch", CHAIN, "(num_states * len(z))", "num_states"),
+    Mutant("g_θ from one state of `all`", CHAIN, "potential(point, along)", "potential(point, along and t == 1)"),
+    Mutant("g_θ descends", UPDATE, "parameter.grad = -gradient", "parameter.grad = gradient"),
+    Mutant("moments of z(0) only", CHAIN, "moments.add(state.z)", "moments.add(z)"),
+    Mutant("moments not about their centre", CHAIN, "difference = z - self.centre", "difference = z"),
+    # What the encoder learns
+    Mutant("forward KL: sign of the shift", OBJECTIVES, "second - 2 * shift", "second + 2 * shift", objectives("two_sums")),
+    Mutant("forward KL not divided by T", OBJECTIVES, ") / moments.count + shift", ") + shift", objectives("two_sums")),
+    Mutant("reverse KL keeps the prior's score", OBJECTIVES, "(drift - prior.score(point))", "drift", objectives("elbo")),
+    Mutant("reverse KL without the pathwise term", OBJECTIVES, "(log_likelihood + pathwise)", "log_likelihood"),
+    Mutant("reverse KL at the prior's start", UPDATE, "chain.first if start is warm else", "chain.first if True else"),
+    Mutant("prior start ignores its scale", UPDATE, "model.prior.scale * noise", "noise"),
+    Mutant(
+        "encoder loss leaks into θ",
+        UPDATE,
+        "phi = list(encoder.parameters())",
+        "phi = list(encoder.parameters()); log_joint(warm).mean().neg().backward(retain_graph=True)",
+    ),
+    Mutant("encoder not asked whether finite", UPDATE, 'endswith("gradient_norm")', 'endswith("theta_gradient_norm")',
+           objectives("finite")),
+    # The likelihood
+    Mutant("upper end bin closed", DENSITY, "outward < 1 - BIN_HALF_WIDTH", "outward < 2", distributions("sum or end")),
+    Mutant("lower end bin closed", DENSITY, "outward > -1 + BIN_HALF_WIDTH", "outward > -2", distributions("sum or end")),
+    Mutant("no tail in float32", DENSITY, "torch.float32: 10.0", "torch.float32: 1e9", distributions("far_tail")),
+    Mutant("σ's gradient lacks a term", DENSITY, "slope * t + spread * h", "slope * t", distributions("gradcheck")),
+]  # fmt: skip
+
+
+def run_tests(source: Path, tests: tuple[str, str]) -> int:
+    """pytest's exit status for these tests against the package in `source`: 0 passed, 1 failed, else not run."""
+    file, expression = tests
+    environment = os.environ | {
+        "PYTHONPATH": str(source),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file, "-k", expression]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False).returncode
+
+
+def judge(mutant: Mutant | None, tests: tuple[str, str], folder: Path) -> str:
+    """Copy the package, plant the defect, run the tests: 'caught', 'SURVIVED', or why there is no answer."""
+    source = Path(tempfile.mkdtemp(dir=folder))
+    shutil.copytree(
+        ROOT / "src" / "lpc_runner", source / "lpc_runner", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    if mutant is not None:
+        path = source / "lpc_runner" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return f"NOT PLANTED: {text.count(mutant.old)} lines match"
+        path.write_text(text.replace(mutant.old, mutant.new))
+    status = run_tests(source, tests)
+    return {0: "SURVIVED", 1: "caught"}.get(status, f"NOT RUN: pytest exit status {status}")
+
+
+def main() -> None:
+    console, start = Console(), time.perf_counter()
+    selections = sorted({mutant.tests for mutant in MUTANTS})
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(NUM_WORKERS) as pool:
+        sound = list(pool.map(lambda tests: judge(None, tests, Path(folder)), selections))
+        broken = [tests for tests, answer in zip(selections, sound) if answer != "SURVIVED"]
+        if broken:
+            sys.exit(f"without any defect these tests already fail: {broken}")
+        answers = list(pool.map(lambda mutant: judge(mutant, mutant.tests, Path(folder)), MUTANTS))
+    table = Table("defect", "file", "tests", "result")
+    for mutant, answer in zip(MUTANTS, answers):
+        table.add_row(mutant.name, mutant.file, f"{mutant.tests[0]} -k '{mutant.tests[1]}'", answer)
+    console.print(table)
+    num_caught = answers.count("caught")
+    console.print(f"{num_caught} of {len(MUTANTS)} caught in {time.perf_counter() - start:.0f} s")
+    sys.exit(0 if num_caught == len(MUTANTS) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`python -m lpc_runner.evaluate RUN_DIR [overrides]`: measure a run again without training."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lpc_runner.environment import describe_environment
+from lpc_runner.loading import load
+from lpc_runner.main import one_line_errors
+from lpc_runner.planning import print_measurement
+from lpc_runner.run import measure_model
+
+
+def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
+    """Measure with the overrides given, write RUN_DIR/evaluations/<extractor>-<N>-<k>.json, return its path.
+
+    result.json never changes; an earlier evaluation of the same name is kept and the new one numbered. Raises
+    UserError if the run, the data or the weights are missing.
+    """
+    run = load(run_dir, overrides)
+    metrics, cfg = run.experiment.metrics, OmegaConf.load(run.directory.path / "config.yaml")
+    data_dir = next((line.partition("=")[2] for line in overrides if line.startswith("data_dir=")), cfg.data_dir)
+    cache = Path(data_dir) / "features"
+    dataset = run.experiment.dataset
+    dataset.prepare()
+    metrics.require(tuple(dataset.shape), cache)
+    data = dataset.load()
+    measurer = metrics.prepare(data, dataset.identity(), cache, run.experiment.device)
+    numbers, facts = measure_model(run.experiment, run.learner, data, measurer)
+    stem = f"{metrics.extractor}-n{facts['num_samples']}-k{facts['k']}-{facts['reference']}"
+    folder, number = run.directory.path / "evaluations", 1
+    while (folder / f"{stem}-{number}.json").exists():
+        number += 1
+    content = {
+        "metrics": numbers,
+        "measurement": facts,
+        "update": run.update,
+        "overrides": list(overrides),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": describe_environment(run.experiment.device),
+    }
+    run.directory.write(f"evaluations/{stem}-{number}.json", content)
+    print_measurement(run.directory.name, numbers, facts)
+    return folder / f"{stem}-{number}.json"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m lpc_runner.evaluate", description=__doc__)
+    parser.add_argument("run_dir", help="outputs/<study>/<run>")
+    parser.add_argument("overrides", nargs="*", help="metrics.extractor=classifier, metrics.num_samples=1000, ...")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with one_line_errors():
+        print(f"written  {evaluate(args.run_dir, tuple(args.overrides))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A run directory back to its model, encoder and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from lpc_runner.config.build import Experiment, build
+from lpc_runner.config.compose import recompose_group
+from lpc_runner.errors import UserError
+from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.run import build_learner, set_up_torch
+from lpc_runner.runs import RunDirectory
+from lpc_runner.training.checkpoints import load_checkpoint
+from lpc_runner.training.learner import Learner
+
+# What may differ from the run when it is looked at again: everything else would make it another run.
+_CHANGEABLE = ("metrics", "device", "num_threads", "data_dir", "dataset")
+
+
+@dataclass
+class LoadedRun:
+    """A run's newest checkpoint. model: p(x, z; θ). encoder: q(z|x; φ), None where the objective had none."""
+
+    model: LatentVariableModel
+    encoder: nn.Module | None
+    learner: Learner
+    experiment: Experiment
+    directory: RunDirectory
+    update: int
+
+
+def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "auto") -> LoadedRun:
+    """Model and encoder of a run, in evaluation mode, from its newest whole checkpoint.
+
+    overrides: `metrics=...`, `metrics.key=...`, `dataset.data_dir=...`, `device=...`. Raises UserError if run_dir is
+    no run, has no checkpoint, or an override does not fit.
+    """
+    directory = RunDirectory.open(run_dir)
+    cfg = OmegaConf.load(directory.path / "config.yaml")
+    cfg.device = device
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key.split(".")[0] not in _CHANGEABLE:
+            raise UserError(f"{override}: a finished run can be read again with other {', '.join(_CHANGEABLE)} only")
+        if key == "metrics":
+            cfg.metrics = recompose_group("metrics", value)
+        else:
+            OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value, force_add=True)
+        if key == "data_dir" and "data_dir" in cfg.dataset:
+            cfg.dataset.data_dir = value
+    experiment = build(cfg, directory.description()["choices"])
+    set_up_torch(experiment)
+    learner = build_learner(experiment)
+    state = load_checkpoint(directory.checkpoints, experiment.device)
+    if state is None:
+        raise UserError(f"{directory.path} has no checkpoint yet")
+    learner.load_state_dict(state)
+    for module in filter(None, (learner.model, learner.encoder)):
+        module.eval().requires_grad_(False)
+    return LoadedRun(
+        learner.model, learner.encoder, learner, experiment, directory, state["counters"]["update"]
+    )

@@ -1,0 +1,57 @@
+"""`python -m lpc_runner.sample RUN_DIR --num 64`: draw images from a run, as a PNG grid or an .npz."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lpc_runner.errors import UserError
+from lpc_runner.evaluation.samples import sample_images, save_grid
+from lpc_runner.files import write_atomically
+from lpc_runner.loading import load
+from lpc_runner.main import one_line_errors
+
+
+def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int = 0) -> Path:
+    """Write `num` decoder means of z ~ p(z): .png a grid, .npz `images` uint8 (N, C, H, W); returns the path.
+
+    Default output: RUN_DIR/samples/sample-<num>-seed<seed>.png. Raises UserError for another ending, num below 1, or
+    a file that already exists.
+    """
+    if num < 1:
+        raise UserError(f"--num must be an integer of at least 1, got {num}")
+    run = load(run_dir)
+    path = output or run.directory.samples / f"sample-{num}-seed{seed}.png"
+    if path.suffix not in (".png", ".npz"):
+        raise UserError(f"--output must end in .png or .npz, got {path}")
+    if output is not None and path.exists():
+        raise UserError(f"{path} exists already: name another file, or remove it")
+    images = torch.cat(list(sample_images(run.model, num, seed))).cpu()
+    if path.suffix == ".png":
+        save_grid(images, path)
+    else:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=images.numpy())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
+    return path
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m lpc_runner.sample", description=__doc__)
+    parser.add_argument("run_dir", help="outputs/<study>/<run>")
+    parser.add_argument("--num", type=int, default=64, help="how many images")
+    parser.add_argument("--seed", type=int, default=0, help="which images; a run's own grids use the run's seed")
+    parser.add_argument("--output", type=Path, help="file.png (a grid) or file.npz (images uint8 (N, C, H, W))")
+    args = parser.parse_args()
+    with one_line_errors():
+        print(f"written  {sample(args.run_dir, args.num, args.output, args.seed)}")
+
+
+if __name__ == "__main__":
+    main()
