@@ -5,7 +5,6 @@ import logging
 import sys
 
 import torch
-from rich.console import Console
 
 from lpc_runner.benchmark import benchmark
 from lpc_runner.models.conv import SIDES
@@ -24,9 +23,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=50, help="steps of the chain, T (default: 50)")
     parser.add_argument("--batch", type=positive, default=64, help="images per update (default: 64)")
     parser.add_argument("--rounds", type=positive, default=5, help="timed repetitions (default: 5)")
-    parser.add_argument(
-        "--threads", type=positive, default=None, help="CPU threads (default: torch's choice)"
-    )
+    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -35,7 +32,7 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    benchmark(arguments.side, arguments.steps, arguments.batch, arguments.rounds, device, Console())
+    benchmark(arguments.side, arguments.steps, arguments.batch, arguments.rounds, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Plant one-line defects in the update, one at a time, and see that the tests catch each: python scripts/mutants.py
+"""Plant one-line defects in the update, one at a time, and see that the tests catch each.
+
+    python scripts/mutants.py
 
 Exit 1 if a defect survives, if its line is no longer in the code, or if the tests fail without any defect.
 """
@@ -22,7 +24,7 @@ NUM_WORKERS = 2
 
 
 class Mutant(NamedTuple):
-    """A defect: `old` in `file` becomes `new`; `tests` is a test file and the -k expression that should catch it."""
+    """A defect: `old` in `file` becomes `new`; tests: the file and -k expression that should catch it."""
 
     name: str
     file: str
@@ -48,31 +50,47 @@ OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "
 
 MUTANTS = [
     # The Langevin step, by closed forms
-    Mutant("drift has the wrong sign", SAMPLERS, "state.z + step_size", "state.z - step_size", chain("stationary")),
-    Mutant("noise without its factor 2", SAMPLERS, "2 * step_size * scale if", "step_size * scale if", chain("stationary")),
-    Mutant("z(t-1) is missing", SAMPLERS, "z = state.z + step_size", "z = step_size", chain("stationary or mode")),
-    Mutant("noise not preconditioned", SAMPLERS, "2 * step_size * scale if", "2 * step_size if", chain("preconditioner")),
-    Mutant("drift not preconditioned", SAMPLERS, "step_size * scale * drift", "step_size * drift", chain("preconditioner")),
-    Mutant("step size of the step before", SAMPLERS, "self.step_size(t)", "self.step_size(state.t)", chain("step_sizes")),
-    Mutant("same noise in every block", CHAIN, '"chain", self.update, index', '"chain", self.update, 0', chain("noise")),
+    Mutant("drift has the wrong sign", SAMPLERS,
+           "state.z + step_size", "state.z - step_size", chain("stationary")),
+    Mutant("noise without its factor 2", SAMPLERS,
+           "2 * step_size * scale if", "step_size * scale if", chain("stationary")),
+    Mutant("z(t-1) is missing", SAMPLERS,
+           "z = state.z + step_size", "z = step_size", chain("stationary or mode")),
+    Mutant("noise not preconditioned", SAMPLERS,
+           "2 * step_size * scale if", "2 * step_size if", chain("preconditioner")),
+    Mutant("drift not preconditioned", SAMPLERS,
+           "step_size * scale * drift", "step_size * drift", chain("preconditioner")),
+    Mutant("step size of the step before", SAMPLERS,
+           "self.step_size(t)", "self.step_size(state.t)", chain("step_sizes")),
+    Mutant("same noise in every block", CHAIN,
+           '"chain", self.update, index', '"chain", self.update, 0', chain("noise")),
     Mutant("drift averaged over the batch", CHAIN, "grad(value.sum()", "grad(value.mean()", chain("fused")),
     # Preconditioning
-    Mutant("bias correction one step late", METRIC, "self.beta**last", "self.beta ** (last + 1)", chain("bias")),
+    Mutant("bias correction one step late", METRIC,
+           "self.beta**last", "self.beta ** (last + 1)", chain("bias")),
     Mutant("β and 1 - β exchanged", METRIC, "state, self.beta)", "state, 1 - self.beta)", chain("bias")),
-    Mutant("shared moment is a sum", METRIC, "square().mean(0, keepdim=True)", "square().sum(0, keepdim=True)", chain("shared")),
-    Mutant("frozen one step late", METRIC, "min(t, self.freeze_after)", "min(t, self.freeze_after + 1)", chain("bias")),
+    Mutant("shared moment is a sum", METRIC,
+           "square().mean(0, keepdim=True)", "square().sum(0, keepdim=True)", chain("shared")),
+    Mutant("frozen one step late", METRIC,
+           "min(t, self.freeze_after)", "min(t, self.freeze_after + 1)", chain("bias")),
     # What the chain gathers
     Mutant("g_θ not divided by the batch", CHAIN, "(num_states * len(z))", "num_states"),
-    Mutant("g_θ from one state of `all`", CHAIN, "potential(point, along)", "potential(point, along and t == 1)"),
+    Mutant("g_θ from one state of `all`", CHAIN,
+           "potential(point, along)", "potential(point, along and t == 1)"),
     Mutant("g_θ descends", UPDATE, "parameter.grad = -gradient", "parameter.grad = gradient"),
     Mutant("moments of z(0) only", CHAIN, "moments.add(state.z)", "moments.add(z)"),
     Mutant("moments not about their centre", CHAIN, "difference = z - self.centre", "difference = z"),
     # What the encoder learns
-    Mutant("forward KL: sign of the shift", OBJECTIVES, "second - 2 * shift", "second + 2 * shift", objectives("two_sums")),
-    Mutant("forward KL not divided by T", OBJECTIVES, ") / moments.count + shift", ") + shift", objectives("two_sums")),
-    Mutant("reverse KL keeps the prior's score", OBJECTIVES, "(drift - prior.score(point))", "drift", objectives("elbo")),
-    Mutant("reverse KL without the pathwise term", OBJECTIVES, "(log_likelihood + pathwise)", "log_likelihood"),
-    Mutant("reverse KL at the prior's start", UPDATE, "chain.first if start is warm else", "chain.first if True else"),
+    Mutant("forward KL: sign of the shift", OBJECTIVES,
+           "second - 2 * shift", "second + 2 * shift", objectives("two_sums")),
+    Mutant("forward KL not divided by T", OBJECTIVES,
+           ") / moments.count + shift", ") + shift", objectives("two_sums")),
+    Mutant("reverse KL keeps the prior's score", OBJECTIVES,
+           "(drift - prior.score(point))", "drift", objectives("elbo")),
+    Mutant("reverse KL without the pathwise term", OBJECTIVES,
+           "(log_likelihood + pathwise)", "log_likelihood"),
+    Mutant("reverse KL at the prior's start", UPDATE,
+           "chain.first if start is warm else", "chain.first if True else"),
     Mutant("prior start ignores its scale", UPDATE, "model.prior.scale * noise", "noise"),
     Mutant(
         "encoder loss leaks into θ",
@@ -80,13 +98,17 @@ MUTANTS = [
         "phi = list(encoder.parameters())",
         "phi = list(encoder.parameters()); log_joint(warm).mean().neg().backward(retain_graph=True)",
     ),
-    Mutant("encoder not asked whether finite", UPDATE, 'endswith("gradient_norm")', 'endswith("theta_gradient_norm")',
-           objectives("finite")),
+    Mutant("encoder not asked whether finite", UPDATE,
+           'endswith("gradient_norm")', 'endswith("theta_gradient_norm")', objectives("finite")),
     # The likelihood
-    Mutant("upper end bin closed", DENSITY, "outward < 1 - BIN_HALF_WIDTH", "outward < 2", distributions("sum or end")),
-    Mutant("lower end bin closed", DENSITY, "outward > -1 + BIN_HALF_WIDTH", "outward > -2", distributions("sum or end")),
-    Mutant("no tail in float32", DENSITY, "torch.float32: 10.0", "torch.float32: 1e9", distributions("far_tail")),
-    Mutant("σ's gradient lacks a term", DENSITY, "slope * t + spread * h", "slope * t", distributions("gradcheck")),
+    Mutant("upper end bin closed", DENSITY,
+           "outward < 1 - BIN_HALF_WIDTH", "outward < 2", distributions("sum or end")),
+    Mutant("lower end bin closed", DENSITY,
+           "outward > -1 + BIN_HALF_WIDTH", "outward > -2", distributions("sum or end")),
+    Mutant("no tail in float32", DENSITY,
+           "torch.float32: 10.0", "torch.float32: 1e9", distributions("far_tail")),
+    Mutant("σ's gradient lacks a term", DENSITY,
+           "slope * t + spread * h", "slope * t", distributions("gradcheck")),
 ]  # fmt: skip
 
 
@@ -120,7 +142,11 @@ def judge(mutant: Mutant | None, tests: tuple[str, str], folder: Path) -> str:
 
 def main() -> None:
     console, start = Console(), time.perf_counter()
-    selections = sorted({mutant.tests for mutant in MUTANTS})
+    # Once without any defect: all selected tests of one file together.
+    files = {mutant.tests[0]: set() for mutant in MUTANTS}
+    for mutant in MUTANTS:
+        files[mutant.tests[0]].add(mutant.tests[1])
+    selections = [(file, " or ".join(sorted(expressions))) for file, expressions in files.items()]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(NUM_WORKERS) as pool:
         sound = list(pool.map(lambda tests: judge(None, tests, Path(folder)), selections))
         broken = [tests for tests, answer in zip(selections, sound) if answer != "SURVIVED"]

@@ -1,4 +1,4 @@
-"""The chain against closed forms: stationary moments, the linear model's posterior, and what a batch may share."""
+"""The chain against closed forms: stationary moments, the linear model's posterior, what a batch may share."""
 
 import math
 import weakref
@@ -47,7 +47,7 @@ CURVATURES = torch.tensor([1.0, 5.0, 10.0, 17.0])
 
 
 def test_stationary_variance_of_plain_langevin():
-    """Independent chains reach 2/(λ(2 - γλ)) and mean 0; contraction |1 - γλ| <= 0.9 leaves 0.9^160 of the start."""
+    """Independent chains reach 2/(λ(2 - γλ)) and mean 0: |1 - γλ| <= 0.9 leaves 0.9^160 of the start."""
     chain = run(gaussian(CURVATURES), torch.zeros(NUM_CHAINS, 4), langevin(80, 0.1))
     want = ula_variance(CURVATURES, 0.1)
     torch.testing.assert_close(chain.z.var(0), want, rtol=FIVE_SIGMA, atol=0)
@@ -69,7 +69,7 @@ def test_stationary_distribution_is_invariant():
 
 
 def test_stability_bound():
-    """Stable iff γλ < 2: at 1.99 the variance stays below its limit 1/(λ·0.005), at 2.01 it grows as 1.01^2T."""
+    """Stable iff γλ < 2: at 1.99 the variance nears its limit 1/(λ·0.005), at 2.01 it grows as 1.01^2T."""
     chain = run(gaussian([1.99, 2.01]), torch.zeros(500, 2, dtype=torch.float64), langevin(1500, 1.0))
     inside, outside = chain.z.var(0).tolist()
     assert inside < 1.5 * ula_variance(1.99, 1.0)
@@ -90,8 +90,9 @@ def test_shared_preconditioner_variance():
 def test_per_sample_preconditioner_inflates_the_variance():
     """γ = .1, β = .25: stationary variance 2.86 times the target's at λ = 100, 5.55 times at λ = 1000.
 
-    The numbers are those of 50 000 scalar chains of 3200 steps written in numpy. It takes some 600 steps until the few
-    chains that a tiny first gradient threw up to 300 sd away (m̂ = |g| at t = 1) are back: G g = ±1, 0.1 per step.
+    The numbers are those of 50 000 scalar chains of 3200 steps written in numpy. It takes some 600 steps
+    until the few chains that a tiny first gradient threw up to 300 sd away (m̂ = |g| at t = 1) are back, as
+    G g = ±1 is 0.1 per step.
     """
     curvatures = torch.tensor([100.0, 1000.0])
     z = torch.randn(30_000, 2) / curvatures.sqrt()
@@ -107,9 +108,9 @@ def test_per_sample_preconditioner_inflates_the_variance():
 
 
 def test_per_sample_preconditioner_doubles_the_variance_of_a_fine_chain():
-    """γ -> 0: G = 1/|g|, and the stationary density without the Γ term is p/G ~ |z| exp(-λz²/2), whose variance is 2/λ.
+    """γ -> 0: G = 1/|g|, and without the Γ term the stationary density is p/G ~ |z| exp(-λz²/2): variance 2/λ.
 
-    Chains start at that density (sign times Rayleigh) and stay; the mean over 1500 steps of 10 000 chains errs by < 1 %.
+    Chains start at that density (sign times Rayleigh) and stay; 1500 steps of 10 000 chains err by < 1 %.
     """
     start = torch.randn(10_000, 2).norm(dim=1, keepdim=True) * torch.randn(10_000, 1).sign()
     seen = []
@@ -123,7 +124,7 @@ def test_per_sample_preconditioner_doubles_the_variance_of_a_fine_chain():
 
 
 def test_linear_posterior():
-    """Chains on the linear model have the posterior's mean, and covariance 2 (P(2I - γP))⁻¹ for its precision P."""
+    """Chains on the linear model have the posterior's mean, and covariance 2 (P(2I - γP))⁻¹, P its precision."""
     model = Linear((5,), 2, 1.0, Gaussian("fixed", 0.7, 0.9), 0.3)
     x = torch.randn(1, 5).expand(30_000, 5)
     posterior = model.posterior(x[:1])
@@ -228,7 +229,7 @@ def test_fused_backward_equals_separate_ones(mlp):
         torch.testing.assert_close(drift, torch.autograd.grad(mlp.log_joint(x, point).sum(), point)[0])
         if accumulate:
             for total, gradient in zip(sums, torch.autograd.grad(mlp.log_joint(x, z).sum(), theta)):
-                total += gradient
+                total.add_(gradient)
     torch.testing.assert_close(potential.sums, sums)
     assert all(parameter.grad is None for parameter in theta)
 
@@ -267,7 +268,7 @@ def test_chain_gathers_what_its_states_say(mlp, theta_states):
 
 
 def test_moments_keep_the_variance_in_float32():
-    """At mean 2, sd .01 the variance is exact to 1e-3; Σz² - (Σz)²/T in float32 would err by more than 2 %."""
+    """At mean 2, sd .01 the variance is exact to 1e-3; raw sums in float32 would err by more than 2 %."""
     states = 2 + 0.01 * torch.randn(2000, 64, 4, dtype=torch.float64)
     moments, raw_first, raw_second = (
         Moments(torch.full((64, 4), 2.01)),
@@ -285,7 +286,7 @@ def test_moments_keep_the_variance_in_float32():
 
 
 def test_memory_does_not_grow_with_the_number_of_steps(mlp):
-    """Of all states, drifts and densities seen along the way only those of the first and the last step live on."""
+    """Of all states, drifts and densities along the way only those of the first and the last step live on."""
     x = torch.randn(5, 1, 3, 3, dtype=torch.float64)
     for num_steps in (5, 80):
         seen, most = [], []

@@ -78,7 +78,7 @@ CASES = [
 def test_log_bin_probability_float64(sigma):
     """Value and both derivatives to 1e-9 relative (1e-10 absolute) at bins of core, tail and both ends.
 
-    The bin holds h = 2/(255 σ) of the density's width, so differences of erfc lose log10(1/h) of 16 digits: at most 4.
+    A bin is 2/(255 σ) standard deviations wide: the difference of two erfc loses at most 4 of 16 digits.
     """
     for level, offset in CASES:
         x = float(LEVELS[level])
@@ -88,7 +88,7 @@ def test_log_bin_probability_float64(sigma):
 
 @pytest.mark.parametrize("sigma", SCALES)
 def test_log_bin_probability_float32(sigma):
-    """In float32 the error is that of an argument moved by a rounding: t = (x - mean)/σ, known to 2⁻²⁴ |x|/σ."""
+    """In float32 the error is that of an argument moved by a rounding, divided by the width of the bin."""
     rounding = 2.0**-23
     for level, offset in CASES:
         x = float(LEVELS[level])
@@ -115,7 +115,7 @@ def test_256_bins_sum_to_one(dtype, sigma, mean):
 
 
 def test_end_bins_are_open():
-    """At x = ±1 the probability is a whole tail: one half (and the bin's own half) at mean = ±1, 1 beyond it."""
+    """At x = ±1 the probability is a whole tail: half (and the bin's own half) at mean = ±1, 1 beyond."""
     log_scale = torch.tensor(math.log(0.1), dtype=torch.float64)
     x = torch.tensor([1.0, -1.0], dtype=torch.float64)
     half = 0.5 * math.erfc(-(1 / 255) / 0.1 / math.sqrt(2))
@@ -137,7 +137,7 @@ def test_gradcheck(sigma):
 
 
 def test_gradient_lives_in_the_far_tail_in_float32():
-    """40σ away float32 still gives the drift (about 40/σ), which a clamped difference of cdfs turns to exactly 0."""
+    """40σ away float32 still gives the drift (about 40/σ), which a clamped difference of cdfs turns to 0."""
     for sigma in (0.01, 0.04):
         for level, side in ((128, 1), (128, -1), (0, 1), (255, -1)):
             x = float(LEVELS[level])
@@ -169,7 +169,7 @@ def test_likelihoods_sum_over_dimensions():
 
 
 def test_scales():
-    """fixed: no parameter; learned: one; optimal: σ² = weight·σ² + (1 - weight)·MSE, the first batch alone sets it."""
+    """fixed: no parameter; learned: one; optimal: σ² = w·σ² + (1 - w)·MSE, first set by the first batch alone."""
     assert list(Gaussian("fixed", 0.5, 0.9).parameters()) == []
     (parameter,) = DiscretisedGaussian("learned", 0.5, 0.9).parameters()
     assert parameter.shape == () and parameter.item() == pytest.approx(math.log(0.5))
@@ -193,7 +193,7 @@ def test_prior():
 
 
 def test_diagonal_gaussian():
-    """log-density and KL against torch.distributions; rsample is mean + sd ⊙ noise, differentiable in both."""
+    """log-density and KL against torch.distributions; rsample is mean + sd ⊙ noise, differentiably."""
     mean = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     variance = (torch.rand(6, 3, dtype=torch.float64) + 0.1).requires_grad_()
     q, reference = DiagonalGaussian(mean, variance), Normal(mean, variance.sqrt())

@@ -83,7 +83,7 @@ def test_conv_rejects_other_sides(shape):
 
 
 def test_encoder_reads_mean_and_softplus_variance():
-    """variance = log(1 + exp(β raw))/β with β = 0.3, elementwise, from the second half of the network's output."""
+    """variance = log(1 + exp(β raw))/β with β = 0.3, from the second half of the network's output."""
     encoder = Encoder(nn.Identity(), 0.3)
     q = encoder(Batch(torch.tensor([[1.0, -2.0, -30.0, 0.0], [3.0, 4.0, 2.0, 50.0]]), torch.arange(2)))
     assert q.mean.tolist() == [[1, -2], [3, 4]]
@@ -92,7 +92,7 @@ def test_encoder_reads_mean_and_softplus_variance():
 
 
 def test_mlp_layers():
-    """Widths latent -> hidden -> data, the encoder in reverse, and log p(x, z) as the sum of its two parts."""
+    """Widths latent -> hidden -> data, the encoder in reverse, log p(x, z) as the sum of its parts."""
     model = MLP((2, 3, 5), 4, 1.5, Gaussian("fixed", 0.3, 0.9), 0.3, [7, 11])
     encoder = model.build_encoder()
     assert count(model) == (4 * 7 + 7) + (7 * 11 + 11) + (11 * 30 + 30)

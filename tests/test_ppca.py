@@ -1,4 +1,4 @@
-"""Langevin predictive coding on the linear model finds probabilistic PCA, whose likelihood scikit-learn knows."""
+"""Langevin predictive coding on the linear model finds probabilistic PCA, as scikit-learn computes it."""
 
 import math
 
@@ -21,11 +21,11 @@ DATA_DIM, LATENT_DIM, NUM_EXAMPLES, NUM_UPDATES = 8, 2, 1000, 700
 
 @pytest.mark.parametrize("forward, reverse", [(0.5, 0.5), (0.0, 1.0)], ids=["jeffreys", "reverse"])
 def test_lpc_recovers_probabilistic_pca(forward, reverse):
-    """Mean log p(x) on the training data within 0.025 nats of the maximum, W's span and σ² as the eigenvalues say.
+    """Mean log p(x) of the training data within 0.025 nats of the maximum; W's span, σ² and b with it.
 
-    The chain's posterior covariance is 2 (P(2I - γP))⁻¹: expectation-maximisation with it in place of P⁻¹ ends
-    0.005 nats below the maximum, σ² 3 % above, at γ = .03 (0.047 and 10 % at γ = .1). The rest is unfinished training
-    (0.006 nats after 2500 updates).
+    The chain's posterior covariance is 2 (P(2I - γP))⁻¹: expectation-maximisation with it in place of P⁻¹
+    ends 0.005 nats below the maximum, σ² 3 % above, at γ = .03 (0.047 and 10 % at γ = .1). The rest is
+    unfinished training (0.006 nats after 2500 updates).
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
-"""Time per Langevin step and per update: Algorithm 1 as written, ours, and a VAE batch, side by side in one run.
+"""Time per Langevin step and per update: Algorithm 1 as written, ours, and a VAE batch, in one run.
 
-The variants take turns round by round, so that a machine that slows down slows all of them; medians are compared.
+The variants take turns round by round, so that a machine that slows down slows all of them alike;
+medians are compared.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ CHANNELS, LATENT_DIM = 3, 40
 
 @dataclass
 class Variant:
-    """One way to make an update. baseline: the variant it is compared with. times: seconds per update, by round."""
+    """One way to make an update.
+
+    num_steps: T, 0 without a chain. baseline: the variant it is compared with. times: s per update, by round.
+    """
 
     name: str
     num_steps: int
@@ -67,7 +71,9 @@ def _ours(learner: Learner, batch: Batch, update: int) -> None:
 def _literally(learner: Learner, batch: Batch, update: int) -> None:
     noise = UpdateNoise(0, update, (len(batch.x), LATENT_DIM), batch.x.device)
     model, encoder = learner.model, learner.encoder
-    result = literal_gradients(model, encoder, learner.sampler, learner.objective, batch, noise, False)
+    result = literal_gradients(
+        model, encoder, learner.sampler, learner.objective, batch, noise=noise, start_from_prior=False
+    )
     for parameter, gradient in zip(
         [*model.parameters(), *encoder.parameters()], [*result.theta, *result.phi]
     ):
@@ -77,7 +83,7 @@ def _literally(learner: Learner, batch: Batch, update: int) -> None:
 
 
 def build_variants(side: int, num_steps: int, batch: int, device: torch.device) -> list[Variant]:
-    """All that is compared, on images of random levels (C, side, side): time does not depend on what they show."""
+    """All that is compared, on images of random levels: time does not depend on what they show."""
     levels = torch.randint(256, (batch, CHANNELS, side, side), generator=torch.Generator().manual_seed(0))
     data = Batch((levels.float() / 127.5 - 1).to(device), torch.arange(batch, device=device))
     objectives = {"jeffreys": Objective(0.5, 0.5), "reverse": Objective(0.0, 1.0)}
@@ -103,7 +109,7 @@ def build_variants(side: int, num_steps: int, batch: int, device: torch.device) 
 
 
 def measure(variants: list[Variant], rounds: int, device: torch.device) -> None:
-    """Fill `times`: each round times every variant once, the VAE as the mean of ten, after one untimed round."""
+    """Fill `times`: each round times every variant once, the VAE as the mean of ten; the first round is untimed."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -134,10 +140,10 @@ def processor() -> str:
 def header(side: int, num_steps: int, batch: int, rounds: int, device: torch.device) -> str:
     """What the numbers depend on, in two lines."""
     card = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return (
-        f"device {device.type}{card}; CPU {processor()}; torch {torch.__version__}; threads {torch.get_num_threads()}\n"
-        f"{CHANNELS}x{side}x{side} images, conv, batch {batch}, T = {num_steps}; median (min - max) of {rounds} rounds"
-    )
+    machine = f"device {device.type}{card}; CPU {processor()}"
+    versions = f"torch {torch.__version__}; threads {torch.get_num_threads()}"
+    work = f"{CHANNELS}x{side}x{side} images, conv, batch {batch}, T = {num_steps}"
+    return f"{machine}; {versions}\n{work}; median (min - max) of {rounds} rounds"
 
 
 def tabulate(variants: list[Variant]) -> Table:
@@ -168,5 +174,6 @@ def benchmark(
     variants = build_variants(side, num_steps, batch, device)
     logger.info("%d variants, %d rounds and one to warm up", len(variants), rounds)
     measure(variants, rounds, device)
+    console = Console()
     console.print(header(side, num_steps, batch, rounds, device), soft_wrap=True, highlight=False)
     console.print(tabulate(variants))

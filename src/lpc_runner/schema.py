@@ -75,6 +75,8 @@ def constructor_of(target: Any) -> Any:
 def hints_of(target: Any) -> dict[str, Any]:
     """Annotations of a class's constructor or of a function, by parameter name; unannotated ones are `Any`."""
     function = inspect.unwrap(constructor_of(target))
+    if function is object.__init__:
+        return {}
     hints = typing.get_type_hints(function, include_extras=True)
     names = [name for name in inspect.signature(function).parameters if name != "self"]
     return {name: hints.get(name, Any) for name in names}

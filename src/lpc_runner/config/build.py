@@ -11,7 +11,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from lpc_runner.config.compose import unknown_key
+from lpc_runner.config.compose import dotted, unknown_key
 from lpc_runner.errors import UserError
 from lpc_runner.schema import check_value, constructor_of, hints_of
 
@@ -73,7 +73,8 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     """
     values = OmegaConf.to_container(cfg, resolve=True)
     _check_root(values)
-    parts = {group: instantiate(values[group], group) for group in GROUPS}
+    known = list(dotted(values))
+    parts = {group: instantiate(values[group], group, known) for group in GROUPS}
     import torch
 
     from lpc_runner.randomness import generator
@@ -110,23 +111,27 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     )
 
 
-def instantiate(node: dict[str, Any], path: str) -> Any:
-    """The object (or, with `_partial_`, the function that waits for the rest) that a YAML node describes."""
+def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
+    """The object (or, with `_partial_`, the function that waits for the rest) that a YAML node describes.
+
+    known: all keys of the configuration, to name the nearest when one is wrong. Raises UserError (one line).
+    """
     target = _locate(node["_target_"], path)
     hints = hints_of(target)
     given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     for key in given:
         if key not in hints:
-            raise UserError(unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in hints]))
+            raise UserError(unknown_key(f"{path}.{key}", known))
     arguments = {
-        key: instantiate(value, f"{path}.{key}") if _is_object(value) else value for key, value in given.items()
+        key: instantiate(value, f"{path}.{key}", known) if _is_object(value) else value for key, value in given.items()
     }
     for key, value in arguments.items():
         if not _is_object(given[key]):
             _naming(path, check_value, key, value, hints[key])
     later = LATER.get(path, set()) if node.get("_partial_") else set()
-    for name, parameter in inspect.signature(inspect.unwrap(constructor_of(target))).parameters.items():
-        if name in hints and name not in arguments and name not in later and parameter.default is parameter.empty:
+    parameters = inspect.signature(inspect.unwrap(constructor_of(target))).parameters
+    for name in hints:
+        if name not in arguments and name not in later and parameters[name].default is inspect.Parameter.empty:
             raise UserError(f"{path}.{name} has no value: the option's YAML file must give one")
     if node.get("_partial_"):
         return functools.partial(target, **arguments)
@@ -171,8 +176,9 @@ def _check_root(values: dict[str, Any]) -> None:
             raise UserError(str(error)) from None
     if values["num_threads"] is not None and values["num_threads"] < 1:
         raise UserError(f"num_threads must be an integer of at least 1 or null, got {values['num_threads']}")
-    if any(part in ("", ".", "..") for part in values["study"].split("/")) or values["study"].startswith("."):
-        raise UserError(f"study must be a plain folder name, got {values['study']!r}")
+    study = values["study"]
+    if not study or "/" in study or study.startswith(".") or study == "runs":
+        raise UserError(f"study must be a plain folder name other than 'runs', got {study!r}")
 
 
 def resolve_device(name: str) -> Any:

@@ -111,25 +111,27 @@ def _explain(error: Exception, extra: list[str]) -> str:
 def known_keys(extra: list[str] | None = None) -> list[str]:
     """Every key of the configuration as it stands without overrides, in dotted form."""
     cfg = compose(CONFIG_NAME, overrides=extra or [])
-    return list(_dotted(OmegaConf.to_container(cfg), ""))
+    return list(dotted(OmegaConf.to_container(cfg)))
 
 
-def _dotted(node: dict, prefix: str) -> Iterator[str]:
+def dotted(node: dict, prefix: str = "") -> Iterator[str]:
+    """Keys of a nested mapping as a.b.c, inner ones after their parents."""
     for key, value in node.items():
         yield prefix + key
         if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield from dotted(value, f"{prefix}{key}.")
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """The message for a key that does not exist, with the nearest that does."""
-    # The same name in another spelling is meant more often than another name of the same group.
-    head, _, tail = key.rpartition(".")
-    siblings = [name for name in known if name.startswith(head + ".") and "_target_" not in name] if head else []
-    near = difflib.get_close_matches(key, siblings or known, n=1, cutoff=0.5)
-    squeezed = [name for name in known if name.replace("_", "").endswith(tail.replace("_", ""))]
-    nearest = (squeezed or near or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[:1]
-    return f"unknown key {key}" + (f"; the nearest known one is {nearest[0]}" if nearest else "")
+    """The message for a key that does not exist, with the nearest that does, if any is near."""
+    known = [name for name in known if name != key and not name.startswith("tuned") and "_target_" not in name]
+    tail = key.rpartition(".")[2].replace("_", "")
+    # The same word spelt otherwise, in whichever group, is meant more often than another word of the same group.
+    same = [name for name in known if name.rpartition(".")[2].replace("_", "") == tail]
+    near = (same or difflib.get_close_matches(key, known, n=1, cutoff=0.6))[:1]
+    if near and f"{near[0]}.value" in known:
+        near = [f"{near[0]}.value"]
+    return f"unknown key {key}" + (f"; the nearest known one is {near[0]}" if near else "")
 
 
 def _first_sentence(error: Exception) -> str:

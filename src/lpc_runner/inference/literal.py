@@ -1,7 +1,7 @@
 """Algorithm 1 read line by line, without any saving: the slow reference of the tests and of the benchmark.
 
-Every step makes one backward pass for the drift, one for θ and one for the encoder, and keeps its state; reverse KL
-runs the decoder once more. What it returns must equal `training.update.compute_gradients` to rounding.
+Every step makes one backward pass for the drift, one for θ and one for the encoder, and keeps its state;
+reverse KL runs the decoder once more. What it returns must equal `training.update.compute_gradients` to rounding.
 """
 
 from __future__ import annotations
@@ -25,12 +25,26 @@ class Literal:
     states: list[Tensor]
 
 
+def _precondition(metric: Any, second_moment: Tensor, drift: Tensor, t: int) -> tuple[Tensor, Any]:
+    """m(t) = β m(t-1) + (1-β) g⊙g and m̂ = sqrt(m(t)/(1-β^t)) + eps; m̂ = 1 without preconditioning."""
+    if isinstance(metric, Identity):
+        return second_moment, 1.0
+    square = drift * drift
+    if isinstance(metric, SharedAdam):
+        square = square.mean(0).expand_as(drift)
+    count = t if metric.freeze_after is None else min(t, metric.freeze_after)
+    if count == t:
+        second_moment = metric.beta * second_moment + (1 - metric.beta) * square
+    return second_moment, (second_moment / (1 - metric.beta**count)).sqrt() + metric.eps
+
+
 def literal_gradients(
     model: Any,
     encoder: Any,
     sampler: Any,
     objective: Objective,
     batch: Any,
+    *,
     noise: Any,
     start_from_prior: bool,
 ) -> Literal:
@@ -49,11 +63,11 @@ def literal_gradients(
     def add_theta(z: Tensor) -> None:
         value = model.log_joint(x, z).sum()
         for total, gradient in zip(theta_sum, torch.autograd.grad(value, theta)):
-            total += gradient
+            total.add_(gradient)
 
     def add_phi(loss: Tensor, weight: float) -> None:
         for total, gradient in zip(phi_sum, torch.autograd.grad(loss.mean(), phi, retain_graph=True)):
-            total += weight * gradient
+            total.add_(gradient, alpha=weight)
 
     # q = N(mean(x), var(x));  z(0) ~ q or ~ p(z)
     z = None
@@ -75,17 +89,7 @@ def literal_gradients(
         point = z.requires_grad_()
         (drift,) = torch.autograd.grad(model.log_joint(x, point).sum(), point)
         z = z.detach()
-        # m(t) = β m(t-1) + (1-β) g⊙g;  m̂ = sqrt(m(t)/(1-β^t)) + eps
-        scale = 1.0
-        metric = sampler.preconditioner
-        if not isinstance(metric, Identity):
-            square = drift * drift
-            if isinstance(metric, SharedAdam):
-                square = square.mean(0).expand_as(z)
-            count = t if metric.freeze_after is None else min(t, metric.freeze_after)
-            if count == t:
-                second_moment = metric.beta * second_moment + (1 - metric.beta) * square
-            scale = (second_moment / (1 - metric.beta**count)).sqrt() + metric.eps
+        second_moment, scale = _precondition(sampler.preconditioner, second_moment, drift, t)
         # g_θ += ∇θ log p(x, z(t-1); θ)
         if sampler.theta_states == "all":
             add_theta(z)

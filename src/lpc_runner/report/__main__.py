@@ -35,7 +35,7 @@ from lpc_runner.report.tables import (
 
 WIDTH = 100
 MIN_LABEL = 20
-GAP = 3  # between columns
+GAP = 2  # between columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,28 +104,33 @@ def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -
         console.print()
     for line in [*state_notes(study), *(f"warning: {line}" for line in study.warnings)]:
         console.print(Text(line), soft_wrap=True)
+    console.print("Every column is in report.md, every run in report.csv.")
     for path in paths:
         console.print(Text(str(path)), soft_wrap=True)
 
 
 def _grid(table: Table, width: int) -> Grid:
-    """The columns that fit, numbers never broken: names are wrapped first, then columns on the right left out."""
+    """The columns that fit: names are wrapped first, then columns on the right left out; numbers are whole."""
     kept = [index for index, name in enumerate(table.columns) if name not in table.hidden]
     headers = [name.removesuffix(f"_{table.extractor}").replace(" ", "\n") for name in table.columns]
-    widths = [
-        max(len(line) for cell in [headers[index], *(row[index] for row in table.rows)] for line in cell.split("\n"))
-        for index in kept
-    ]
+    widths = [_widest([headers[index], *(row[index] for row in table.rows)]) for index in kept]
     while len(kept) > 2 and MIN_LABEL + sum(widths[1:]) + GAP * len(kept) > width:
         kept.pop()
         widths.pop()
     widths[0] = min(widths[0], width - sum(widths[1:]) - GAP * len(kept))
+    height = max(headers[index].count("\n") for index in kept)
     grid = Grid(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    grid.padding = (0, GAP - 1, 0, 0)  # and the line between columns
     for index, size in zip(kept, widths):
-        grid.add_column(Text(headers[index]), justify="right" if index else "left", width=size, vertical="bottom")
+        header = "\n" * (height - headers[index].count("\n")) + headers[index]
+        grid.add_column(Text(header), justify="right" if index else "left", width=size)
     for row in table.rows:
         grid.add_row(*(Text(row[index]) for index in kept))
     return grid
+
+
+def _widest(cells: Sequence[str]) -> int:
+    return max(len(line) for cell in cells for line in cell.split("\n"))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def followed(group: Group) -> list[Run]:
 
 
 def mean_curve(runs: Sequence[list[Point]], metric: str) -> Curve:
-    """Averages at the updates that all runs have, so that no seed leaves the mean midway; finite values only."""
+    """Averages at the updates that all runs have, so that no seed leaves midway; finite values only."""
     by_run = []
     for points in runs:
         found = {p.update: p for p in points if math.isfinite(p.values.get(metric, math.nan))}

@@ -44,6 +44,7 @@ NAMES = {
     "recall": "recall (higher is better)",
     "train/elbo": "ELBO of training batches\n(nats per example)",
 }
+LOGARITHMIC = ("fid", "fd", "kid")  # where they span more than a decade
 NUM_AVERAGED = 60  # points of a training curve, each a mean over neighbouring rows
 
 
@@ -138,7 +139,13 @@ def _curve_figure(
             _draw(axes[1], curve.seconds, curve, style)
     axes[0].set_xlabel("updates")
     axes[0].set_ylabel(_axis_name(metric, setting))
-    axes[0].set_ylim(*_limits([curve for _, curve in everything], cut=setting is None))
+    low, high = _limits([curve for _, curve in everything], cut=setting is None)
+    if setting is not None and base_name(metric) in LOGARITHMIC and low > 0 and high > 10 * low:
+        axes[0].set_yscale("log")
+        axes[0].set_ylim(low / 1.2, high * 1.2)
+    else:
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes[0].set_ylim(low - margin, high + margin)
     if timed:
         seconds = [value for _, curve in everything for value in curve.seconds if value]
         axes[1].set_xlabel("training time (s)")
@@ -148,7 +155,8 @@ def _curve_figure(
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(page) > 1 else 1)
     counted = "" if setting is None else f", N = {setting.num_samples:,} samples"
-    figure.suptitle(f"{dataset}{counted}", fontsize=14)
+    averaged = ", mean ± std over seeds" if any(curve.num_runs > 1 for _, curve in page) else ""
+    figure.suptitle(f"{dataset}{counted}{averaged}", fontsize=14)
     return figure
 
 
@@ -162,15 +170,14 @@ def _draw(axis: Any, x: Sequence[float | None], curve: Curve, style: dict[str, A
 
 
 def _limits(curves: Sequence[Curve], cut: bool) -> tuple[float, float]:
-    """Room for every band; `cut`: for what comes after the first tenth, where a loss falls from its start."""
+    """Lowest and highest end of a band; `cut`: without the first tenth, where an ELBO rises from its start."""
     low, high = [], []
     for curve in curves:
         first = 0.1 * curve.updates[-1] if cut else 0
         kept = [i for i, update in enumerate(curve.updates) if update >= first]
         low += [curve.mean[i] - curve.std[i] for i in kept]
         high += [curve.mean[i] + curve.std[i] for i in kept]
-    margin = 0.06 * (max(high) - min(low)) or 0.1 * abs(max(high)) or 1.0
-    return min(low) - margin, max(high) + margin
+    return min(low), max(high)
 
 
 def _axis_name(metric: str, setting: Setting | None) -> str:
@@ -179,10 +186,9 @@ def _axis_name(metric: str, setting: Setting | None) -> str:
 
 
 def _legend(group: Group, curve: Curve) -> str:
-    state = "" if group.counted else ", unfinished"
-    state = ", diverged" if group.diverged else state
-    seeds = f"mean ± std of {curve.num_runs} seeds" if curve.num_runs > 1 else "1 seed"
-    return "\n".join(textwrap.wrap(f"{group.label} ({seeds}{state})", 46))
+    seeds = f"{curve.num_runs} seeds" if curve.num_runs > 1 else "1 seed"
+    statuses = sorted({run.status for run in followed(group)} - {"finished"})
+    return "\n".join(textwrap.wrap(f"{group.label} ({', '.join([seeds, *statuses])})", 48))
 
 
 # Sample grids ---------------------------------------------------------------------------------------------
@@ -199,7 +205,7 @@ def sample_figure(dataset: str, groups: Sequence[Group], warnings: list[str]) ->
         ("data", run.path / "samples" / "data.png") for _, run in with_grids[:1]
     ]
     for group, run in with_grids:
-        wanted.append((f"{group.marked_label} (seed {run.seed})", run.path / "samples" / "final.png"))
+        wanted.append((f"{group.marked_label}\nseed {run.seed}", run.path / "samples" / "final.png"))
     for title, path in wanted:
         if path.exists():
             try:
@@ -212,12 +218,14 @@ def sample_figure(dataset: str, groups: Sequence[Group], warnings: list[str]) ->
     panels = panels[:MAX_GRIDS]
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4 * columns, 4.7 * rows), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 4.8 * rows), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
     for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.set_axis_off()
     for axis, (title, picture) in zip(figure.axes, panels):
         axis.imshow(picture, cmap="gray")
-        axis.set_title("\n".join(textwrap.wrap(title, 32)), fontsize=14)
+        lines = [line for part in title.splitlines() for line in textwrap.wrap(part, 34)]
+        axis.set_title("\n".join(lines), fontsize=14)
     if left_out > 0:
         figure.supxlabel(f"{left_out} more groups are not shown", fontsize=13)
     return figure

@@ -57,7 +57,7 @@ class Group:
 
     @property
     def marked_label(self) -> str:
-        return self.label + (" †" if self.diverged else "")
+        return self.label + ("\N{NO-BREAK SPACE}†" if self.diverged else "")
 
 
 def method_of(sampler: str, objective: str) -> str:
@@ -142,15 +142,14 @@ def _label(groups: list[Group]) -> None:
             group.label = label if taken[label] == 1 else f"{label} ({taken[label]})"
 
 
-def common_settings(groups: Sequence[Group]) -> dict[str, str]:
-    """What all these groups share, by key; what only some of them have is marked 'where it applies'."""
-    shared = {}
+def common_settings(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings that all these groups share, and those that are equal in all that have them, by key."""
+    everywhere, somewhere = {}, {}
     for key in _keys(groups):
+        values = [group.properties[key] for group in groups if key in group.properties]
         if not _differs(groups, key):
-            value = next(group.properties[key] for group in groups if key in group.properties)
-            everywhere = all(key in group.properties for group in groups)
-            shared[key] = show_value(value) + ("" if everywhere else " where it applies")
-    return shared
+            (everywhere if len(values) == len(groups) else somewhere)[key] = values[0]
+    return everywhere, somewhere
 
 
 def _keys(groups: Sequence[Group]) -> list[str]:

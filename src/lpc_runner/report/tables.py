@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lpc_runner.report import paper
-from lpc_runner.report.grouping import Group, common_settings
+from lpc_runner.report.grouping import Group, common_settings, show_value
 from lpc_runner.report.study import STATUSES, Measurement, Run, Setting, Study
 
 ORDER = ("fid", "fd", "kid", "density", "coverage", "precision", "recall")
@@ -22,9 +22,9 @@ DIVERGED = "† no seed finished: the last finite states of diverged runs."
 
 @dataclass
 class Table:
-    """Text in rows and columns, the first column naming the row.
+    """Text in rows and columns, the first of which names the row.
 
-    For a terminal: `hidden` columns are left out, and `extractor` off the ends of names, as the title says it.
+    On a terminal `hidden` columns are left out, and `extractor`, which the title says, off the ends of names.
     """
 
     title: str
@@ -58,7 +58,7 @@ def show(value: float | None, decimals: int | None = None) -> str:
         return DASH
     if not math.isfinite(value):
         return str(value)
-    if value != 0 and abs(value) < 0.001:
+    if decimals is None and value != 0 and abs(value) < 0.001:
         return f"{value:.2g}"
     return f"{value:,.{_decimals(value) if decimals is None else decimals}f}"
 
@@ -66,6 +66,8 @@ def show(value: float | None, decimals: int | None = None) -> str:
 def _decimals(value: float) -> int:
     if abs(value) >= 1000:
         return 0
+    if 0 < abs(value) < 0.01:
+        return 5
     return 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
 
 
@@ -249,9 +251,9 @@ def cost_table(dataset: str, groups: Sequence[Group]) -> Table:
         costs = [_cost([run.cost(name) for run in group.counted]) for name in names]
         rows.append([group.marked_label, count_statuses(group.runs), *costs])
     notes = ["Train seconds leave measuring out; a gradient evaluation is one ∇ log p(x, z) of one example."]
-    notes += [
-        f"Shared settings: {', '.join(f'{key} {value}' for key, value in common_settings(groups).items())}."
-    ]
+    for name, shared in zip(("Shared by all", "Shared where it applies"), common_settings(groups)):
+        settings = ", ".join(f"{key} {show_value(value)}" for key, value in shared.items())
+        notes += [f"{name}: {settings}."] * bool(shared)
     notes += [DIVERGED] * any(group.diverged for group in groups)
     return Table(f"{dataset}: runs", columns, rows, notes, frozenset({"total s"}))
 

@@ -1,0 +1,43 @@
+# make run: train the embedded default.   make test: the tests.   Both install into .venv first, from PyPI alone.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: run test lint bench mutants faults slow clean
+run: .venv/.runtime
+	$(BIN)/python -m lpc_runner
+
+test: .venv/.development
+	$(BIN)/python -m pytest
+
+lint: .venv/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.runtime
+	$(BIN)/python scripts/benchmark.py
+
+mutants: .venv/.development
+	$(BIN)/python scripts/mutants.py
+
+faults: .venv/.development
+	$(BIN)/python -m pytest -m faults
+
+slow: .venv/.development
+	$(BIN)/python -m pytest -m slow
+
+.venv/.created:
+	@test -n "$(PYTHON)" || { echo "lpc_runner needs Python 3.11, 3.12 or 3.13 with venv; PYTHON=/path/to/python names one"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.runtime: .venv/.created pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.development: .venv/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist
