@@ -109,7 +109,7 @@ def build_variants(side: int, num_steps: int, batch: int, device: torch.device) 
 
 
 def measure(variants: list[Variant], rounds: int, device: torch.device) -> None:
-    """Fill `times`: each round times every variant once, the VAE as the mean of ten; the first round is untimed."""
+    """Fill `times`: each round times every variant once (the VAE: mean of ten), after an untimed one."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -147,7 +147,7 @@ def header(side: int, num_steps: int, batch: int, rounds: int, device: torch.dev
 
 
 def tabulate(variants: list[Variant]) -> Table:
-    """ms per step and per update, and two ratios: speed against the literal algorithm, cost in VAE batches."""
+    """ms per step and per update, speed against the literal algorithm, cost in VAE batches."""
     by_name = {variant.name: variant for variant in variants}
     table = Table()
     table.add_column("variant")
@@ -167,9 +167,7 @@ def tabulate(variants: list[Variant]) -> Table:
     return table
 
 
-def benchmark(
-    side: int, num_steps: int, batch: int, rounds: int, device: torch.device, console: Console
-) -> None:
+def benchmark(side: int, num_steps: int, batch: int, rounds: int, device: torch.device) -> None:
     """Measure all variants and print one table; ms per step is an update's time divided by T."""
     variants = build_variants(side, num_steps, batch, device)
     logger.info("%d variants, %d rounds and one to warm up", len(variants), rounds)

@@ -124,10 +124,14 @@ class _ScaledLikelihood(nn.Module):
     def observe(self, x: Tensor, mean: Tensor) -> None:
         """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it."""
         assert self.scale == "optimal"
-        error = (x - mean).square().mean()
+        error = (x - self.within_range(mean)).square().mean()
         past = torch.where(self.num_observed == 0, 0.0, self.momentum)
         self.log_scale.copy_(0.5 * torch.log(past * torch.exp(2 * self.log_scale) + (1 - past) * error))
         self.num_observed += 1
+
+    def within_range(self, mean: Tensor) -> Tensor:
+        """The mean as an estimate of x."""
+        return mean
 
     def density(self, x: Tensor, mean: Tensor) -> Tensor:
         """Elementwise log-density or log-probability in nats."""
@@ -142,6 +146,10 @@ class DiscretisedGaussian(_ScaledLikelihood):
     """p(x | mean) of 8-bit images scaled to [-1, 1]: each of 256 levels owns a bin of width 2/255, end bins open."""
 
     is_discrete = True
+
+    def within_range(self, mean: Tensor) -> Tensor:
+        # The open end bins reward means far outside [-1, 1] for black and white pixels: no error of that size exists.
+        return mean.clamp(-1, 1)
 
     def density(self, x: Tensor, mean: Tensor) -> Tensor:
         return log_bin_probability(x, mean, self.log_scale)

@@ -116,6 +116,8 @@ def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
 
     known: all keys of the configuration, to name the nearest when one is wrong. Raises UserError (one line).
     """
+    if not _is_object(node):
+        raise UserError(f"{path} must be one of its options ({path}=...), got {'null' if node is None else repr(node)}")
     target = _locate(node["_target_"], path)
     hints = hints_of(target)
     given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
@@ -149,11 +151,11 @@ def _locate(target: str, path: str) -> Any:
         raise UserError(f"{path}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from None
 
 
-def _call(path: str, factory: Callable[..., Any], **later: Any) -> Any:
+def _call(path: str, factory: Callable[..., Any], /, **later: Any) -> Any:
     return _naming(path, factory, **later)
 
 
-def _naming(path: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _naming(path: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call, and put the group's name before what a constructor says of its own argument."""
     try:
         return function(*args, **kwargs)
@@ -169,6 +171,9 @@ def _check_root(values: dict[str, Any]) -> None:
     for key in values:
         if key not in ROOT and key not in GROUPS and key != "tuned":
             raise UserError(unknown_key(key, [*ROOT, *GROUPS]))
+    for key in (*ROOT, *GROUPS):
+        if key not in values:
+            raise UserError(f"{key} was deleted from the configuration: every run needs it")
     for key, hint in ROOT.items():
         try:
             check_value(key, values[key], hint)

@@ -1,7 +1,8 @@
 """Algorithm 1 read line by line, without any saving: the slow reference of the tests and of the benchmark.
 
 Every step makes one backward pass for the drift, one for θ and one for the encoder, and keeps its state;
-reverse KL runs the decoder once more. What it returns must equal `training.update.compute_gradients` to rounding.
+reverse KL runs the decoder once more. What it returns must equal that of
+`training.update.compute_gradients` to rounding.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -
 
 
 def _grid(table: Table, width: int) -> Grid:
-    """The columns that fit: names are wrapped first, then columns on the right left out; numbers are whole."""
+    """The columns that fit: names are wrapped first, then columns on the right left out."""
     kept = [index for index, name in enumerate(table.columns) if name not in table.hidden]
     headers = [name.removesuffix(f"_{table.extractor}").replace(" ", "\n") for name in table.columns]
     widths = [_widest([headers[index], *(row[index] for row in table.rows)]) for index in kept]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,12 @@ def study_figures(study: Study, warnings: list[str]) -> Iterator[tuple[str, Figu
             yield from curve_figures(dataset, groups, "train/elbo", None)
             grids = sample_figure(dataset, groups, warnings)
             if grids is not None:
-                yield f"{dataset}-samples.png", grids
+                yield file_name(dataset, "samples"), grids
+
+
+def file_name(dataset: str, what: str) -> str:
+    """<dataset>-<what>.png, safe as a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{dataset}-{what}.png")
 
 
 def png(figure: Figure) -> bytes:
@@ -111,10 +117,8 @@ def curve_figures(
     pages = [lines[start : start + size] for start in range(0, len(lines), size)]
     for number, page in enumerate(pages, start=1):
         suffix = f"-{number}" if len(pages) > 1 else ""
-        yield (
-            f"{dataset}-{metric.replace('/', '-')}{suffix}.png",
-            _curve_figure(dataset, page, lines, metric, setting),
-        )
+        name = file_name(dataset, f"{metric}{suffix}")
+        yield name, _curve_figure(dataset, page, lines, metric, setting)
 
 
 def _curve_figure(
@@ -143,6 +147,7 @@ def _curve_figure(
     if setting is not None and base_name(metric) in LOGARITHMIC and low > 0 and high > 10 * low:
         axes[0].set_yscale("log")
         axes[0].set_ylim(low / 1.2, high * 1.2)
+        _label_decades(axes[0].yaxis, low, high)
     else:
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         axes[0].set_ylim(low - margin, high + margin)
@@ -151,6 +156,7 @@ def _curve_figure(
         axes[1].set_xlabel("training time (s)")
         if max(seconds) > 10 * min(seconds):
             axes[1].set_xscale("log")
+            _label_decades(axes[1].xaxis, min(seconds), max(seconds))
             axes[1].set_xlabel("training time (s, logarithmic)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(page) > 1 else 1)
@@ -169,8 +175,18 @@ def _draw(axis: Any, x: Sequence[float | None], curve: Curve, style: dict[str, A
         axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
+def _label_decades(axis: Any, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ... or, over many decades, 1, 10, 100, ..."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(LogLocator(subs=range(1, 10), numticks=99))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
 def _limits(curves: Sequence[Curve], cut: bool) -> tuple[float, float]:
-    """Lowest and highest end of a band; `cut`: without the first tenth, where an ELBO rises from its start."""
+    """Lowest and highest end of a band; `cut`: without the first tenth, in which an ELBO rises steeply."""
     low, high = [], []
     for curve in curves:
         first = 0.1 * curve.updates[-1] if cut else 0
@@ -223,7 +239,7 @@ def sample_figure(dataset: str, groups: Sequence[Group], warnings: list[str]) ->
     for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.set_axis_off()
     for axis, (title, picture) in zip(figure.axes, panels):
-        axis.imshow(picture, cmap="gray")
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
         lines = [line for part in title.splitlines() for line in textwrap.wrap(part, 34)]
         axis.set_title("\n".join(lines), fontsize=14)
     if left_out > 0:

@@ -200,6 +200,8 @@ def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         warnings.append(f"{path.name}/config.yaml is damaged (no YAML)")
         return {}
+    if content is not None and not isinstance(content, dict):
+        warnings.append(f"{path.name}/config.yaml is damaged (no settings)")
     return dict(_flat(content)) if isinstance(content, dict) else {}
 
 
