@@ -113,7 +113,7 @@ MUTANTS = [
 
 
 def run_tests(source: Path, tests: tuple[str, str]) -> int:
-    """pytest's exit status for these tests against the package in `source`: 0 passed, 1 failed, else not run."""
+    """pytest's exit status against the package in `source`: 0 passed, 1 failed, else not run."""
     file, expression = tests
     environment = os.environ | {
         "PYTHONPATH": str(source),

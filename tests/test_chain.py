@@ -1,4 +1,4 @@
-"""The chain against closed forms: stationary moments, the linear model's posterior, what a batch may share."""
+"""The chain against closed forms: stationary moments, the linear posterior, what a batch may share."""
 
 import math
 import weakref
@@ -108,7 +108,7 @@ def test_per_sample_preconditioner_inflates_the_variance():
 
 
 def test_per_sample_preconditioner_doubles_the_variance_of_a_fine_chain():
-    """γ -> 0: G = 1/|g|, and without the Γ term the stationary density is p/G ~ |z| exp(-λz²/2): variance 2/λ.
+    """γ -> 0: G = 1/|g|, and without the Γ term the chain samples p/G ~ |z| exp(-λz²/2): variance 2/λ.
 
     Chains start at that density (sign times Rayleigh) and stay; 1500 steps of 10 000 chains err by < 1 %.
     """
@@ -124,7 +124,7 @@ def test_per_sample_preconditioner_doubles_the_variance_of_a_fine_chain():
 
 
 def test_linear_posterior():
-    """Chains on the linear model have the posterior's mean, and covariance 2 (P(2I - γP))⁻¹, P its precision."""
+    """Linear model: chains have the posterior's mean, and covariance 2 (P(2I - γP))⁻¹, P the precision."""
     model = Linear((5,), 2, 1.0, Gaussian("fixed", 0.7, 0.9), 0.3)
     x = torch.randn(1, 5).expand(30_000, 5)
     posterior = model.posterior(x[:1])

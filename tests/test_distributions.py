@@ -169,19 +169,21 @@ def test_likelihoods_sum_over_dimensions():
 
 
 def test_scales():
-    """fixed: no parameter; learned: one; optimal: σ² = w·σ² + (1 - w)·MSE, first set by the first batch alone."""
+    """fixed: no parameter; learned: one; optimal: σ² = w·σ² + (1 - w)·MSE, the first batch alone at first."""
     assert list(Gaussian("fixed", 0.5, 0.9).parameters()) == []
     (parameter,) = DiscretisedGaussian("learned", 0.5, 0.9).parameters()
     assert parameter.shape == () and parameter.item() == pytest.approx(math.log(0.5))
-    optimal = DiscretisedGaussian("optimal", 0.5, 0.75)
-    assert list(optimal.parameters()) == []
-    running = None
-    for _ in range(4):
-        x, mean = torch.randn(5, 3), torch.randn(5, 3)
-        error = (x - mean).square().mean().item()
-        running = error if running is None else 0.75 * running + 0.25 * error
-        optimal.observe(x, mean)
-        assert math.exp(2 * optimal.log_scale.item()) == pytest.approx(running, rel=1e-5)
+    for likelihood, limit in ((Gaussian, math.inf), (DiscretisedGaussian, 1.0)):
+        optimal = likelihood("optimal", 0.5, 0.75)
+        assert list(optimal.parameters()) == []
+        running = None
+        for _ in range(4):
+            # Means beyond ±1 are no error of levels, whose end bins are open; they are one of real values.
+            x, mean = torch.rand(5, 3) * 2 - 1, 2 * torch.randn(5, 3)
+            error = (x - mean.clamp(-limit, limit)).square().mean().item()
+            running = error if running is None else 0.75 * running + 0.25 * error
+            optimal.observe(x, mean)
+            assert math.exp(2 * optimal.log_scale.item()) == pytest.approx(running, rel=1e-5)
 
 
 def test_prior():

@@ -53,24 +53,27 @@ class _LogBinProbability(torch.autograd.Function):
         inside = torch.log(probability)
         ratio = density / probability  # φ(near)/P
 
+        far_ratio = torch.exp(-0.5 * (far * far + LOG_2PI)) * closed_far / probability  # φ(far)/P
+
         start = TAIL_START[x.dtype]
         is_tail = (near > start) & closed_near
-        y = near.clamp_min(start)
-        series = _tail_series(y)
-        y_far = torch.maximum(far, y)  # outside the tail these values are discarded, but must stay finite
-        kept = 1 - decay * (y / y_far) * (_tail_series(y_far) / series)  # 1 - Q(far)/Q(near)
-        kept = torch.where(is_tail, kept, 1.0)
-        tail = torch.log(series * kept / y) - 0.5 * (y * y + LOG_2PI)
-        log_probability = torch.where(is_tail, tail, inside)
-        ratio = torch.where(is_tail, y / (series * kept), ratio)
+        # A GPU computes both branches rather than wait for the answer; a CPU has it at once, and it is mostly no.
+        if inside.is_cuda or bool(is_tail.any()):
+            y = near.clamp_min(start)
+            series = _tail_series(y)
+            y_far = torch.maximum(far, y)  # outside the tail these values are discarded, but must stay finite
+            kept = 1 - decay * (y / y_far) * (_tail_series(y_far) / series)  # 1 - Q(far)/Q(near)
+            kept = torch.where(is_tail, kept, 1.0)
+            tail = torch.log(series * kept / y) - 0.5 * (y * y + LOG_2PI)
+            inside = torch.where(is_tail, tail, inside)
+            ratio = torch.where(is_tail, y / (series * kept), ratio)
+            far_ratio = torch.where(is_tail, ratio * decay, far_ratio)
 
-        near_ratio = torch.where(closed_near, ratio, 0.0)  # φ(near)/P and φ(far)/P where those edges exist
-        far_density = torch.exp(-0.5 * (far * far + LOG_2PI)) * closed_far
-        far_ratio = torch.where(is_tail, ratio * decay, far_density / probability)
+        near_ratio = torch.where(closed_near, ratio, 0.0)
         slope = (far_ratio - near_ratio) * torch.where(t < 0, -1.0, 1.0)  # d log P / dt
         spread = far_ratio + near_ratio  # d log P / dh
         ctx.save_for_backward(slope * inverse_scale, slope * t + spread * h)
-        return log_probability
+        return inside
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from yaml import YAMLError
 
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import recompose_group
@@ -40,7 +42,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     no run, has no checkpoint, or an override does not fit.
     """
     directory = RunDirectory.open(run_dir)
-    cfg = OmegaConf.load(directory.path / "config.yaml")
+    cfg = _read_config(directory.path / "config.yaml")
     cfg.device = device
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -49,7 +51,10 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
         if key == "metrics":
             cfg.metrics = recompose_group("metrics", value)
         else:
-            OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value, force_add=True)
+            try:
+                OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value, force_add=True)
+            except (YAMLError, OmegaConfBaseException) as error:
+                raise UserError(f"{override}: not a value: {str(error).splitlines()[0]}") from None
         if key == "data_dir" and "data_dir" in cfg.dataset:
             cfg.dataset.data_dir = value
     experiment = build(cfg, directory.description()["choices"])
@@ -64,3 +69,13 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     return LoadedRun(
         learner.model, learner.encoder, learner, experiment, directory, state["counters"]["update"]
     )
+
+
+def _read_config(path: Path) -> DictConfig:
+    try:
+        cfg = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        cfg = None
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
+    return cfg

@@ -209,8 +209,9 @@ def _describe(planned: Planned) -> None:
     directory, cell = planned.directory, planned.cell
     studies = directory.description()["studies"] if directory.state() != "new" else []
     cfg = OmegaConf.to_container(cell.cfg, resolve=True)
-    if not studies:
-        write_atomically(directory.path / "config.yaml", OmegaConf.to_yaml(cfg))
+    config = directory.path / "config.yaml"
+    if directory.state() != "done" or not config.exists():
+        write_atomically(config, OmegaConf.to_yaml(cfg))
     if cell.cfg.study not in studies:
         description = {
             "name": directory.name,
@@ -231,7 +232,6 @@ def _describe(planned: Planned) -> None:
 def _open_tracker(planned: Planned) -> Tracker:
     directory, cell = planned.directory, planned.cell
     studies = directory.description()["studies"]
-    log = MetricLog(directory.path / "metrics.jsonl")
     restored = load_checkpoint(directory.checkpoints)
     nested = OmegaConf.to_container(cell.cfg, resolve=True)
     sink = planned.experiment.tracker(
@@ -243,7 +243,7 @@ def _open_tracker(planned: Planned) -> Tracker:
         resume_step=restored["counters"]["update"] if restored else 0,
         more_tags=tuple(studies[1:]),
     )
-    return Tracker(log, [sink])
+    return Tracker(MetricLog(directory.path / "metrics.jsonl"), [sink])
 
 
 def _draw(learner: Learner, planned: Planned, tracker: Tracker, update: int, final: bool = False) -> None:

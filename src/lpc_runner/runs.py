@@ -64,7 +64,7 @@ class RunDirectory:
         result = self.result()
         if result is not None and result["status"] in DONE:
             return "done"
-        return "resume" if (self.path / "run.json").exists() else "new"
+        return "new" if self._read("run.json") is None else "resume"
 
     def result(self) -> dict[str, Any] | None:
         """result.json, None while there is none."""

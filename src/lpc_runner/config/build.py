@@ -117,7 +117,8 @@ def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
     known: all keys of the configuration, to name the nearest when one is wrong. Raises UserError (one line).
     """
     if not _is_object(node):
-        raise UserError(f"{path} must be one of its options ({path}=...), got {'null' if node is None else repr(node)}")
+        got = "null" if node is None else repr(node)
+        raise UserError(f"{path} must be one of its options ({path}=...), got {got}")
     target = _locate(node["_target_"], path)
     hints = hints_of(target)
     given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}

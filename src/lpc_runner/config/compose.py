@@ -91,7 +91,7 @@ def _compose(overrides: list[str], extra: list[str]) -> Cell:
 def _compose_raw(overrides: list[str], extra: list[str]) -> DictConfig:
     try:
         return compose(CONFIG_NAME, overrides=[*extra, *overrides], return_hydra_config=True)
-    except Exception as error:  # Hydra lets errors of every kind through for odd overrides; none of our code runs here
+    except Exception as error:  # Hydra lets errors of every kind through; none of our code runs here
         raise UserError(_explain(error, extra)) from error
 
 

@@ -164,9 +164,13 @@ def read_run(path: Path, warnings: list[str]) -> Run | None:
             run.status = "damaged"
         _add_measurement(run, run.result, "result.json")
     for file in sorted((path / "evaluations").glob("*.json")):
-        _add_measurement(
-            run, _read_json(file, warnings, f"evaluations/{file.name}") or {}, f"evaluations/{file.name}"
-        )
+        name = f"evaluations/{file.name}"
+        content = _read_json(file, warnings, name) or {}
+        update, final = as_number(content.get("update")), run.cost("num_updates")
+        if None in (update, final) or update == final:
+            _add_measurement(run, content, name)
+        else:
+            warnings.append(f"{path.name}/{name} measured update {update:.0f} of {final:.0f}: left out")
     _add_curves(run, warnings)
     return run
 

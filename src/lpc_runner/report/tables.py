@@ -112,7 +112,8 @@ def main_metrics(names: Iterable[str]) -> frozenset[str]:
 def describe_setting(setting: Setting) -> str:
     """Extractor, N, references and k in words."""
     known = [
-        f"{setting.extractor} features" + (f" ({setting.extractor_hash})" if setting.extractor_hash else "")
+        f"{setting.extractor} features"
+        + (f" ({setting.extractor_hash[:8]})" if setting.extractor_hash else "")
     ]
     count = setting.num_samples
     known.append("number of samples not recorded" if count is None else f"N = {count:,}")

@@ -1,0 +1,167 @@
+"""Shared by all tests: one thread, no W&B, and the command line run inside this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# A run of seconds: the default's code with small networks, few updates and few samples.
+TINY = (
+    "device=cpu",
+    "tracker=none",
+    "num_threads=1",
+    "model=mlp",
+    "model.hidden=[16]",
+    "model.latent_dim=4",
+    "sampler.num_steps=3",
+    "trainer.batch_size=16",
+    "trainer.num_prior_batches=2",
+    "trainer.max_updates=6",
+    "trainer.log_every=1",
+    "metrics.num_samples=40",
+    "metrics.max_references=40",
+    "metrics.num_samples_during=20",
+)
+# The same for what has no chain: the key is not there to be set.
+TINY_VAE = tuple(item for item in TINY if not item.startswith("sampler."))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@dataclass
+class Answer:
+    """What a command left behind: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.err.splitlines()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def command(workplace, monkeypatch, capfd):
+    """`command("dataset=svhn", ...)` is `python -m lpc_runner dataset=svhn ...` in this process."""
+    from lpc_runner.main import main
+
+    def call(*arguments: str, entry=main) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["lpc_runner", *arguments])
+        loggers = [logging.getLogger(name) for name in (None, "lpc_runner")]
+        before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
+        capfd.readouterr()
+        code = 0
+        try:
+            entry()
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        finally:
+            for logger, handlers, level in before:  # Hydra configures logging for a process of its own
+                logger.handlers[:], logger.level = handlers, level
+        return Answer(code, *capfd.readouterr())
+
+    return call
+
+
+def plan_of(*overrides: str):
+    """The plan of a single run."""
+    from lpc_runner.run import plan
+
+    return plan(cell_of(*overrides))
+
+
+def cells_of(*arguments: str):
+    """Every cell of a command line."""
+    from lpc_runner.config.compose import compose_cells, parse_arguments
+
+    return compose_cells(parse_arguments(list(arguments)))
+
+
+def cell_of(*overrides: str):
+    (cell,) = cells_of(*overrides)
+    return cell
+
+
+def only_run(outputs: Path = Path("outputs"), study: str = "default") -> Path:
+    """The directory of the one run of a study."""
+    (run,) = (outputs / study).iterdir()
+    return run
+
+
+def result_of(run: Path) -> dict:
+    return json.loads((run / "result.json").read_text())
+
+
+def rows_of(run: Path) -> list[dict]:
+    """The metric log without what a clock says."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor | float]:
+    """Every number of the newest checkpoint but the seconds: parameters, optimiser states, counters."""
+    from lpc_runner.training.checkpoints import load_checkpoint
+
+    flat = {}
+
+    def walk(node, name):
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{name}/{key}")
+        elif isinstance(node, (list, tuple)):
+            for number, value in enumerate(node):
+                walk(value, f"{name}/{number}")
+        else:
+            flat[name] = node
+
+    walk(load_checkpoint(run / "checkpoints"), "")
+    return {key: value for key, value in flat.items() if not key.endswith(("train_seconds", "log_offset"))}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal to the bit: parameters, optimiser states, counters, metric log, final metrics."""
+    left, right = weights_of(one), weights_of(other)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
+        assert same, key
+    assert rows_of(one) == rows_of(other)
+    assert result_of(one)["metrics"] == result_of(other)["metrics"]
+
+
+def write_images(path: Path, count: int = 60, shape=(1, 28, 28), seed: int = 0, **more) -> Path:
+    """An .npz for dataset=arrays."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+    np.savez(path, images=images, **more)
+    return path
+
+
+def environment() -> dict[str, str]:
+    """For a subprocess: no W&B, one thread."""
+    return {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}

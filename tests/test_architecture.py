@@ -1,0 +1,143 @@
+"""The house keeps its shape: who may import whom, and where configuration, output and heavy packages stay."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "lpc_runner"
+# Each part may import itself and those before it.
+BASE = ("errors", "schema", "randomness", "files", "runs", "environment")
+ORDER = ("data", "distributions", "models", "inference", "training", "evaluation", "tracking", "report")
+# These put the parts together and may import all of them.
+ROOT = (
+    "__init__",
+    "__main__",
+    "main",
+    "config",
+    "planning",
+    "run",
+    "loading",
+    "evaluate",
+    "sample",
+    "benchmark",
+)
+FILES = sorted(SOURCE.rglob("*.py"))
+NAMES = [str(path.relative_to(SOURCE)) for path in FILES]
+each_file = pytest.mark.parametrize("path", FILES, ids=NAMES)
+
+
+def part_of(path: Path) -> str:
+    """The part of the house that a file belongs to: its folder, or its own name at the top level."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module a file imports, wherever in it: a.b for `from a import b` too, relative ones absolute."""
+    package = ["lpc_runner", *path.relative_to(SOURCE).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return found
+
+
+def parts_imported(path: Path) -> set[str]:
+    ours = (name.split(".") for name in imports_of(path) if name.startswith("lpc_runner."))
+    return {words[1] for words in ours if words[1] in (*BASE, *ORDER, *ROOT)}
+
+
+def importers_of(package: str) -> set[str]:
+    """Files that import a package or something in it."""
+    return {
+        name
+        for path, name in zip(FILES, NAMES)
+        if package in {word.split(".")[0] for word in imports_of(path)}
+    }
+
+
+def functions_of(path: Path):
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.Lambda)
+    ]
+
+
+def test_every_part_of_the_package_has_its_place():
+    assert {part_of(path) for path in FILES} <= {*BASE, *ORDER, *ROOT}
+
+
+@each_file
+def test_imports_point_upwards_only(path):
+    part = part_of(path)
+    if part in ROOT:
+        return
+    allowed = {*BASE} | ({*ORDER[: ORDER.index(part) + 1]} if part in ORDER else set())
+    assert parts_imported(path) <= allowed
+
+
+def test_what_the_chain_may_not_know():
+    for path in (SOURCE / "inference").glob("*.py"):
+        assert not parts_imported(path) & {"models", "data", "config"}, path
+    for path in (SOURCE / "data").glob("*.py"):
+        assert not parts_imported(path) & set(ORDER[1:]), path
+
+
+def test_run_directories_need_no_torch():
+    for name in ("runs", "files", "errors"):
+        assert "torch" not in imports_of(SOURCE / f"{name}.py")
+
+
+def test_heavy_packages_have_one_door():
+    assert all(part_of(SOURCE / name) in ("main", "config") for name in importers_of("hydra"))
+    omegaconf = {"main", "config", "planning", "run", "loading", "evaluate"}
+    assert {part_of(SOURCE / name) for name in importers_of("omegaconf")} <= omegaconf
+    assert {part_of(SOURCE / name) for name in importers_of("wandb")} == {"tracking"}
+    assert importers_of("torch_fidelity") == {"evaluation/features.py"}
+
+
+def test_wandb_and_torch_fidelity_are_imported_late():
+    for name in importers_of("wandb") | importers_of("torch_fidelity"):
+        for node in ast.parse((SOURCE / name).read_text()).body:
+            assert not isinstance(node, ast.Import) or node.names[0].name not in ("wandb", "torch_fidelity")
+            assert not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in (
+                "wandb",
+                "torch_fidelity",
+            )
+
+
+@each_file
+def test_files_stay_readable(path):
+    assert len(path.read_text().splitlines()) <= 320
+
+
+@each_file
+def test_only_commands_print(path):
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    if prints:
+        name = str(path.relative_to(SOURCE))
+        assert name in ("main.py", "evaluate.py", "sample.py", "benchmark.py", "report/__main__.py")
+
+
+@each_file
+def test_the_configuration_does_not_travel_below_the_root(path):
+    if part_of(path) in ("main", "config", "planning", "run", "loading", "evaluate"):
+        return
+    for function in functions_of(path):
+        arguments = function.args
+        names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        assert "cfg" not in names, f"line {function.lineno}"
+
+
+def test_every_name_of_the_user_is_really_public():
+    import lpc_runner
+
+    assert lpc_runner.__all__ == ["load"] and callable(lpc_runner.load)

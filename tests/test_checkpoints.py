@@ -1,0 +1,81 @@
+"""Checkpoints: whatever happens within a save, a whole one is there afterwards."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
+
+
+class Stop(BaseException):
+    """As sudden as a kill, for this process: nothing below catches it."""
+
+
+STATE = {"weights": torch.arange(5000.0), "counters": {"update": 1}}
+
+
+@pytest.mark.parametrize("what", ["open", "fsync", "replace", "unlink"])
+def test_a_save_that_is_cut_anywhere_leaves_a_whole_checkpoint(what, tmp_path, monkeypatch):
+    """The n-th file operation of a kind dies, before or after it acted, for every n that a save makes."""
+    targets = {"open": ("builtins.open", open), "fsync": ("os.fsync", os.fsync)}
+    targets |= {"replace": ("os.replace", os.replace), "unlink": ("pathlib.Path.unlink", Path.unlink)}
+    name, real = targets[what]
+    deaths = 0
+    for acted in (False, True):
+        for doomed in range(10):
+            folder = tmp_path / f"{acted}-{doomed}"
+            for update in (1, 2):
+                save_checkpoint(folder, update, {**STATE, "counters": {"update": update}})
+            calls = iter(range(100))
+
+            def operation(*args, doomed=doomed, acted=acted, calls=calls, **kwargs):
+                number = next(calls)
+                if number == doomed and not acted:
+                    raise Stop
+                answer = real(*args, **kwargs)
+                if number == doomed:
+                    if what == "open":
+                        answer.write(b"half a checkpoint")
+                        answer.close()
+                    raise Stop
+                return answer
+
+            with monkeypatch.context() as patch:
+                patch.setattr(name, operation)
+                try:
+                    save_checkpoint(folder, 3, {**STATE, "counters": {"update": 3}})
+                except Stop:
+                    deaths += 1
+                else:
+                    assert doomed > 0  # the operation is one that a save makes
+                    break
+            state = load_checkpoint(folder)
+            assert state["counters"]["update"] in (2, 3)
+            assert torch.equal(state["weights"], STATE["weights"])
+            save_checkpoint(
+                folder, 4, {**STATE, "counters": {"update": 4}}
+            )  # and the next save is not disturbed
+            assert load_checkpoint(folder)["counters"]["update"] == 4
+            assert len(list(folder.glob("update-*.pt"))) == 2
+        else:
+            pytest.fail("ten operations and no end")
+    assert deaths >= 2
+
+
+def test_a_disk_that_fills_within_a_write_leaves_the_checkpoints_before(tmp_path, monkeypatch):
+    for update in (1, 2):
+        save_checkpoint(tmp_path, update, {**STATE, "counters": {"update": update}})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 3, STATE)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

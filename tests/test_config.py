@@ -1,0 +1,269 @@
+"""Configurations: every option fits its class, means what the paper says, and gives a run its name."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, cell_of, cells_of, environment, plan_of, result_of, write_images
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lpc_runner.config.build import LATER, build
+from lpc_runner.config.compose import CONF_DIR
+from lpc_runner.errors import UserError
+from lpc_runner.schema import hints_of
+
+OPTIONS = sorted(
+    (path.parent.relative_to(CONF_DIR).as_posix(), path.stem)
+    for path in CONF_DIR.rglob("*.yaml")
+    if path.parent != CONF_DIR and "hydra" not in path.relative_to(CONF_DIR).parts
+)
+STUDIES = ("experiment", "method")
+# What an option does not go without.
+BESIDE = {
+    ("sampler", "none"): ("objective=reverse",),
+    ("model/likelihood", "gaussian"): ("model=mlp",),
+    ("model/likelihood", "discretised_gaussian"): ("model=mlp",),
+}
+# Given by the run at the start, beside what a partial must wait for.
+RUNTIME = {"resume_step", "more_tags"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Ten images as an .npz and as a folder."""
+    folder = tmp_path_factory.mktemp("data")
+    write_images(folder / "images.npz", count=10)
+    (folder / "pictures").mkdir()
+    for number in range(4):
+        Image.fromarray(np.full((70, 80, 3), 60 * number, np.uint8)).save(folder / f"pictures/{number}.png")
+    return folder
+
+
+def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
+    needs = {
+        ("dataset", "arrays"): (f"dataset.train={data}/images.npz",),
+        ("dataset", "image_folder"): (f"dataset.path={data}/pictures",),
+    }
+    return BESIDE.get((group, option), ()) + needs.get((group, option), ())
+
+
+@functools.cache
+def cells_with(group: str, option: str, data: Path):
+    return cells_of(f"{group}={option}", *beside(group, option, data))
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_option_composes_and_builds(group, option, data, workplace):
+    cells = cells_with(group, option, data)
+    assert len(cells) == 1 or group in STUDIES
+    for cell in cells:
+        assert cell.choices[group] == option
+        experiment = build(cell.cfg, cell.choices)
+        assert experiment.sampler.num_steps == cell.cfg.sampler.get("num_steps", 0)
+        assert experiment.model.latent_dim == cell.cfg.model.latent_dim
+
+
+@pytest.mark.parametrize("group, option", [pair for pair in OPTIONS if pair[0] not in (*STUDIES, "tuned")])
+def test_yaml_keys_are_the_constructors_parameters(group, option, data, workplace):
+    from hydra.utils import get_object
+
+    (cell,) = cells_with(group, option, data)
+
+    def compare(node, path):
+        later = LATER.get(path, set()) | RUNTIME if node.get("_partial_") else set()
+        given = set(node) - {"_target_", "_partial_"}
+        hints = set(hints_of(get_object(node["_target_"])))
+        assert given <= hints and hints - given <= later
+        for key in given:
+            if isinstance(node[key], dict) and "_target_" in node[key]:
+                compare(node[key], f"{path}.{key}")
+
+    path = group.replace("/", ".")
+    compare(OmegaConf.to_container(OmegaConf.select(cell.cfg, path)), path)
+
+
+def test_an_option_that_lacks_a_value_is_refused(tmp_path, workplace):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "half.yaml").write_text(
+        "_target_: lpc_runner.training.optimizers.Adam\nlearning_rate: 1.0e-3\neps: 1.0e-8\n"
+    )
+    cell = cell_of(f"--config-dir={tmp_path}", "optimizer=half")
+    with pytest.raises(UserError, match=r"optimizer\.betas has no value"):
+        build(cell.cfg, cell.choices)
+
+
+def test_the_papers_run_has_the_papers_numbers():
+    cell = cell_of("dataset=svhn", "objective=jeffreys")
+    cfg = cell.cfg
+    assert (cfg.sampler.num_steps, cfg.trainer.batch_size, cfg.trainer.num_epochs) == (300, 64, 15)
+    assert (cfg.optimizer.learning_rate, cfg.trainer.num_prior_batches) == (1e-3, 50)
+    assert (cfg.step_size.value, cell.choices["preconditioning"]) == (1e-3, "none")
+    assert (cfg.metrics.extractor, cfg.metrics.num_samples, cfg.metrics.k) == ("inception", 50_000, 5)
+    assert cfg.metrics.max_references is None and cfg.metrics.reference == "train"
+    assert (cfg.objective.forward, cfg.objective.reverse) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "celeba64"])
+def test_the_other_datasets_have_their_tuned_values(dataset):
+    cell = cell_of(f"dataset={dataset}")
+    assert cell.choices["preconditioning"] == "adam"
+    assert (cell.cfg.step_size.value, cell.cfg.preconditioning.beta) == (0.1, 0.25)
+    assert (cell.cfg.sampler.num_steps, cell.cfg.optimizer.learning_rate) == (300, 1e-3)
+
+
+@pytest.mark.parametrize("dataset, rate", [("svhn", 1e-3), ("cifar10", 1e-3), ("celeba64", 8e-4)])
+def test_the_vae_has_its_own_tuned_values(dataset, rate):
+    cell = cell_of(f"dataset={dataset}", "experiment=vae")
+    assert (cell.cfg.optimizer.learning_rate, cell.cfg.trainer.num_epochs) == (rate, 50)
+    assert cell.choices["sampler"] == "none" and cell.choices["objective"] == "reverse"
+    assert "num_steps" not in cell.cfg.sampler
+
+
+def test_the_command_line_beats_dataset_and_experiment():
+    cell = cell_of("dataset=svhn", "preconditioning=adam_shared", "step_size.value=0.5")
+    assert cell.choices["preconditioning"] == "adam_shared" and cell.cfg.step_size.value == 0.5
+    assert cell_of("dataset=svhn", "experiment=vae", "trainer.num_epochs=3").cfg.trainer.num_epochs == 3
+
+
+def test_what_changes_no_result_changes_no_hash(workplace):
+    base = plan_of().digest
+    for other in (
+        "study=other",
+        "device=cpu",
+        "tracker=none",
+        "tracker.project=mine",
+        "output_dir=elsewhere",
+        "data_dir=elsewhere",
+        "num_threads=1",
+        "rerun=true",
+        "check=true",
+        "trainer.checkpoint_seconds=5",
+        "metrics.extractor=random_conv",
+        "+tuned.unused=1",
+    ):
+        assert plan_of(other).digest == base, other
+
+
+def test_what_changes_the_result_changes_the_hash(workplace):
+    others = (
+        "seed=1",
+        "sampler.num_steps=11",
+        "sampler=map",
+        "sampler.theta_states=last",
+        "step_size.value=0.2",
+        "step_size=polynomial",
+        "preconditioning=none",
+        "preconditioning.beta=0.5",
+        "objective=reverse",
+        "trainer.max_updates=5",
+        "model.likelihood.scale=fixed",
+        "metrics.k=6",
+        "dataset=mnist",
+    )
+    digests = [plan_of().digest, *(plan_of(other).digest for other in others)]
+    assert len(set(digests)) == len(digests)
+    assert plan_of("trainer.init_from=null").digest == digests[0]
+
+
+def test_data_files_count_by_content_not_by_path(tmp_path, workplace):
+    first = write_images(tmp_path / "one.npz", count=12)
+    (tmp_path / "sub").mkdir()
+    moved = shutil.copy(first, tmp_path / "sub" / "two.npz")
+    images = np.load(first)["images"]
+    images[5, 0, 3, 4] ^= 1
+    np.savez(tmp_path / "pixel.npz", images=images)
+    digest = lambda *files: plan_of("dataset=arrays", f"dataset.train=[{','.join(map(str, files))}]").digest
+    assert digest(first) == digest(moved)
+    assert digest(first) != digest(tmp_path / "pixel.npz")
+    assert digest(first, tmp_path / "pixel.npz") != digest(tmp_path / "pixel.npz", first)
+
+
+def test_run_names_are_readable_and_safe(tmp_path, workplace):
+    planned = plan_of("seed=-3")
+    assert planned.directory.name == f"digits-conv-langevin-jeffreys-adam-s-3-{planned.digest[:10]}"
+    (tmp_path / "dataset").mkdir()
+    shutil.copy(CONF_DIR / "dataset" / "digits.yaml", tmp_path / "dataset" / "my, $(digits).yaml")
+    name = plan_of(f"--config-dir={tmp_path}", "dataset='my, $(digits)'").directory.name
+    assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name) and len(name) < 200
+    assert plan_of().directory.path == Path("outputs/runs") / plan_of().directory.name
+
+
+def test_a_sweep_is_the_product_of_its_values():
+    cells = cells_of("-m", "seed=0,1,2", "objective=reverse,jeffreys", "step_size.value=0.5")
+    found = [(cell.cfg.seed, cell.choices["objective"], cell.cfg.step_size.value) for cell in cells]
+    assert found == [(s, o, 0.5) for s in (0, 1, 2) for o in ("reverse", "jeffreys")]
+    assert cells[1].overrides == ("seed=0", "objective=jeffreys", "step_size.value=0.5")
+    assert [cell.cfg.seed for cell in cells_of("-m", "seed=range(0,3)")] == [0, 1, 2]
+
+
+@pytest.fixture
+def own_folder(tmp_path) -> Path:
+    """A user's --config-dir: an experiment that is a sweep, and a step size of his own."""
+    folder = tmp_path / "own"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "grid.yaml").write_text(
+        "# @package _global_\nstudy: grid\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        "      seed: 0,1\n      step_size.value: 0.1,0.2,0.4\n"
+    )
+    (folder / "step_size").mkdir()
+    (folder / "step_size" / "halving.yaml").write_text("_target_: own_steps.Halving\nvalue: 0.5\n")
+    (tmp_path / "own_steps.py").write_text(
+        "from lpc_runner.schema import PositiveFloat, checked\n\n\nclass Halving:\n    @checked\n"
+        "    def __init__(self, value: PositiveFloat) -> None:\n        self.value = value\n\n"
+        "    def __call__(self, step: int) -> float:\n        return self.value / 2**step\n"
+    )
+    return folder
+
+
+def test_an_experiment_may_be_a_sweep_and_be_narrowed(own_folder):
+    grid = lambda *more: [
+        (cell.cfg.seed, cell.cfg.step_size.value, cell.cfg.study)
+        for cell in cells_of(f"--config-dir={own_folder}", "experiment=grid", *more)
+    ]
+    assert grid() == [(s, v, "grid") for s in (0, 1) for v in (0.1, 0.2, 0.4)]
+    assert grid("seed=7") == [(7, v, "grid") for v in (0.1, 0.2, 0.4)]
+    assert grid("step_size.value=0.3,0.6", "seed=5", "study=mine") == [(5, 0.3, "mine"), (5, 0.6, "mine")]
+
+
+def test_a_users_own_option_runs(own_folder, tmp_path, command, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answer = command(f"--config-dir={own_folder}", "step_size=halving", "step_size.value=0.25", *TINY)
+    assert answer.code == 0, answer.err
+    (run,) = Path("outputs/default").iterdir()
+    assert result_of(run)["status"] == "finished"
+    assert OmegaConf.load(run / "config.yaml").step_size == {"_target_": "own_steps.Halving", "value": 0.25}
+    answer = command(f"--config-dir={own_folder}", "step_size=halving", "step_size.value=-1", *TINY)
+    assert answer.lines == ["lpc_runner: step_size.value must be a number above 0, got -1"]
+
+
+def test_looking_at_the_configuration_loads_no_torch(tmp_path):
+    script = (
+        "import sys\nfrom lpc_runner.main import main\n"
+        "for words in (['--cfg', 'job'], ['--help']):\n"
+        "    sys.argv = ['lpc_runner', *words]\n"
+        "    try:\n        main()\n"
+        "    except SystemExit as leaving:\n        assert not leaving.code, leaving\n"
+        "print('loaded:', sorted({'torch', 'wandb', 'torchvision'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith("loaded: []\n")
+    assert "num_steps: ${tuned.num_steps}" in done.stdout  # --cfg job
+    assert (
+        "objective: forward, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout
+    )  # --help
+    assert list(tmp_path.iterdir()) == []

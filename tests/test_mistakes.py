@@ -1,0 +1,259 @@
+"""Bad input: one line that names the remedy, exit code 1, nothing trained and nothing written."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, cells_of, write_images
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from lpc_runner.config.build import build
+from lpc_runner.errors import UserError
+
+# Arguments, and what the one line must say.
+MISTAKES = [
+    ("objective=jefreys", ["objective=jefreys", "forward", "jeffreys", "prior", "reverse"]),
+    ("dataset=svnh", ["digits", "svhn"]),
+    ("model/likelihood=laplace", ["gaussian", "discretised_gaussian"]),
+    ("sampler.stepsize=1", ["unknown key sampler.stepsize", "step_size.value"]),
+    ("+sampler.stepsize=1", ["unknown key sampler.stepsize", "step_size.value"]),
+    ("++sampler.stepsize=1", ["unknown key sampler.stepsize", "step_size.value"]),
+    ("sampler.num_step=1", ["unknown key sampler.num_step", "sampler.num_steps"]),
+    ("+trainer.epochs=1", ["unknown key trainer.epochs", "trainer.num_epochs"]),
+    ("+model.likelihood.sigma=1", ["unknown key model.likelihood.sigma"]),
+    ("sed=1", ["unknown key sed", "seed"]),
+    ("+sed=1", ["unknown key sed", "seed"]),
+    ("smapler=none", ["unknown key smapler", "sampler"]),
+    ("~seed", ["seed"]),
+    ("~objective", ["objective"]),
+    *(
+        (
+            f"sampler.num_steps={value}",
+            ["sampler.num_steps must be an integer of at least 1", got, "sampler=none"],
+        )
+        for value, got in [("abc", "'abc'"), ("null", "null"), ("0", "0"), ("-3", "-3"), ("2.5", "2.5")]
+    ),
+    *(
+        (f"preconditioning.beta={value}", ["preconditioning.beta", "(0, 1)", value, "preconditioning=none"])
+        for value in ("1.5", "0", "1", "-0.1", "nan")
+    ),
+    ("step_size.value=0", ["step_size.value must be a number above 0"]),
+    ("step_size.value=inf", ["step_size.value must be a number above 0"]),
+    ("optimizer.learning_rate=-1", ["optimizer.learning_rate"]),
+    ("optimizer.betas=[0.9]", ["optimizer.betas must be two numbers"]),
+    ("trainer.batch_size=0", ["trainer.batch_size must be an integer of at least 1"]),
+    ("trainer.batch_size=5000", ["trainer.batch_size=5000", "1437"]),
+    ("model.likelihood.scale=huge", ["model.likelihood.scale", "fixed, learned, optimal"]),
+    ("num_threads=0", ["num_threads must be an integer of at least 1"]),
+    ("seed=one", ["seed must be an integer"]),
+    ("check=maybe", ["check must be true or false"]),
+    ("study=a/b", ["study"]),
+    ("study=runs", ["study"]),
+    ("study=..", ["study"]),
+    ("study=", ["study"]),
+    ("device=cuda:99", ["device=cuda:99", "found"]),
+    ("device=gpu", ["device must be auto, cpu, cuda"]),
+    ("sampler=none objective=forward", ["objective=forward", "sampler=none"]),
+    ("sampler=none", ["objective=jeffreys", "sampler=none"]),
+    ("model=linear model/likelihood=discretised_gaussian", ["model=linear", "gaussian"]),
+    ("metrics.num_samples=3", ["metrics.num_samples must be above k = 5"]),
+    ("metrics.extractor=inception metrics.weights=nowhere.pth", ["Inception", "nowhere.pth"]),
+    ("dataset=arrays", ["dataset.train has no value", "dataset.train="]),
+    ("dataset=arrays dataset.train=nowhere.npz", ["nowhere.npz", "no such file", "np.savez"]),
+    ("dataset=image_folder dataset.path=nowhere", ["nowhere", "no such folder"]),
+    ("trainer.init_from=nowhere", ["nowhere", "run.json"]),
+    ("seed=0,1", ["-m"]),
+    ("seed", ["seed"]),
+    ("seed=[", ["["]),
+    ("--config-dir=nowhere", ["nowhere", "not a folder"]),
+    ("-m seed=0,1,x", ["seed must be an integer", "'x'", "seed=x"]),
+    ("-m objective=reverse,jefreys", ["jefreys", "jeffreys"]),
+    ("-m sampler.num_steps=5,0", ["sampler.num_steps", "sampler.num_steps=0"]),
+]
+
+
+def assert_one_line(answer, *fragments) -> None:
+    assert answer.code == 1
+    assert len(answer.lines) == 1 and answer.lines[0].startswith("lpc_runner: "), answer.err
+    assert answer.out == ""
+    for fragment in fragments:
+        assert fragment in answer.lines[0]
+
+
+@pytest.mark.parametrize("arguments, fragments", MISTAKES, ids=[row[0] for row in MISTAKES])
+def test_a_mistake_is_one_line(arguments, fragments, command, workplace):
+    assert_one_line(command(*arguments.split(), "tracker=none"), *fragments)
+    assert list(workplace.iterdir()) == []
+
+
+def test_cuda_without_a_device(command, workplace, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_one_line(command("device=cuda"), "device=cuda", "no CUDA device, only the CPU", "device=auto")
+    assert list(workplace.iterdir()) == []
+
+
+def test_the_traceback_is_there_when_asked_for(command, monkeypatch):
+    monkeypatch.setenv("LPC_TRACEBACK", "1")
+    answer = command("seed=one")
+    assert answer.code == 1 and "Traceback" in answer.err
+    assert answer.lines[-1] == "lpc_runner: seed must be an integer, got 'one'"
+
+
+def _truncated(path: Path) -> None:
+    write_images(path)
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+BAD_FILES = {
+    "empty": (lambda path: path.write_bytes(b""), "not an .npz"),
+    "truncated": (_truncated, "cut short"),
+    "floats": (lambda path: np.savez(path, images=np.full((30, 1, 28, 28), np.nan)), "uint8"),
+    "negative": (lambda path: np.savez(path, images=-np.ones((30, 1, 28, 28), np.int16)), "uint8"),
+    "channels last": (
+        lambda path: np.savez(path, images=np.zeros((30, 28, 28, 3), np.uint8)),
+        "(N, C, H, W)",
+    ),
+    "flat": (lambda path: np.savez(path, images=np.zeros((30, 784), np.uint8)), "(N, C, H, W)"),
+    "another key": (lambda path: np.savez(path, data=np.zeros((30, 1, 28, 28), np.uint8)), "images"),
+    "labels": (lambda path: write_images(path, labels=np.zeros(7, np.int64)), "labels"),
+    "one image": (lambda path: write_images(path, count=1), "at least 2"),
+}
+
+
+@pytest.mark.parametrize("write, says", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_data_files_are_named(write, says, command, workplace, tmp_path):
+    path = tmp_path / "bad.npz"
+    write(path)
+    assert_one_line(
+        command("dataset=arrays", f"dataset.train={path}", "trainer.batch_size=1"), "bad.npz", says
+    )
+    assert list(workplace.iterdir()) == []
+
+
+def test_files_that_do_not_fit_one_another(command, workplace, tmp_path):
+    write_images(tmp_path / "train.npz")
+    write_images(tmp_path / "test.npz", shape=(3, 32, 32))
+    files = [f"dataset.train={tmp_path}/train.npz", f"dataset.test={tmp_path}/test.npz"]
+    assert_one_line(command("dataset=arrays", *files), "test.npz", "(3, 32, 32)", "(1, 28, 28)")
+    assert list(workplace.iterdir()) == []
+
+
+def test_an_image_size_that_the_network_does_not_have(command, workplace, tmp_path):
+    path = write_images(tmp_path / "odd.npz", shape=(1, 20, 20))
+    assert_one_line(command("dataset=arrays", f"dataset.train={path}", "model=conv"), "20", "model=mlp")
+    assert list(workplace.iterdir()) == []
+
+
+def test_too_few_images_for_the_metric(command, workplace, tmp_path):
+    path = write_images(tmp_path / "few.npz", count=6)
+    answer = command("dataset=arrays", f"dataset.train={path}", "trainer.batch_size=2")
+    assert_one_line(answer, "metrics.k=5", "at least 6", "there are 5")
+    assert list(workplace.iterdir()) == []
+
+
+def test_damage_that_only_reading_shows_is_one_line_and_recorded(command, tmp_path):
+    path = write_images(tmp_path / "images.npz", count=60)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    answer = command("dataset=arrays", f"dataset.train={path}", *TINY)
+    assert answer.code == 1 and "Traceback" not in answer.err
+    assert answer.lines[-1].startswith("lpc_runner: ") and "images.npz" in answer.lines[-1]
+
+
+def test_data_that_cannot_be_fetched(command, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    answer = command("dataset=svhn", "objective=jeffreys")
+    assert_one_line(answer, "svhn", "train_32x32.mat", "data/svhn")
+    assert not Path("outputs").exists()
+
+
+def test_the_last_cell_is_checked_before_the_first_runs(command, workplace):
+    answer = command("-m", "trainer.batch_size=16,9999", *(item for item in TINY if "batch_size" not in item))
+    assert_one_line(answer, "9999", "1437", "in the cell trainer.batch_size=9999")
+    assert list(workplace.iterdir()) == []
+
+
+def test_an_image_model_is_not_given_spike_counts(command, workplace, tmp_path, monkeypatch):
+    (tmp_path / "own" / "dataset").mkdir(parents=True)
+    (tmp_path / "own" / "dataset" / "lorenz.yaml").write_text(
+        "# @package _global_\ndataset:\n  _target_: spikes.Spikes\n"
+    )
+    (tmp_path / "spikes.py").write_text(
+        'class Spikes:\n    kind, name, shape, num_train = "spike counts", "lorenz", (50, 30), 100\n\n'
+        '    def identity(self):\n        return {"name": "lorenz"}\n\n    def prepare(self):\n        pass\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    answer = command(f"--config-dir={tmp_path}/own", "model=conv", "dataset=lorenz")
+    assert_one_line(answer, "model=conv expects images, dataset=lorenz holds spike counts")
+    assert list(workplace.iterdir()) == []
+
+
+KEYS = [
+    "seed",
+    "sampler",
+    "sampler.num_steps",
+    "dataset",
+    "step_size.value",
+    "objective",
+    "model",
+    "optimizer.betas",
+]
+KEYS += [
+    "trainer",
+    "model.likelihood",
+    "study",
+    "hydra.mode",
+    "metrics.weights",
+    "device",
+    "tuned",
+    "tracker.tags",
+    "",
+]
+VALUES = [
+    "",
+    "null",
+    "???",
+    "abc",
+    "-1",
+    "1e400",
+    "nan",
+    "[1",
+    "{a:1}",
+    "[]",
+    "${seed}",
+    "${nope}",
+    "${seed",
+    "a,b",
+]
+VALUES += ["range(2)", "'x", "vae", "none", "true", "1.5", "\n", "ü", "a=b", "../x", "{_target_:os.getcwd}"]
+words = st.builds(
+    "{}{}{}{}".format,
+    st.sampled_from(["", "", "+", "++", "~"]),
+    st.sampled_from(KEYS) | st.text(max_size=6),
+    st.sampled_from(["=", "=", "=", "@", ""]),
+    st.sampled_from(VALUES) | st.text(max_size=8),
+).filter(lambda word: not word.startswith("-"))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(words, min_size=1, max_size=2), st.booleans())
+@example(["~seed"], False)
+@example(["~dataset"], False)
+@example(["sampler={}"], False)
+@example(["model.likelihood=null"], False)
+@example(["dataset=null"], False)
+def test_junk_on_the_command_line_is_one_line_at_most(workplace, overrides, multirun):
+    try:
+        for cell in cells_of(*(["-m"] if multirun else []), *overrides):
+            build(cell.cfg, cell.choices)
+    except UserError as error:
+        assert str(error).strip() and "\n" not in str(error)
+    assert list(workplace.iterdir()) == []

@@ -1,0 +1,266 @@
+"""Never lose a run: what was interrupted in whatever way ends with the bits of a run that was not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import TINY, assert_same_run, cell_of, only_run, result_of, rows_of
+
+from lpc_runner.errors import UserError
+from lpc_runner.run import execute, plan
+from lpc_runner.tracking.log import MetricLog
+from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.training.interrupts import Interrupted, Interrupts
+from lpc_runner.training.learner import Learner
+
+# 89 batches an epoch at 16 a batch; 200 images in batches of 50 are 4, so that 10 updates cross epochs.
+CASES = {
+    "jeffreys": ("trainer.checkpoint_seconds=1e-9",),
+    "no checkpoint yet": (),
+    "shared": ("preconditioning=adam_shared", "objective=forward", "trainer.checkpoint_seconds=1e-9"),
+    "prior": ("objective=prior", "trainer.checkpoint_seconds=1e-9"),
+    "optimal": ("model.likelihood.scale=optimal", "trainer.checkpoint_seconds=1e-9"),
+    "measured": ("metrics.every_epochs=1",),
+}
+
+
+class Stop(BaseException):
+    """As sudden as a kill, for this process: nothing below catches it."""
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Overrides of a run of ten updates over three epochs; its outputs lie in the folder named."""
+    from conftest import write_images
+
+    images = write_images(tmp_path / "images.npz", count=45)
+    keep = [
+        item for item in TINY if not item.startswith(("trainer.max_updates", "trainer.batch", "metrics."))
+    ]
+    common = (
+        *keep,
+        "dataset=arrays",
+        f"dataset.train={images}",
+        f"data_dir={tmp_path}/data",
+        "trainer.batch_size=10",
+    )
+    common += ("trainer.max_updates=10", "metrics.num_samples=12", "metrics.num_samples_during=8")
+    return lambda name, *more: (*common, f"output_dir={tmp_path / name}", *more)
+
+
+def run(overrides) -> Path:
+    """Execute one cell as a job does; the run's directory."""
+    planned = plan(cell_of(*overrides))
+    execute(planned)
+    return planned.directory.path
+
+
+def interrupted(overrides, monkeypatch, at: int, number: int | None = None) -> Path:
+    """The same, stopped during update `at` (from 0): by a signal, or dead on the spot."""
+    planned = plan(cell_of(*overrides))
+    with monkeypatch.context() as patch:
+        real = Learner.gradients
+
+        def gradients(self, batch, seed, update, *args, **kwargs):
+            if update == at:
+                if number is None:
+                    raise Stop
+                os.kill(os.getpid(), number)
+            return real(self, batch, seed, update, *args, **kwargs)
+
+        patch.setattr(Learner, "gradients", gradients)
+        with pytest.raises(Stop if number is None else Interrupted):
+            execute(planned)
+    assert planned.directory.state() == "resume"
+    return planned.directory.path
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((path / "checkpoints").iterdir(), reverse=True)
+
+
+@pytest.mark.parametrize("more", CASES.values(), ids=CASES)
+def test_a_run_that_died_ends_as_if_it_had_not(more, settings, monkeypatch):
+    straight = run(settings("straight", *more))
+    for at in (1, 7):
+        broken = interrupted(settings(f"died{at}", *more), monkeypatch, at)
+        assert not (broken / "result.json").exists()
+        assert run(settings(f"died{at}", *more)) == broken
+        assert_same_run(straight, broken)
+        assert len((broken / "sessions.jsonl").read_text().splitlines()) == 2
+    assert [row["update"] for row in rows_of(straight) if "train/log_joint" in row] == list(range(1, 11))
+    if "metrics.every_epochs=1" in more:
+        assert [row["update"] for row in rows_of(straight) if "eval/fd_random_conv" in row] == [4, 8]
+
+
+def test_dying_again_and_again(settings, monkeypatch):
+    straight = run(settings("straight"))
+    often = settings("often", "trainer.checkpoint_seconds=1e-9")
+    for at in (2, 3, 4, 9):
+        broken = interrupted(often, monkeypatch, at)
+        assert load_checkpoint(broken / "checkpoints")["counters"]["update"] == at
+    run(often)
+    assert_same_run(straight, broken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_update_saves_and_leaves(number, settings, monkeypatch):
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(signal, "default_int_handler", handler if number == signal.SIGINT else None)
+    broken = interrupted(settings("signal"), monkeypatch, 5, number)
+    assert signal.getsignal(number) == handler
+    assert load_checkpoint(broken / "checkpoints")["counters"]["update"] == 6
+    run(settings("signal"))
+    assert_same_run(run(settings("straight")), broken)
+
+
+def test_signals_become_exit_codes_and_second_ones_act_at_once():
+    assert [Interrupted(number).exit_code for number in (signal.SIGTERM, signal.SIGINT)] == [143, 130]
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_reaches_the_handler_that_was_there_before():
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert interrupts.received == signal.SIGUSR1 and heard == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _flip, lambda path: path.write_bytes(b"")], ids=["cut", "flip", "empty"]
+)
+def test_a_damaged_checkpoint_is_passed_over(damage, settings, monkeypatch, caplog):
+    each = ("trainer.checkpoint_seconds=1e-9",)
+    broken = interrupted(settings("broken", *each), monkeypatch, 7)
+    newest, before = checkpoints(broken)
+    assert "update-000000007-" in newest.name and "update-000000006-" in before.name
+    damage(newest)
+    with caplog.at_level(logging.WARNING):
+        run(settings("broken", *each))
+    assert any(newest.name in line and "damaged" in line for line in caplog.messages)
+    assert_same_run(run(settings("straight")), broken)
+
+
+def test_nothing_but_damaged_checkpoints_is_the_users_decision(settings, monkeypatch):
+    each = ("trainer.checkpoint_seconds=1e-9",)
+    broken = interrupted(settings("broken", *each), monkeypatch, 7)
+    for path in checkpoints(broken):
+        _flip(path)
+    with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged; rerun=true"):
+        run(settings("broken", *each))
+    again = run(settings("broken", "rerun=true", *each))
+    assert again.name == f"{broken.name}-rerun1"
+    assert_same_run(run(settings("straight")), again)
+
+
+def test_a_torn_last_line_is_cut_off(settings, monkeypatch):
+    broken = interrupted(settings("torn", "trainer.checkpoint_seconds=1e-9"), monkeypatch, 6)
+    with open(broken / "metrics.jsonl", "ab") as log:
+        log.write(b'{"update": 7, "epo')
+    run(settings("torn", "trainer.checkpoint_seconds=1e-9"))
+    assert_same_run(run(settings("straight")), broken)
+
+
+def test_a_log_shorter_than_the_checkpoint_is_refused(settings, monkeypatch):
+    broken = interrupted(settings("cut", "trainer.checkpoint_seconds=1e-9"), monkeypatch, 6)
+    log = broken / "metrics.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]))
+    with pytest.raises(UserError, match="cut or replaced"):
+        run(settings("cut", "trainer.checkpoint_seconds=1e-9"))
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "log"])
+def test_a_full_disk_fails_the_run_and_a_rerun_finishes_it(where, settings, monkeypatch):
+    full = settings("full", "trainer.checkpoint_seconds=1e-9")
+    planned = plan(cell_of(*full))
+    target = {
+        "checkpoint": "lpc_runner.training.trainer.save_checkpoint",
+        "log": "lpc_runner.tracking.log.MetricLog.append",
+    }[where]
+    real = {"checkpoint": save_checkpoint, "log": MetricLog.append}[where]
+
+    def until_full(*args):
+        if 5 in args[:2]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, until_full)
+        with pytest.raises(OSError, match="No space left"):
+            execute(planned)
+    broken = planned.directory.path
+    assert result_of(broken)["status"] == "failed" and "No space left" in result_of(broken)["error"]
+    assert load_checkpoint(broken / "checkpoints")["counters"]["update"] == 4
+    run(full)
+    assert_same_run(run(settings("straight")), broken)
+
+
+def test_a_second_process_in_the_same_run_is_refused(settings, monkeypatch):
+    here = settings("twice")
+    second = plan(cell_of(*here))
+    real, refused = Learner.gradients, []
+
+    def gradients(self, batch, seed, update, *args, **kwargs):
+        if update == 4:
+            with pytest.raises(UserError) as caught:
+                execute(second)
+            refused.append(str(caught.value))
+        return real(self, batch, seed, update, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "gradients", gradients)
+    path = run(here)
+    assert refused == [f"{path} is being run by pid {os.getpid()} on {socket.gethostname()}"]
+    assert result_of(path)["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["result.json", "run.json"])
+def test_a_damaged_record_is_named(name, settings, monkeypatch, command):
+    broken = interrupted(settings("broken"), monkeypatch, 5, signal.SIGTERM)
+    if name == "result.json":
+        run(settings("broken"))
+    (broken / name).write_text('{"status": "fin')
+    answer = command(*settings("broken"))
+    assert answer.code == 1 and "Traceback" not in answer.err
+    assert f"{broken / name} is damaged" in answer.lines[-1] and "rerun=true" in answer.lines[-1]
+
+
+def test_a_lost_or_damaged_config_does_not_stop_a_resumption(settings, monkeypatch, command):
+    from lpc_runner.evaluate import main
+
+    broken = interrupted(settings("broken"), monkeypatch, 5, signal.SIGTERM)
+    (broken / "config.yaml").write_text("dataset: [")
+    answer = command(str(broken), entry=main)
+    assert answer.code == 1 and len(answer.lines) == 1 and "config.yaml" in answer.err
+    (broken / "config.yaml").unlink()
+    answer = command(str(broken), entry=main)
+    assert answer.code == 1 and len(answer.lines) == 1 and "config.yaml" in answer.err
+    answer = command(*settings("broken"))  # the command line says it all again
+    assert answer.code == 0, answer.err
+    assert json.loads((broken / "run.json").read_text())["studies"] == ["default"]
+    assert command(str(broken), entry=main).code == 0
+    assert_same_run(run(settings("straight")), only_run(broken.parents[1]))
