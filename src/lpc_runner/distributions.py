@@ -44,7 +44,6 @@ class _LogBinProbability(torch.autograd.Function):
         outward = torch.where(t < 0, -x, x)
         closed_far = (outward < 1 - BIN_HALF_WIDTH).to(x.dtype)
         closed_near = outward > -1 + BIN_HALF_WIDTH
-        decay = torch.exp(-2 * u * h) * closed_far  # φ(far)/φ(near), 0 where there is no far edge
 
         probability = torch.erfc(near * math.sqrt(0.5))
         probability = torch.where(closed_near, probability, 2.0)
@@ -60,6 +59,7 @@ class _LogBinProbability(torch.autograd.Function):
         # A GPU computes both branches rather than wait for the answer; a CPU has it at once, and it is mostly no.
         if inside.is_cuda or bool(is_tail.any()):
             y = near.clamp_min(start)
+            decay = torch.exp(-2 * u * h) * closed_far  # φ(far)/φ(near), 0 where there is no far edge
             series = _tail_series(y)
             y_far = torch.maximum(far, y)  # outside the tail these values are discarded, but must stay finite
             kept = 1 - decay * (y / y_far) * (_tail_series(y_far) / series)  # 1 - Q(far)/Q(near)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lpc_runner.models.latent import Encoder, LatentVariableModel
@@ -59,10 +60,11 @@ class Conv(LatentVariableModel):
                 f"model=conv takes square images of {SIDES} pixels, got {'x'.join(map(str, sides))} (model=mlp takes any)"
             )
         self.channels, self.side, self.variance_beta = channels, sides[0], variance_beta
-        self.decoder = _decoder(latent_dim, channels, self.side)
+        self.decoder = _decoder(latent_dim, channels, self.side).to(memory_format=torch.channels_last)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
     def build_encoder(self) -> Encoder:
-        return Encoder(_encoder(self.latent_dim, self.channels, self.side), self.variance_beta)
+        body = _encoder(self.latent_dim, self.channels, self.side).to(memory_format=torch.channels_last)
+        return Encoder(body, self.variance_beta)

@@ -1,0 +1,300 @@
+"""Whole runs through the command line: what they leave behind, and what a second command does with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_VAE, only_run, result_of, rows_of, weights_of
+from PIL import Image
+
+import lpc_runner
+from lpc_runner.data.digits import Digits
+from lpc_runner.evaluation.samples import sample_images
+from lpc_runner.training.learner import Learner
+
+QUALITY = ("fd", "kid", "precision", "recall", "density", "coverage")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def run(command) -> Path:
+    """A finished tiny run of the default: Jeffreys, Langevin, per-sample Adam, digits."""
+    answer = command(*TINY)
+    assert answer.code == 0, answer.err
+    return only_run()
+
+
+def test_what_a_run_leaves_behind(command):
+    answer = command(*TINY)
+    run = only_run()
+    assert answer.code == 0
+    assert run.is_symlink() and not os.readlink(run).startswith("/")
+    result = result_of(run)
+    assert result["status"] == "finished" and result["error"] is None and result["diverged_at"] is None
+    assert set(result["metrics"]) == {f"{name}_random_conv" for name in QUALITY} | {
+        "elbo",
+        "kl",
+        "bits_per_dim",
+        "active_units",
+        "sigma",
+    }
+    assert all(isinstance(value, float) and math.isfinite(value) for value in result["metrics"].values())
+    measured = result["measurement"]
+    assert (measured["num_samples"], measured["num_references"], measured["k"]) == (40, 40, 5)
+    assert (measured["extractor"], measured["reference"]) == ("random_conv", "train")
+    assert len(measured["extractor_hash"]) == 64
+    assert (measured["bound_split"], measured["num_bound"]) == ("test", 360)
+    # One evaluation per image, chain step and update: 16 images, T = 3, 6 updates.
+    assert result["num_updates"] == 6 and result["gradient_evaluations"] == 16 * 3 * 6
+    assert result["num_epochs"] == 6 / (1437 // 16)
+    assert 0 < result["train_seconds"] < result["total_seconds"] and result["device"] == "cpu"
+
+    rows = rows_of(run)
+    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["train/gradient_evaluations"] == result["gradient_evaluations"]
+    assert rows[-1]["train/sigma"] != rows[0]["train/sigma"]
+    for picture in ("final", "data", "reconstructions"):
+        with Image.open(run / "samples" / f"{picture}.png") as image:
+            pixels = np.asarray(image)
+        assert pixels.std() > 0 and min(pixels.shape[:2]) >= 8 * 28 // 2
+    assert sorted(path.name for path in run.iterdir() if not path.name.startswith(".")) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "run.json",
+        "samples",
+        "sessions.jsonl",
+    ]
+    session = json.loads((run / "sessions.jsonl").read_text())
+    assert session["command"] == ["lpc_runner", *TINY] and session["packages"]["torch"] in torch.__version__
+    # The closing table: metrics with N, k and extractor, and the paths.
+    for word in (
+        "fd_random_conv",
+        "coverage_random_conv",
+        "N = 40",
+        "k = 5",
+        "final.png",
+        "result.json",
+        "360 test",
+    ):
+        assert word in answer.out
+
+
+def test_a_finished_run_is_not_run_twice(run, command, monkeypatch):
+    before = contents(run)
+    monkeypatch.setattr(Learner, "gradients", lambda *args, **kwargs: pytest.fail("trained again"))
+    answer = command(*TINY)
+    assert answer.code == 0 and "already done" in answer.err and "fd_random_conv" in answer.out
+    assert contents(run) == before
+
+    assert command("study=second", *TINY).code == 0
+    assert only_run(study="second").resolve() == run.resolve()
+    assert json.loads((run / "run.json").read_text())["studies"] == ["default", "second"]
+    after = contents(run)
+    assert {name for name in after if after[name] != before.get(name)} == {"run.json"}
+
+
+def test_check_shows_the_plan_and_starts_nothing(run, command, workplace):
+    before = contents(workplace)
+    answer = command("-m", "check=true", "seed=0,1", *TINY)
+    assert answer.code == 0 and "2 runs (1 done, 0 resume, 1 new)" in answer.out
+    assert contents(workplace) == before
+
+
+def test_rerun_starts_beside_the_old_run(run, command):
+    before = contents(run.resolve())
+    assert command("rerun=true", *TINY).code == 0
+    second = Path("outputs/runs") / f"{run.name}-rerun1"
+    assert contents(run.resolve()) == before
+    assert (
+        result_of(second)["metrics"] == result_of(run)["metrics"]
+    )  # the same seed: a repetition, not a resumption
+    assert rows_of(second) == rows_of(run)
+    assert {path.name for path in Path("outputs/default").iterdir()} == {run.name, second.name}
+    assert command("rerun=true", *TINY).code == 0
+    assert (Path("outputs/runs") / f"{run.name}-rerun2" / "result.json").exists()
+
+
+def test_evaluate_measures_again_without_training(run, command):
+    from lpc_runner.evaluate import main
+
+    before = contents(run)
+    answer = command(str(run), entry=main)
+    assert answer.code == 0, answer.err
+    again = json.loads((run / "evaluations" / "random_conv-n40-k5-train-1.json").read_text())
+    assert again["metrics"] == result_of(run)["metrics"] and again["update"] == 6
+    assert command(str(run), "metrics.num_samples=30", "metrics.k=3", entry=main).code == 0
+    other = json.loads((run / "evaluations" / "random_conv-n30-k3-train-1.json").read_text())
+    assert (other["measurement"]["num_samples"], other["measurement"]["k"]) == (30, 3)
+    assert other["metrics"]["fd_random_conv"] != again["metrics"]["fd_random_conv"]
+    assert other["metrics"]["elbo"] == again["metrics"]["elbo"]
+    assert command(str(run), entry=main).code == 0  # a second one beside the first
+    assert (run / "evaluations" / "random_conv-n40-k5-train-2.json").exists()
+    after = contents(run)
+    assert {name: after[name] for name in before} == before
+
+
+def test_evaluate_says_what_is_wrong_in_one_line(run, command):
+    from lpc_runner.evaluate import main
+
+    for words, says in (
+        (["nowhere"], "no run directory"),
+        ([str(run), "trainer.num_epochs=3"], "metrics"),
+        ([str(run), "metrics.num_sample=3"], "unknown key metrics.num_sample"),
+        ([str(run), "metrics.num_samples=2"], "above k"),
+        ([str(run), "metrics.extractor=vgg"], "metrics.extractor"),
+        ([str(run), "metrics=papr"], "paper"),
+        ([str(run), "dataset.nonsense=3"], "unknown key dataset.nonsense"),
+        ([str(run), "metrics.k=["], "metrics.k"),
+        ([str(run), "seed"], "seed"),
+    ):
+        answer = command(*words, entry=main)
+        assert answer.code == 1 and len(answer.lines) == 1 and says in answer.err, answer.err
+    assert not (run / "evaluations").exists()
+
+
+def test_sample_and_load_give_the_runs_own_images(run, command, tmp_path):
+    from lpc_runner.sample import main
+
+    loaded = lpc_runner.load(run)
+    assert loaded.update == 6 and not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert command(str(run), "--num", "10", "--output", f"{tmp_path}/ten.npz", entry=main).code == 0
+    images = np.load(tmp_path / "ten.npz")["images"]
+    assert images.shape == (10, 1, 28, 28) and images.dtype == np.uint8
+    ours = torch.cat(list(sample_images(loaded.model, 10, 0)))
+    np.testing.assert_array_equal(images, ours)
+    assert (
+        command(str(run), "--num", "10", "--seed", "1", "--output", f"{tmp_path}/1.npz", entry=main).code == 0
+    )
+    assert not np.array_equal(np.load(tmp_path / "1.npz")["images"], images)
+    assert (
+        command(str(run), "--num", "64", entry=main).code == 0
+    )  # the run's own grid again, the seed being 0
+    assert (run / "samples" / "sample-64-seed0.png").read_bytes() == (
+        run / "samples" / "final.png"
+    ).read_bytes()
+    x = Digits().to_model(Digits().load().test.values[:3])
+    encode = loaded.encoder(type("Batch", (), {"x": x, "index": torch.arange(3)}))
+    assert encode.mean.shape == (3, 4) and bool((encode.mean[0] != encode.mean[1]).any())
+    for wrong in (["--num", "0"], ["--output", "x.jpg"], ["--output", f"{tmp_path}/ten.npz"]):
+        answer = command(str(run), *wrong, entry=main)
+        assert answer.code == 1 and len(answer.lines) == 1
+
+
+def test_init_from_takes_the_weights_and_nothing_else(run, command):
+    answer = command(
+        f"trainer.init_from={run}", "study=onward", "trainer.max_updates=1", *TINY[:-5], *TINY[-4:]
+    )
+    assert answer.code == 0, answer.err
+    onward = only_run(study="onward")
+    assert onward.resolve() != run.resolve()
+    old, new = weights_of(run), weights_of(onward)
+    assert new["/counters/update"] == 1
+    for key in (key for key in old if key.startswith(("/model", "/encoder"))):
+        # One Adam update moves each number by at most the learning rate.
+        assert float((new[key] - old[key]).abs().max()) <= 1.01e-3, key
+    assert rows_of(onward)[0]["train/sigma"] == pytest.approx(float(old["/model/likelihood.log_scale"].exp()))
+
+    answer = command(f"trainer.init_from={run}", *(w.replace("[16]", "[8]") for w in TINY))
+    assert answer.code == 1 and "does not fit" in answer.lines[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, has_encoder, evaluations",
+    [
+        (("objective=prior", *TINY), False, 3),
+        (("objective=prior", "sampler=map", *TINY), False, 4),  # 3 steps, and θ's gradient at the last state
+        (("objective=reverse", "preconditioning=adam_shared", *TINY), True, 3),
+        (("experiment=vae", *TINY_VAE), True, 1),
+    ],
+    ids=["prior", "map", "shared", "vae"],
+)
+def test_the_baselines_are_configurations_of_the_same_code(arguments, has_encoder, evaluations, command):
+    answer = command(*arguments)
+    assert answer.code == 0, answer.err
+    run = only_run()
+    result = result_of(run)
+    assert result["status"] == "finished" and result["num_updates"] == 6
+    assert ("elbo" in result["metrics"]) == has_encoder == (run / "samples" / "reconstructions.png").exists()
+    assert any(key.startswith("/encoder") for key in weights_of(run)) == has_encoder
+    assert result["gradient_evaluations"] == 6 * 16 * evaluations
+    assert lpc_runner.load(run).encoder is None or has_encoder
+
+
+def test_a_diverged_run_is_recorded_and_the_sweep_goes_on(command):
+    answer = command("-m", "step_size.value=1e30,0.01", "preconditioning=none", "study=steps", *TINY)
+    assert answer.code == 0, answer.err
+    results = [result_of(path) for path in Path("outputs/steps").iterdir()]
+    assert sorted(result["status"] for result in results) == ["diverged", "finished"]
+    (lost,) = (result for result in results if result["status"] == "diverged")
+    assert lost["diverged_at"]["update"] == lost["num_updates"] + 1 <= 6
+    assert lost["state_measured"] == "last finite state"
+    assert (
+        all(math.isfinite(value) for value in lost["metrics"].values())
+        and "fd_random_conv" in lost["metrics"]
+    )
+    assert "diverged" in answer.out
+
+
+def _failing(monkeypatch, seed: int, message: str):
+    real = Learner.gradients
+
+    def gradients(self, batch, run_seed, update, *args, **kwargs):
+        if run_seed == seed and update == 3:
+            raise RuntimeError(message)
+        return real(self, batch, run_seed, update, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "gradients", gradients)
+
+
+def test_a_failing_job_does_not_end_the_sweep(command, monkeypatch, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "pair.yaml").write_text(
+        "# @package _global_\nstudy: pair\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n"
+    )
+    sweep = (f"--config-dir={tmp_path}", "experiment=pair", *TINY)
+    with monkeypatch.context() as patch:
+        _failing(patch, 0, "out of\nmemory")
+        answer = command(*sweep)
+    assert answer.code == 1
+    assert (
+        answer.lines[-1].startswith("lpc_runner: 1 of 2 runs did not finish")
+        and "out of memory" in answer.lines[-1]
+    )
+    failed, finished = sorted(Path("outputs/pair").iterdir(), key=lambda path: "-s1-" in path.name)
+    assert result_of(finished)["status"] == "finished"
+    assert result_of(failed) == {"status": "failed", "metrics": {}, "error": "RuntimeError: out of memory"}
+    before = contents(finished.resolve())
+    answer = command(*sweep)  # the failed one is tried again, the finished one is left alone
+    assert answer.code == 0, answer.err
+    assert result_of(failed)["status"] == "finished" and contents(finished.resolve()) == before
+    assert "already done" in answer.err
+
+
+def test_a_failed_measurement_is_made_again_without_training(command, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "lpc_runner.run.measure_model", lambda *args: (_ for _ in ()).throw(RuntimeError("no room"))
+        )
+        assert command(*TINY).code == 1
+    assert result_of(only_run())["status"] == "failed"
+    monkeypatch.setattr(Learner, "gradients", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert command(*TINY).code == 0
+    assert result_of(only_run())["status"] == "finished"
