@@ -127,9 +127,7 @@ def run_tests(source: Path, tests: tuple[str, str]) -> int:
 def judge(mutant: Mutant | None, tests: tuple[str, str], folder: Path) -> str:
     """Copy the package, plant the defect, run the tests: 'caught', 'SURVIVED', or why there is no answer."""
     source = Path(tempfile.mkdtemp(dir=folder))
-    shutil.copytree(
-        ROOT / "src" / "lpc_runner", source / "lpc_runner", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "src" / "lpc_runner", source / "lpc_runner", ignore=shutil.ignore_patterns("__pycache__"))
     if mutant is not None:
         path = source / "lpc_runner" / mutant.file
         text = path.read_text()

@@ -74,9 +74,7 @@ def _literally(learner: Learner, batch: Batch, update: int) -> None:
     result = literal_gradients(
         model, encoder, learner.sampler, learner.objective, batch, noise=noise, start_from_prior=False
     )
-    for parameter, gradient in zip(
-        [*model.parameters(), *encoder.parameters()], [*result.theta, *result.phi]
-    ):
+    for parameter, gradient in zip([*model.parameters(), *encoder.parameters()], [*result.theta, *result.phi]):
         parameter.grad = gradient
     learner.theta_optimizer.step()
     learner.phi_optimizer.step()

@@ -25,7 +25,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu ({platform.processor() or platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if on_cuda
+        else f"cpu ({platform.processor() or platform.machine()})",
         "num_threads": torch.get_num_threads(),
         "host": socket.gethostname(),
         "pid": os.getpid(),

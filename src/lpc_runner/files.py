@@ -14,7 +14,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write beside `path`, flush to the disk, rename over it, flush the folder: a reader sees old or new, never half."""
+    """Write beside `path`, flush, rename over it, flush the folder: a reader sees old or new, never half."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

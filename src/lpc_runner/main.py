@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from omegaconf import DictConfig
 
@@ -40,18 +42,16 @@ def main() -> None:
             raise UserError(f"{len(left)} of {len(planned)} runs did not finish: {left[0]}")
 
 
-class one_line_errors:  # noqa: N801 (used like a function)
-    """Context: a UserError becomes one line on standard error and exit code 1; LPC_TRACEBACK=1 shows the traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, UserError):
-            if os.environ.get("LPC_TRACEBACK"):
-                traceback.print_exception(error)
-            print(f"lpc_runner: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A UserError becomes one line on standard error and exit code 1; LPC_TRACEBACK=1 shows the traceback too."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LPC_TRACEBACK"):
+            traceback.print_exception(error)
+        print(f"lpc_runner: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _hydra(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
 
 
 def check_plan(cells: list[Cell]) -> list[Planned]:
-    """Every cell built and checked; data and weights are there or were fetched. Raises UserError for the first wrong one."""
+    """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one."""
     planned = []
     for cell in cells:
         try:

@@ -183,9 +183,7 @@ def measure_model(
     return metrics, facts
 
 
-def _final(
-    planned: Planned, learner: Learner, data: Data, measurer: Measurer, outcome: Outcome
-) -> dict[str, Any]:
+def _final(planned: Planned, learner: Learner, data: Data, measurer: Measurer, outcome: Outcome) -> dict[str, Any]:
     metrics, facts = measure_model(planned.experiment, learner, data, measurer)
     counters = outcome.counters
     diverged = {"update": counters.update + 1, "epoch": outcome.epoch} if outcome.status == "diverged" else None

@@ -99,9 +99,7 @@ class ImageFolder(ImageDataset):
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file)
                 if image.mode[0] in "IF":  # converting these to 8 bits would clip, not scale, their range
-                    raise UserError(
-                        f"{path}: pixels of type {image.mode}, expected 8 bits: convert the file first"
-                    )
+                    raise UserError(f"{path}: pixels of type {image.mode}, expected 8 bits: convert the file first")
                 image = image.convert("L" if self._channels == 1 else "RGB")
         except UserError:
             raise
@@ -117,9 +115,7 @@ def square(image, crop: int, size: int):
     from PIL import Image
 
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    cropped = image.crop(
-        (left, top, left + crop, top + crop)
-    )  # resize(box=...) would blend in what lies outside
+    cropped = image.crop((left, top, left + crop, top + crop))  # resize(box=...) would blend in what lies outside
     return cropped.resize((size, size), Image.Resampling.BILINEAR)
 
 

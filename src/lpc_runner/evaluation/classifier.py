@@ -106,9 +106,7 @@ class Classifier:
             if hash_of_tensors(saved["weights"]) != saved["fingerprint"]:
                 raise ValueError("its hash does not fit its weights")
             accuracy = float(saved["accuracy"])
-        except (
-            Exception
-        ) as error:  # torch.load raises almost anything on a damaged file, and all of it means: again
+        except Exception as error:  # torch.load raises almost anything on a damaged file, and all of it means: again
             _log.warning("%s is damaged (%s); training the classifier again", path, type(error).__name__)
             return False
         self._weights, self.fingerprint, self.accuracy = saved["weights"], saved["fingerprint"], accuracy
@@ -118,9 +116,7 @@ class Classifier:
         hidden = to_unit(images, self._device)
         for i, stride in enumerate(self.STRIDES):
             hidden = functional.conv2d(hidden, weights[f"conv{i}"], stride=stride, padding=1)
-            hidden = functional.group_norm(
-                hidden, self.GROUPS, weights[f"scale{i}"], weights[f"shift{i}"]
-            ).relu()
+            hidden = functional.group_norm(hidden, self.GROUPS, weights[f"scale{i}"], weights[f"shift{i}"]).relu()
         return hidden.mean((2, 3))
 
     def _logits(self, images: Tensor, weights: dict[str, Tensor]) -> Tensor:

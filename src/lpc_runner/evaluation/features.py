@@ -84,9 +84,7 @@ class RandomConv:
 
     def __init__(self, num_channels: int) -> None:
         widths = (num_channels, 16, 32, self.dimension)
-        self._weights = {
-            f"conv{i}": he_uniform((widths[i + 1], widths[i], 3, 3), f"random_conv/{i}") for i in range(3)
-        }
+        self._weights = {f"conv{i}": he_uniform((widths[i + 1], widths[i], 3, 3), f"random_conv/{i}") for i in range(3)}
         self.fingerprint = hash_of_tensors(self._weights)
 
     def prepare(self) -> None:

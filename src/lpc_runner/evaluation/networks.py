@@ -49,7 +49,5 @@ def he_uniform(shape: tuple[int, ...], stream: str) -> Tensor:
 def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
     """uint8 (B, C, H, W) to float32 in [-1, 1]."""
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(
-            f"features are taken of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}"
-        )
+        raise ValueError(f"features are taken of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
     return images.to(device).float() / 127.5 - 1

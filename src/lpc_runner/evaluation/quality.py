@@ -87,9 +87,7 @@ class SampleQuality:
         if self.extractor == "inception":
             Inception(shape[0], Path(cache_dir), self.weights).prepare()
 
-    def prepare(
-        self, data: Data, identity: dict[str, object], cache_dir: Path, device: torch.device | str
-    ) -> Measurer:
+    def prepare(self, data: Data, identity: dict[str, object], cache_dir: Path, device: torch.device | str) -> Measurer:
         """Extractor and reference features, read from `cache_dir` or computed and kept there.
 
         identity: the dataset's. UserError (one line) when weights, labels or images are missing.
@@ -229,9 +227,7 @@ class Measurer:
         real = self.reference.features.to(samples.device)
         radii = self.reference.radii.to(samples.device)
         numbers = {
-            self._distance_name: frechet_distance(
-                self.reference.moments.to(samples.device), moments(samples)
-            ),
+            self._distance_name: frechet_distance(self.reference.moments.to(samples.device), moments(samples)),
             "kid": kernel_distance(real, samples, reference_term=self.reference.within),
             **compare_neighbours(real, samples, self._settings.k, reference_radii=radii),
         }

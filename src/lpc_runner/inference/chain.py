@@ -86,9 +86,7 @@ class ChainNoise:
         index, offset = divmod(t - 1, NOISE_BLOCK)
         if index != self.block_index:
             source = generator(self.seed, "chain", self.update, index, device=self.device)
-            draw = torch.randn(
-                NOISE_BLOCK, *self.shape, generator=source, device=self.device, dtype=self.dtype
-            )
+            draw = torch.randn(NOISE_BLOCK, *self.shape, generator=source, device=self.device, dtype=self.dtype)
             self.block_index, self.block = index, draw[:, self.rows]
         return self.block[offset]
 

@@ -25,9 +25,7 @@ def forward_kl(q: DiagonalGaussian, moments: Moments) -> Tensor:
     return 0.5 * (square / q.variance + q.variance.log() + LOG_2PI).sum(1)
 
 
-def reverse_kl(
-    q: DiagonalGaussian, prior: Prior, z: Tensor, log_joint: Tensor, drift: Tensor
-) -> Tensor:
+def reverse_kl(q: DiagonalGaussian, prior: Prior, z: Tensor, log_joint: Tensor, drift: Tensor) -> Tensor:
     """L_R = -ELBO = -log p(x|z) + KL(q ‖ p(z)) in nats, (B,), z = q.rsample(noise): KL(q ‖ p(z|x)) up to log p(x).
 
     The gradient through z is the drift ∇z log p(x, z) less the prior's score, both already known, so neither the

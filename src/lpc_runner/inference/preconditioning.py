@@ -6,7 +6,7 @@ next state and G, which broadcasts against z (B, d). The chain drops the Γ term
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -58,6 +58,3 @@ class SharedAdam(Adam):
     def second_moment(self, drift: Tensor) -> Tensor:
         """Mean of g⊙g over the batch, (1, d)."""
         return drift.square().mean(0, keepdim=True)
-
-
-Preconditioner = Identity | Adam | Any  # anything with init and update as above

@@ -17,7 +17,7 @@ class Constant:
 
 
 class Polynomial:
-    """γ(t) = value (1 + (t - 1)/offset)^-power (Welling and Teh 2011): starts at value and decays after `offset` steps."""
+    """γ(t) = value (1 + (t - 1)/offset)^-power (Welling and Teh 2011), decaying after `offset` steps."""
 
     @checked
     def __init__(self, value: PositiveFloat, offset: PositiveFloat, power: PositiveFloat) -> None:

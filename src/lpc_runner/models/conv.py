@@ -57,7 +57,7 @@ class Conv(LatentVariableModel):
         channels, *sides = data_shape
         if sides not in [[side, side] for side in SIDES]:
             raise ValueError(
-                f"model=conv takes square images of {SIDES} pixels, got {'x'.join(map(str, sides))} (model=mlp takes any)"
+                f"model=conv takes square images of {SIDES} pixels, got {'x'.join(map(str, sides))} (model=mlp: any)"
             )
         self.channels, self.side, self.variance_beta = channels, sides[0], variance_beta
         self.decoder = _decoder(latent_dim, channels, self.side).to(memory_format=torch.channels_last)

@@ -29,9 +29,7 @@ class Linear(LatentVariableModel):
             raise ValueError("model=linear has a closed form only under model/likelihood=gaussian")
         super().__init__(latent_dim, prior_scale, likelihood)
         self.variance_beta, self.data_dim = variance_beta, math.prod(data_shape)
-        self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, self.data_dim), nn.Unflatten(1, tuple(data_shape))
-        )
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, self.data_dim), nn.Unflatten(1, tuple(data_shape)))
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from lpc_runner.schema import PositiveFloat, PositiveInt, checked
 
 def _network(sizes: list[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(sizes, sizes[1:]):
+    for width_in, width_out in pairwise(sizes):
         layers += [nn.Linear(width_in, width_out), nn.SiLU()]
     return layers[:-1]
 

@@ -60,9 +60,7 @@ def curve_settings(groups: Sequence[Group]) -> list[Setting]:
             for setting in during or final:
                 if setting.num_samples is not None:
                     counts.setdefault(setting.extractor, Counter())[setting] += 1
-    best = {
-        extractor: max(found, key=lambda key: (found[key], str(key))) for extractor, found in counts.items()
-    }
+    best = {extractor: max(found, key=lambda key: (found[key], str(key))) for extractor, found in counts.items()}
     return [best[extractor] for extractor in sorted(best)]
 
 
@@ -111,15 +109,11 @@ def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget
     smallest = budget_of(groups, budget)
     measured = {group.label: [run.curve(setting) for run in group.counted] for group in groups}
     shown = [group for group in groups if any(measured[group.label])]
-    during = any(
-        point.setting.fits(setting) for group in shown for run in group.counted for point in run.points
-    )
+    during = any(point.setting.fits(setting) for group in shown for run in group.counted for point in run.points)
     if smallest is None or not during or len(shown) < 2:
         return None
     limit, owner = smallest
-    points = {
-        group.label: [last_within(curve, budget, limit) for curve in measured[group.label]] for group in shown
-    }
+    points = {group.label: [last_within(curve, budget, limit) for curve in measured[group.label]] for group in shown}
     present = [point for found in points.values() for point in found if point is not None]
     if not present:
         return None

@@ -90,9 +90,7 @@ def _averaged(points: list[Point]) -> list[Point]:
         stretch = points[start : start + size]
         mean = sum(point.values["train/elbo"] for point in stretch) / len(stretch)
         last = stretch[-1]
-        averaged.append(
-            Point(last.update, last.seconds, last.gradient_evaluations, None, {"train/elbo": mean})
-        )
+        averaged.append(Point(last.update, last.seconds, last.gradient_evaluations, None, {"train/elbo": mean}))
     return averaged
 
 
@@ -217,9 +215,7 @@ def sample_figure(dataset: str, groups: Sequence[Group], warnings: list[str]) ->
 
     panels: list[tuple[str, Any]] = []
     with_grids = [(group, run) for group in groups for run in group.counted[:1]]
-    wanted: list[tuple[str, Path]] = [
-        ("data", run.path / "samples" / "data.png") for _, run in with_grids[:1]
-    ]
+    wanted: list[tuple[str, Path]] = [("data", run.path / "samples" / "data.png") for _, run in with_grids[:1]]
     for group, run in with_grids:
         wanted.append((f"{group.marked_label}\nseed {run.seed}", run.path / "samples" / "final.png"))
     for title, path in wanted:

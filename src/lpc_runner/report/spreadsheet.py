@@ -16,16 +16,12 @@ def study_csv(study: Study) -> str:
         group = group_of[id(run)]
         counted = any(run is other for other in group.counted)
         record = {"run": run.name, "status": run.status, "group": group.label, "counted": counted}
-        record |= {
-            f"choice.{key}": value for key, value in run.choices.items() if not isinstance(value, dict)
-        }
+        record |= {f"choice.{key}": value for key, value in run.choices.items() if not isinstance(value, dict)}
         record |= {f"setting.{key}": value for key, value in (group.properties | run.keys).items()}
         cost = ("num_updates", "num_epochs", "train_seconds", "total_seconds", "gradient_evaluations")
         record |= {name: run.result.get(name) for name in cost}
         place = run.result.get("diverged_at")
-        record |= (
-            {f"diverged_at.{key}": value for key, value in place.items()} if isinstance(place, dict) else {}
-        )
+        record |= {f"diverged_at.{key}": value for key, value in place.items()} if isinstance(place, dict) else {}
         record |= {"error": run.result.get("error")}
         record |= {f"metric.{name}": value for name, value in run.numbers.items()}
         for found in run.measurements:

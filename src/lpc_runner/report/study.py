@@ -182,9 +182,7 @@ def _read_json(path: Path, warnings: list[str], name: str = "") -> dict[str, Any
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        warnings.append(
-            f"{label} is damaged ({'no JSON' if isinstance(error, ValueError) else error.strerror})"
-        )
+        warnings.append(f"{label} is damaged ({'no JSON' if isinstance(error, ValueError) else error.strerror})")
         return None
     if not isinstance(content, dict):
         warnings.append(f"{label} is damaged (no JSON object)")
@@ -196,9 +194,7 @@ def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.load(
-            (path / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
+        content = yaml.load((path / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError):

@@ -111,10 +111,7 @@ def main_metrics(names: Iterable[str]) -> frozenset[str]:
 
 def describe_setting(setting: Setting) -> str:
     """Extractor, N, references and k in words."""
-    known = [
-        f"{setting.extractor} features"
-        + (f" ({setting.extractor_hash[:8]})" if setting.extractor_hash else "")
-    ]
+    known = [f"{setting.extractor} features" + (f" ({setting.extractor_hash[:8]})" if setting.extractor_hash else "")]
     count = setting.num_samples
     known.append("number of samples not recorded" if count is None else f"N = {count:,}")
     if setting.num_references is not None:
@@ -154,9 +151,7 @@ def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Ta
     notes = [f"Measured with {describe_setting(setting)}."]
     notes += _facts(present) + _comparison(dataset, setting, bool(compared))
     notes += [DIVERGED] * any(group.diverged for group in shown)
-    return Table(
-        f"{dataset}: sample quality, {setting.extractor}", columns, rows, notes, hidden, setting.extractor
-    )
+    return Table(f"{dataset}: sample quality, {setting.extractor}", columns, rows, notes, hidden, setting.extractor)
 
 
 def _printed(value: float | None) -> str:
@@ -206,9 +201,7 @@ def paper_table(dataset: str) -> Table:
         for row in paper.TABLE_1
         if row.dataset == dataset
     ]
-    note = (
-        f"{paper.EXTRACTOR} features, N = {paper.NUM_SAMPLES:,}; LPC is preconditioned or not as in Table 3."
-    )
+    note = f"{paper.EXTRACTOR} features, N = {paper.NUM_SAMPLES:,}; LPC is preconditioned or not as in Table 3."
     title = f"{dataset}: the paper's Table 1 ({paper.DATASETS[dataset]})"
     return Table(title, ["method", "epochs", *paper.METRICS], rows, [note])
 
@@ -225,17 +218,10 @@ def likelihood_table(dataset: str, groups: Sequence[Group]) -> Table | None:
         return None
     rows = []
     for group in shown:
-        cells = [
-            spread((run.numbers.get(name) for run in group.counted), len(group.counted)) for name in names
-        ]
+        cells = [spread((run.numbers.get(name) for run in group.counted), len(group.counted)) for name in names]
         rows.append([group.marked_label, str(len(group.counted)), *cells])
     notes = ["; ".join(f"{name}: {UNITS[name]}" for name in names if name in UNITS)]
-    facts = {
-        f"{key} {value}"
-        for group in shown
-        for run in group.counted
-        for key, value in run.number_facts.items()
-    }
+    facts = {f"{key} {value}" for group in shown for run in group.counted for key, value in run.number_facts.items()}
     notes += [f"Bounds over: {', '.join(sorted(facts))}."] * bool(facts)
     notes += [DIVERGED] * any(group.diverged for group in shown)
     hidden = frozenset(names[len(LIKELIHOOD) :])
@@ -278,16 +264,10 @@ def state_notes(study: Study) -> list[str]:
     """One line for each run that did not finish, naming it and where it stands."""
     describe: dict[str, Callable[[Run], str]] = {
         "diverged": lambda run: f"diverged{_where(run.result.get('diverged_at'))}",
-        "failed": lambda run: (
-            f"failed: {' '.join(str(run.result.get('error') or 'no reason recorded').split())}"
-        ),
+        "failed": lambda run: f"failed: {' '.join(str(run.result.get('error') or 'no reason recorded').split())}",
         "unfinished": lambda run: (
             "unfinished"
-            + (
-                ", nothing logged yet"
-                if run.last_update is None
-                else f", last logged at update {run.last_update:,}"
-            )
+            + (", nothing logged yet" if run.last_update is None else f", last logged at update {run.last_update:,}")
         ),
         "damaged": lambda run: "its result is damaged",
     }
@@ -297,9 +277,5 @@ def state_notes(study: Study) -> list[str]:
 def _where(place: Any) -> str:
     if not isinstance(place, dict):
         return ""
-    parts = [
-        f"{name} {place[name]:,.6g}"
-        for name in ("update", "epoch")
-        if isinstance(place.get(name), int | float)
-    ]
+    parts = [f"{name} {place[name]:,.6g}" for name in ("update", "epoch") if isinstance(place.get(name), int | float)]
     return f" at {', '.join(parts)}" if parts else ""

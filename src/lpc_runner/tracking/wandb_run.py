@@ -203,9 +203,7 @@ def _reachable(asked: str) -> tuple[str, str]:
     """What `auto` or `online` comes to, and why not online; CommError or UsageError without a server."""
     import wandb
 
-    standing = (
-        wandb.setup().settings.mode
-    )  # `wandb offline` and `wandb disabled` leave this in W&B's settings file
+    standing = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave this in W&B's settings file
     if asked == "auto" and standing in ("offline", "disabled"):
         return standing, "as W&B's settings file says"
     if wandb.login(prompt=False):

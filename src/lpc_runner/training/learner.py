@@ -16,7 +16,7 @@ from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients
 
 
 class Learner:
-    """Model, encoder (None where the objective uses none), sampler and objective, with one optimiser each for θ and φ."""
+    """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ."""
 
     def __init__(
         self,

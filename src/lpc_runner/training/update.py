@@ -71,9 +71,7 @@ def compute_gradients(
     else:
         start = warm  # z(0) ~ q
     centre = q.mean if q is not None else None
-    chain = run_chain(
-        log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe
-    )
+    chain = run_chain(log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe)
     for parameter, gradient in zip(theta, chain.theta_gradient):
         parameter.grad = -gradient  # θ ascends log p(x, z; θ)
 
