@@ -73,9 +73,7 @@ def test_stability_bound():
     chain = run(gaussian([1.99, 2.01]), torch.zeros(500, 2, dtype=torch.float64), langevin(1500, 1.0))
     inside, outside = chain.z.var(0).tolist()
     assert inside < 1.5 * ula_variance(1.99, 1.0)
-    assert outside == pytest.approx(
-        2 * (1.01**3000 - 1) / (1.01**2 - 1), rel=0.4
-    )  # 500 chains: 6.3 % each sd
+    assert outside == pytest.approx(2 * (1.01**3000 - 1) / (1.01**2 - 1), rel=0.4)  # 500 chains: 6.3 % each sd
 
 
 def test_shared_preconditioner_variance():
@@ -243,9 +241,7 @@ def test_chain_gathers_what_its_states_say(mlp, theta_states):
     metric = Adam(0.5, 1e-8, None)
     sampler = NoSteps(None, None) if theta_states == "none" else langevin(6, 0.02, metric, theta_states)
     log_joint = lambda z: mlp.log_joint(x, z)
-    chain = run(
-        log_joint, z, sampler, observe=lambda *both: seen.append(both), parameters=theta, centre=centre
-    )
+    chain = run(log_joint, z, sampler, observe=lambda *both: seen.append(both), parameters=theta, centre=centre)
     states = [z, *(state.z for state, _ in seen)]
     assert [state.t for state, _ in seen] == list(range(1, sampler.num_steps + 1))
     assert torch.equal(chain.z, states[-1]) and not chain.z.requires_grad
@@ -292,9 +288,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(mlp):
         seen, most = [], []
 
         def observe(state, info, seen=seen, most=most):
-            seen.extend(
-                map(weakref.ref, (state.z, state.metric, info.log_joint, info.drift, info.noise_variance))
-            )
+            seen.extend(map(weakref.ref, (state.z, state.metric, info.log_joint, info.drift, info.noise_variance)))
             most.append(sum(reference() is not None for reference in seen))
 
         sampler = langevin(num_steps, 0.02, Adam(0.5, 1e-8, None))

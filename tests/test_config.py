@@ -187,7 +187,7 @@ def test_data_files_count_by_content_not_by_path(tmp_path, workplace):
 
 
 def test_run_names_are_readable_and_safe(tmp_path, workplace):
-    planned = plan_of("seed=-3")
+    planned = plan_of("seed=-3", "preconditioning=adam")
     assert planned.directory.name == f"digits-conv-langevin-jeffreys-adam-s-3-{planned.digest[:10]}"
     (tmp_path / "dataset").mkdir()
     shutil.copy(CONF_DIR / "dataset" / "digits.yaml", tmp_path / "dataset" / "my, $(digits).yaml")

@@ -254,9 +254,7 @@ class TestArrays:
         assert dataset.shape == (3, 32, 32)
         assert data.train.labels.bincount().tolist() == [5000] * 10
         assert data.test.labels.bincount().tolist() == [1000] * 10
-        mean = (
-            data.train.values.double().mean((0, 2, 3)) / 255
-        )  # the constants everyone normalises CIFAR-10 by
+        mean = data.train.values.double().mean((0, 2, 3)) / 255  # the constants everyone normalises CIFAR-10 by
         assert torch.allclose(mean, torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64), atol=1e-4)
 
 

@@ -127,9 +127,7 @@ def test_end_bins_are_open():
 def test_gradcheck(sigma):
     """Analytic derivatives against finite differences, in core, tail and end bins (u up to 60σ)."""
     x = LEVELS[[0, 0, 0, 1, 90, 128, 200, 254, 255, 255, 255]]
-    away = torch.tensor(
-        [0.5, -2.0, 30.0, 1.0, 60.0, 0.3, -26.0, -40.0, 2.0, -0.4, -35.0], dtype=torch.float64
-    )
+    away = torch.tensor([0.5, -2.0, 30.0, 1.0, 60.0, 0.3, -26.0, -40.0, 2.0, -0.4, -35.0], dtype=torch.float64)
     mean = (x + sigma * away).requires_grad_()
     log_scale = torch.tensor(math.log(sigma), dtype=torch.float64, requires_grad=True)
     f = lambda mean, log_scale: log_bin_probability(x, mean, log_scale)
@@ -154,18 +152,12 @@ def test_likelihoods_sum_over_dimensions():
     gaussian = Gaussian("fixed", 0.7, 0.9)
     want = Normal(mean, 0.7).log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(gaussian(x, mean), want)
-    torch.testing.assert_close(
-        log_normal(x, mean, torch.tensor(math.log(0.7))), Normal(mean, 0.7).log_prob(x)
-    )
+    torch.testing.assert_close(log_normal(x, mean, torch.tensor(math.log(0.7))), Normal(mean, 0.7).log_prob(x))
     discrete = DiscretisedGaussian("fixed", 0.2, 0.9)
-    width = (
-        2 / 255
-    )  # a bin's mass is density times width up to the curvature, (width/σ)²/24 = 6e-5, per pixel
+    width = 2 / 255  # a bin's mass is density times width up to the curvature, (width/σ)²/24 = 6e-5, per pixel
     inner = (x.abs() < 0.99).double()
     approximate = (Normal(mean, 0.2).log_prob(x) + math.log(width)) * inner
-    torch.testing.assert_close(
-        (discrete.density(x, mean) * inner).double(), approximate, atol=5e-3, rtol=1e-4
-    )
+    torch.testing.assert_close((discrete.density(x, mean) * inner).double(), approximate, atol=5e-3, rtol=1e-4)
 
 
 def test_scales():

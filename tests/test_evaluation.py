@@ -28,9 +28,7 @@ def normal(*shape, stream="features", counter=0):
 def test_frechet_of_diagonal_gaussians_is_the_closed_form():
     first, second = torch.rand(2, 30, generator=generator(0, "test/scales"), dtype=torch.float64) + 0.1
     means = normal(2, 30).double()
-    distance = frechet_distance(
-        Moments(means[0], torch.diag(first**2)), Moments(means[1], torch.diag(second**2))
-    )
+    distance = frechet_distance(Moments(means[0], torch.diag(first**2)), Moments(means[1], torch.diag(second**2)))
     expected = ((means[0] - means[1]) ** 2).sum() + ((first - second) ** 2).sum()
     assert distance == pytest.approx(expected.item(), rel=1e-10)
 
@@ -42,9 +40,7 @@ def test_frechet_agrees_with_the_matrix_square_root(num_first):
     second = moments(normal(300, 20, counter=1))
     root = scipy.linalg.sqrtm(second.covariance.numpy()).real
     inner = scipy.linalg.sqrtm(root @ first.covariance.numpy() @ root + 1e-13 * np.eye(20)).real
-    expected = (
-        (first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace()
-    )
+    expected = (first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace()
     expected = expected.item() - 2 * np.trace(inner)
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-6)
@@ -115,9 +111,7 @@ def test_same_distribution_has_density_one_and_the_coverage_ceiling():
     num_references, num_samples, k = 12, 8, 3
     runs = []
     for draw in range(400):
-        real, fake = normal(num_references + num_samples, 2, counter=draw).split(
-            [num_references, num_samples]
-        )
+        real, fake = normal(num_references + num_samples, 2, counter=draw).split([num_references, num_samples])
         found = compare_neighbours(real, fake, k)
         runs.append([found["density"], found["coverage"]])
     runs = np.array(runs)

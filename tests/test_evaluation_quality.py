@@ -69,9 +69,7 @@ def test_random_conv_never_changes(num_channels, fingerprint):
 
 def test_random_conv_features_of_one_image_are_known():
     image = (torch.arange(28 * 28).view(1, 1, 28, 28) * 37 % 256).to(torch.uint8)
-    assert RandomConv(1)(image)[0, :4].tolist() == pytest.approx(
-        [0.12968, 0.46062, 0.41984, 0.00089], abs=1e-4
-    )
+    assert RandomConv(1)(image)[0, :4].tolist() == pytest.approx([0.12968, 0.46062, 0.41984, 0.00089], abs=1e-4)
 
 
 @pytest.mark.parametrize(("num_channels", "size"), [(1, 28), (3, 32), (3, 64), (4, 28)])
@@ -226,9 +224,7 @@ def test_inception_sees_grey_images_as_colour(tmp_path, monkeypatch):
 
     path = tmp_path / "random.pth"
     torch.save({}, path)
-    with (
-        monkeypatch.context() as patch
-    ):  # the architecture with random weights stands in for the published ones
+    with monkeypatch.context() as patch:  # the architecture with random weights stands in for the published ones
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=str(path))
     torch.save(network.state_dict(), path)

@@ -124,9 +124,7 @@ def test_linear_posterior_by_conditioning_the_joint(linear):
     torch.testing.assert_close(posterior.mean, (x.flatten(1) - bias) @ gain.T)
     covariance = s2 * torch.eye(3) - s2 * gain @ weight
     torch.testing.assert_close(posterior.covariance_matrix, covariance.expand(5, 3, 3))
-    torch.testing.assert_close(
-        linear.log_evidence(x), MultivariateNormal(bias, marginal).log_prob(x.flatten(1))
-    )
+    torch.testing.assert_close(linear.log_evidence(x), MultivariateNormal(bias, marginal).log_prob(x.flatten(1)))
 
 
 def test_linear_evidence_by_brute_force():

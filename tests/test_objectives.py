@@ -149,9 +149,7 @@ def test_update_equals_literal_algorithm(model, encoder, batch, case):
     used = encoder if weights.uses_encoder else None
     sampler = langevin(7, theta_states, METRICS[metric])
     result = compute_gradients(model, used, sampler, weights, batch, NOISE, start_from_prior)
-    want = literal_gradients(
-        model, used, sampler, weights, batch, noise=NOISE, start_from_prior=start_from_prior
-    )
+    want = literal_gradients(model, used, sampler, weights, batch, noise=NOISE, start_from_prior=start_from_prior)
     exactly = {"rtol": 1e-9, "atol": 1e-11}
     torch.testing.assert_close(result.chain.z, want.states[-1], **exactly)
     torch.testing.assert_close(grads(model), want.theta, **exactly)
@@ -170,13 +168,9 @@ def test_update_equals_literal_algorithm(model, encoder, batch, case):
 def test_other_samplers_equal_literal_algorithm(model, encoder, batch, sampler):
     """Predictive coding (no noise, θ at z(T)) and a decaying step size."""
     result = compute_gradients(model, encoder, sampler, Objective(0.5, 0.5), batch, NOISE, False)
-    want = literal_gradients(
-        model, encoder, sampler, Objective(0.5, 0.5), batch, noise=NOISE, start_from_prior=False
-    )
+    want = literal_gradients(model, encoder, sampler, Objective(0.5, 0.5), batch, noise=NOISE, start_from_prior=False)
     torch.testing.assert_close(result.chain.z, want.states[-1], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(
-        [*grads(model), *grads(encoder)], [*want.theta, *want.phi], rtol=1e-9, atol=1e-11
-    )
+    torch.testing.assert_close([*grads(model), *grads(encoder)], [*want.theta, *want.phi], rtol=1e-9, atol=1e-11)
 
 
 def test_theta_does_not_see_the_encoder_loss(model, encoder, batch):

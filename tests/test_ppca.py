@@ -59,6 +59,4 @@ def test_lpc_recovers_probabilistic_pca(forward, reverse):
     cosines = torch.linalg.svdvals(components @ torch.linalg.qr(weight)[0])
     assert cosines.min() > 0.99  # of the angles between the two planes
     assert math.exp(2 * model.likelihood.log_scale.item()) == pytest.approx(pca.noise_variance_, rel=0.1)
-    torch.testing.assert_close(
-        model.decoder[0].bias.detach(), torch.from_numpy(pca.mean_).float(), atol=0.05, rtol=0
-    )
+    torch.testing.assert_close(model.decoder[0].bias.detach(), torch.from_numpy(pca.mean_).float(), atol=0.05, rtol=0)

@@ -368,9 +368,7 @@ def test_impossible_requests_are_one_line(tmp_path, capsys, arguments):
     assert main([str(tmp_path / arguments[0])]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and arguments[0] in captured.err
-    with pytest.raises(
-        UserError, match="empty, only_broken" if arguments == ["nowhere"] else "holds no runs"
-    ):
+    with pytest.raises(UserError, match="empty, only_broken" if arguments == ["nowhere"] else "holds no runs"):
         read_study(tmp_path / arguments[0])
 
 
@@ -389,9 +387,7 @@ def curves(disk, num_seeds=2, length=4):
     for seed in range(num_seeds):
         for name, settings, pace in (("vae", VAE, 0.01), ("lpc", LPC, 0.4)):
             rows = [measured(u, u * pace, 40.0 - u / 10 + seed) for u in range(20, 20 * length, 20)]
-            rows += [
-                {"update": u, "epoch": 1, "train/elbo": -900 + u, "time/train_seconds": u} for u in (1, 90)
-            ]
+            rows += [{"update": u, "epoch": 1, "train/elbo": -900 + u, "time/train_seconds": u} for u in (1, 90)]
             final = {"fd_random_conv": 25.0 + seed, "density_random_conv": 0.7}
             picture = np.full((30, 30), seed / 2)
             picture[5:9] = 1.0
@@ -451,10 +447,7 @@ def test_the_terminal_shows_at_most_100_columns(disk, capsys):
 
 
 def test_starting_needs_neither_torch_nor_matplotlib():
-    code = (
-        "import sys, lpc_runner.report.__main__; "
-        "print({'torch', 'matplotlib', 'hydra', 'wandb'} & set(sys.modules))"
-    )
+    code = "import sys, lpc_runner.report.__main__; print({'torch', 'matplotlib', 'hydra', 'wandb'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
 
@@ -468,9 +461,7 @@ def test_curves_have_a_line_a_group_a_band_over_seeds_and_units(disk):
     figure = figures["digits-fd_random_conv.png"]
     updates, seconds = figure.axes
     assert len(updates.lines) == len(seconds.lines) == 2 and len(updates.collections) == 2
-    assert (
-        len({line.get_marker() for line in updates.lines} | {line.get_color() for line in updates.lines}) == 4
-    )
+    assert len({line.get_marker() for line in updates.lines} | {line.get_color() for line in updates.lines}) == 4
     vae = updates.lines[0]
     assert list(vae.get_xdata()) == [20, 40, 60, 100]
     assert list(vae.get_ydata()) == [38.5, 36.5, 34.5, 25.5]  # means of seeds 0 and 1, the final one included

@@ -20,14 +20,15 @@ from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.training.interrupts import Interrupted, Interrupts
 from lpc_runner.training.learner import Learner
 
-# 89 batches an epoch at 16 a batch; 200 images in batches of 50 are 4, so that 10 updates cross epochs.
+# Some 40 training images in batches of 10 are 4 updates an epoch. Beside each case: the updates that die.
+EACH = ("trainer.checkpoint_seconds=1e-9",)  # a checkpoint after every update
 CASES = {
-    "jeffreys": ("trainer.checkpoint_seconds=1e-9",),
-    "no checkpoint yet": (),
-    "shared": ("preconditioning=adam_shared", "objective=forward", "trainer.checkpoint_seconds=1e-9"),
-    "prior": ("objective=prior", "trainer.checkpoint_seconds=1e-9"),
-    "optimal": ("model.likelihood.scale=optimal", "trainer.checkpoint_seconds=1e-9"),
-    "measured": ("metrics.every_epochs=1",),
+    "jeffreys": (EACH, (1, 7)),
+    "no checkpoint yet": ((), (3,)),
+    "shared": (("preconditioning=adam_shared", "objective=forward", *EACH), (7,)),
+    "prior": (("objective=prior", *EACH), (7,)),
+    "optimal": (("model.likelihood.scale=optimal", *EACH), (7,)),
+    "measured": (("metrics.every_epochs=1",), (7,)),
 }
 
 
@@ -87,10 +88,10 @@ def checkpoints(path: Path) -> list[Path]:
     return sorted((path / "checkpoints").iterdir(), reverse=True)
 
 
-@pytest.mark.parametrize("more", CASES.values(), ids=CASES)
-def test_a_run_that_died_ends_as_if_it_had_not(more, settings, monkeypatch):
+@pytest.mark.parametrize("more, deaths", CASES.values(), ids=CASES)
+def test_a_run_that_died_ends_as_if_it_had_not(more, deaths, settings, monkeypatch):
     straight = run(settings("straight", *more))
-    for at in (1, 7):
+    for at in deaths:
         broken = interrupted(settings(f"died{at}", *more), monkeypatch, at)
         assert not (broken / "result.json").exists()
         assert run(settings(f"died{at}", *more)) == broken
@@ -103,7 +104,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(more, settings, monkeypatch):
 
 def test_dying_again_and_again(settings, monkeypatch):
     straight = run(settings("straight"))
-    often = settings("often", "trainer.checkpoint_seconds=1e-9")
+    often = settings("often", *EACH)
     for at in (2, 3, 4, 9):
         broken = interrupted(often, monkeypatch, at)
         assert load_checkpoint(broken / "checkpoints")["counters"]["update"] == at
@@ -155,48 +156,46 @@ def _flip(path: Path) -> None:
     "damage", [_truncate, _flip, lambda path: path.write_bytes(b"")], ids=["cut", "flip", "empty"]
 )
 def test_a_damaged_checkpoint_is_passed_over(damage, settings, monkeypatch, caplog):
-    each = ("trainer.checkpoint_seconds=1e-9",)
-    broken = interrupted(settings("broken", *each), monkeypatch, 7)
+    broken = interrupted(settings("broken", *EACH), monkeypatch, 7)
     newest, before = checkpoints(broken)
     assert "update-000000007-" in newest.name and "update-000000006-" in before.name
     damage(newest)
     with caplog.at_level(logging.WARNING):
-        run(settings("broken", *each))
+        run(settings("broken", *EACH))
     assert any(newest.name in line and "damaged" in line for line in caplog.messages)
     assert_same_run(run(settings("straight")), broken)
 
 
 def test_nothing_but_damaged_checkpoints_is_the_users_decision(settings, monkeypatch):
-    each = ("trainer.checkpoint_seconds=1e-9",)
-    broken = interrupted(settings("broken", *each), monkeypatch, 7)
+    broken = interrupted(settings("broken", *EACH), monkeypatch, 7)
     for path in checkpoints(broken):
         _flip(path)
     with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged; rerun=true"):
-        run(settings("broken", *each))
-    again = run(settings("broken", "rerun=true", *each))
+        run(settings("broken", *EACH))
+    again = run(settings("broken", "rerun=true", *EACH))
     assert again.name == f"{broken.name}-rerun1"
     assert_same_run(run(settings("straight")), again)
 
 
 def test_a_torn_last_line_is_cut_off(settings, monkeypatch):
-    broken = interrupted(settings("torn", "trainer.checkpoint_seconds=1e-9"), monkeypatch, 6)
+    broken = interrupted(settings("torn", *EACH), monkeypatch, 6)
     with open(broken / "metrics.jsonl", "ab") as log:
         log.write(b'{"update": 7, "epo')
-    run(settings("torn", "trainer.checkpoint_seconds=1e-9"))
+    run(settings("torn", *EACH))
     assert_same_run(run(settings("straight")), broken)
 
 
 def test_a_log_shorter_than_the_checkpoint_is_refused(settings, monkeypatch):
-    broken = interrupted(settings("cut", "trainer.checkpoint_seconds=1e-9"), monkeypatch, 6)
+    broken = interrupted(settings("cut", *EACH), monkeypatch, 6)
     log = broken / "metrics.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]))
     with pytest.raises(UserError, match="cut or replaced"):
-        run(settings("cut", "trainer.checkpoint_seconds=1e-9"))
+        run(settings("cut", *EACH))
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "log"])
 def test_a_full_disk_fails_the_run_and_a_rerun_finishes_it(where, settings, monkeypatch):
-    full = settings("full", "trainer.checkpoint_seconds=1e-9")
+    full = settings("full", *EACH)
     planned = plan(cell_of(*full))
     target = {
         "checkpoint": "lpc_runner.training.trainer.save_checkpoint",

@@ -56,9 +56,7 @@ def open_log(tmp_path):
 
 def test_rows_come_back_as_written_with_nan_and_infinities(open_log):
     log = open_log()
-    log.append(
-        1, 0.5, {"train/elbo": -612.25, "chain/drift_norm": math.inf, "chain/z": -math.inf, "a/b": 1e-300}
-    )
+    log.append(1, 0.5, {"train/elbo": -612.25, "chain/drift_norm": math.inf, "chain/z": -math.inf, "a/b": 1e-300})
     log.append(2, 1.0, {"train/elbo": math.nan, "eval/σ": np.float32(0.25)})
     log.close()
     expected = [
@@ -248,9 +246,7 @@ def test_lines_every_ten_seconds_with_the_speed_of_this_session(clock, caplog):
         "epoch 1.50  update 921/1000  500 ms/update  ETA 0:00:40  "
         "Δ log p 12.35  drift 0.5  σ 0.125  fd_random_conv 3.25"
     )
-    assert len(lines) == 1 + 5 and lines[-1].startswith(
-        "epoch 1.50  update 1000/1000  500 ms/update  ETA 0:00:00"
-    )
+    assert len(lines) == 1 + 5 and lines[-1].startswith("epoch 1.50  update 1000/1000  500 ms/update  ETA 0:00:00")
 
 
 def test_a_terminal_shows_bar_counters_and_values_within_80_columns(clock):

@@ -106,9 +106,7 @@ def test_offline_run_holds_the_values_steps_config_and_pictures(home, tmp_path, 
     assert records(sink.folder, "run")[0]["run_group"] == "fig4"
 
     assert capfd.readouterr() == ("", "")
-    assert [record.getMessage() for record in said(caplog)] == [
-        f"W&B offline: upload with `wandb sync {sink.folder}`"
-    ]
+    assert [record.getMessage() for record in said(caplog)] == [f"W&B offline: upload with `wandb sync {sink.folder}`"]
     changed = {name for name in os.environ if os.environ[name] != before.get(name)} - {"PYTEST_CURRENT_TEST"}
     assert changed <= {"WANDB_SERVICE"}
 
@@ -148,9 +146,7 @@ def unreachable(home, monkeypatch):
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
 
 
-def test_auto_with_key_but_no_network_falls_back_and_tells_the_jobs_that_follow(
-    unreachable, tmp_path, caplog
-):
+def test_auto_with_key_but_no_network_falls_back_and_tells_the_jobs_that_follow(unreachable, tmp_path, caplog):
     caplog.set_level(logging.INFO, "lpc_runner")
     sink = start(tmp_path / "run")
     sink.log(3, 0.0, {"train/elbo": 1.0})
@@ -205,9 +201,7 @@ def test_auto_with_a_server_goes_online_and_leaves_no_service_behind(home, tmp_p
 
     asked, init = [], wandb.init
     monkeypatch.setattr(wandb, "login", lambda prompt: not prompt)
-    monkeypatch.setattr(
-        wandb, "init", lambda mode, **rest: (asked.append(mode), init(mode="offline", **rest))[1]
-    )
+    monkeypatch.setattr(wandb, "init", lambda mode, **rest: (asked.append(mode), init(mode="offline", **rest))[1])
     sink = start(tmp_path / "run")
     sink.log(1, 0.0, {"train/elbo": 1.0})
     sink.close("finished")
