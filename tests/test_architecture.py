@@ -55,19 +55,11 @@ def parts_imported(path: Path) -> set[str]:
 
 def importers_of(package: str) -> set[str]:
     """Files that import a package or something in it."""
-    return {
-        name
-        for path, name in zip(FILES, NAMES)
-        if package in {word.split(".")[0] for word in imports_of(path)}
-    }
+    return {name for path, name in zip(FILES, NAMES) if package in {word.split(".")[0] for word in imports_of(path)}}
 
 
 def functions_of(path: Path):
-    return [
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.Lambda)
-    ]
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.Lambda)]
 
 
 def test_every_part_of_the_package_has_its_place():

@@ -57,9 +57,7 @@ def test_a_save_that_is_cut_anywhere_leaves_a_whole_checkpoint(what, tmp_path, m
             state = load_checkpoint(folder)
             assert state["counters"]["update"] in (2, 3)
             assert torch.equal(state["weights"], STATE["weights"])
-            save_checkpoint(
-                folder, 4, {**STATE, "counters": {"update": 4}}
-            )  # and the next save is not disturbed
+            save_checkpoint(folder, 4, {**STATE, "counters": {"update": 4}})  # and the next save is not disturbed
             assert load_checkpoint(folder)["counters"]["update"] == 4
             assert len(list(folder.glob("update-*.pt"))) == 2
         else:

@@ -263,7 +263,5 @@ def test_looking_at_the_configuration_loads_no_torch(tmp_path):
     )
     assert done.stdout.endswith("loaded: []\n")
     assert "num_steps: ${tuned.num_steps}" in done.stdout  # --cfg job
-    assert (
-        "objective: forward, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout
-    )  # --help
+    assert "objective: forward, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout  # --help
     assert list(tmp_path.iterdir()) == []

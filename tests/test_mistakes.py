@@ -128,9 +128,7 @@ BAD_FILES = {
 def test_bad_data_files_are_named(write, says, command, workplace, tmp_path):
     path = tmp_path / "bad.npz"
     write(path)
-    assert_one_line(
-        command("dataset=arrays", f"dataset.train={path}", "trainer.batch_size=1"), "bad.npz", says
-    )
+    assert_one_line(command("dataset=arrays", f"dataset.train={path}", "trainer.batch_size=1"), "bad.npz", says)
     assert list(workplace.iterdir()) == []
 
 

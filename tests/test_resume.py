@@ -42,9 +42,7 @@ def settings(tmp_path):
     from conftest import write_images
 
     images = write_images(tmp_path / "images.npz", count=45)
-    keep = [
-        item for item in TINY if not item.startswith(("trainer.max_updates", "trainer.batch", "metrics."))
-    ]
+    keep = [item for item in TINY if not item.startswith(("trainer.max_updates", "trainer.batch", "metrics."))]
     common = (
         *keep,
         "dataset=arrays",
@@ -152,9 +150,7 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage", [_truncate, _flip, lambda path: path.write_bytes(b"")], ids=["cut", "flip", "empty"]
-)
+@pytest.mark.parametrize("damage", [_truncate, _flip, lambda path: path.write_bytes(b"")], ids=["cut", "flip", "empty"])
 def test_a_damaged_checkpoint_is_passed_over(damage, settings, monkeypatch, caplog):
     broken = interrupted(settings("broken", *EACH), monkeypatch, 7)
     newest, before = checkpoints(broken)

@@ -23,11 +23,7 @@ QUALITY = ("fd", "kid", "precision", "recall", "density", "coverage")
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its bytes."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -121,9 +117,7 @@ def test_rerun_starts_beside_the_old_run(run, command):
     assert command("rerun=true", *TINY).code == 0
     second = Path("outputs/runs") / f"{run.name}-rerun1"
     assert contents(run.resolve()) == before
-    assert (
-        result_of(second)["metrics"] == result_of(run)["metrics"]
-    )  # the same seed: a repetition, not a resumption
+    assert result_of(second)["metrics"] == result_of(run)["metrics"]  # the same seed: a repetition, not a resumption
     assert rows_of(second) == rows_of(run)
     assert {path.name for path in Path("outputs/default").iterdir()} == {run.name, second.name}
     assert command("rerun=true", *TINY).code == 0
@@ -179,16 +173,10 @@ def test_sample_and_load_give_the_runs_own_images(run, command, tmp_path):
     assert images.shape == (10, 1, 28, 28) and images.dtype == np.uint8
     ours = torch.cat(list(sample_images(loaded.model, 10, 0)))
     np.testing.assert_array_equal(images, ours)
-    assert (
-        command(str(run), "--num", "10", "--seed", "1", "--output", f"{tmp_path}/1.npz", entry=main).code == 0
-    )
+    assert command(str(run), "--num", "10", "--seed", "1", "--output", f"{tmp_path}/1.npz", entry=main).code == 0
     assert not np.array_equal(np.load(tmp_path / "1.npz")["images"], images)
-    assert (
-        command(str(run), "--num", "64", entry=main).code == 0
-    )  # the run's own grid again, the seed being 0
-    assert (run / "samples" / "sample-64-seed0.png").read_bytes() == (
-        run / "samples" / "final.png"
-    ).read_bytes()
+    assert command(str(run), "--num", "64", entry=main).code == 0  # the run's own grid again, the seed being 0
+    assert (run / "samples" / "sample-64-seed0.png").read_bytes() == (run / "samples" / "final.png").read_bytes()
     x = Digits().to_model(Digits().load().test.values[:3])
     encode = loaded.encoder(type("Batch", (), {"x": x, "index": torch.arange(3)}))
     assert encode.mean.shape == (3, 4) and bool((encode.mean[0] != encode.mean[1]).any())
@@ -198,9 +186,7 @@ def test_sample_and_load_give_the_runs_own_images(run, command, tmp_path):
 
 
 def test_init_from_takes_the_weights_and_nothing_else(run, command):
-    answer = command(
-        f"trainer.init_from={run}", "study=onward", "trainer.max_updates=1", *TINY[:-5], *TINY[-4:]
-    )
+    answer = command(f"trainer.init_from={run}", "study=onward", "trainer.max_updates=1", *TINY[:-5], *TINY[-4:])
     assert answer.code == 0, answer.err
     onward = only_run(study="onward")
     assert onward.resolve() != run.resolve()
@@ -245,10 +231,7 @@ def test_a_diverged_run_is_recorded_and_the_sweep_goes_on(command):
     (lost,) = (result for result in results if result["status"] == "diverged")
     assert lost["diverged_at"]["update"] == lost["num_updates"] + 1 <= 6
     assert lost["state_measured"] == "last finite state"
-    assert (
-        all(math.isfinite(value) for value in lost["metrics"].values())
-        and "fd_random_conv" in lost["metrics"]
-    )
+    assert all(math.isfinite(value) for value in lost["metrics"].values()) and "fd_random_conv" in lost["metrics"]
     assert "diverged" in answer.out
 
 
@@ -266,18 +249,14 @@ def _failing(monkeypatch, seed: int, message: str):
 def test_a_failing_job_does_not_end_the_sweep(command, monkeypatch, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "pair.yaml").write_text(
-        "# @package _global_\nstudy: pair\n"
-        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n"
+        "# @package _global_\nstudy: pair\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n"
     )
     sweep = (f"--config-dir={tmp_path}", "experiment=pair", *TINY)
     with monkeypatch.context() as patch:
         _failing(patch, 0, "out of\nmemory")
         answer = command(*sweep)
     assert answer.code == 1
-    assert (
-        answer.lines[-1].startswith("lpc_runner: 1 of 2 runs did not finish")
-        and "out of memory" in answer.lines[-1]
-    )
+    assert answer.lines[-1].startswith("lpc_runner: 1 of 2 runs did not finish") and "out of memory" in answer.lines[-1]
     failed, finished = sorted(Path("outputs/pair").iterdir(), key=lambda path: "-s1-" in path.name)
     assert result_of(finished)["status"] == "finished"
     assert result_of(failed) == {"status": "failed", "metrics": {}, "error": "RuntimeError: out of memory"}
@@ -290,9 +269,7 @@ def test_a_failing_job_does_not_end_the_sweep(command, monkeypatch, tmp_path):
 
 def test_a_failed_measurement_is_made_again_without_training(command, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "lpc_runner.run.measure_model", lambda *args: (_ for _ in ()).throw(RuntimeError("no room"))
-        )
+        patch.setattr("lpc_runner.run.measure_model", lambda *args: (_ for _ in ()).throw(RuntimeError("no room")))
         assert command(*TINY).code == 1
     assert result_of(only_run())["status"] == "failed"
     monkeypatch.setattr(Learner, "gradients", lambda *args, **kwargs: pytest.fail("trained again"))

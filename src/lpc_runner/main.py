@@ -21,6 +21,8 @@ def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
     from lpc_runner.config.compose import compose_cells, parse_arguments
 
+    # argparse, which Hydra asks once more, takes flags before or after the overrides but not between them.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     args = parse_arguments()
     with one_line_errors():
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None

@@ -105,7 +105,7 @@ class Trainer:
                     return Outcome("diverged", counters, counters.update / batches.num_batches)
                 learner.apply(batch, gradients)
                 counters.update += 1
-                counters.gradient_evaluations += gradients.chain.num_evaluations
+                counters.gradient_evaluations += gradients.num_evaluations
                 counters.train_seconds += time.perf_counter() - started
 
                 done, rest = divmod(counters.update, batches.num_batches)

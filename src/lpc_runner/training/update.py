@@ -40,11 +40,13 @@ class Gradients:
     """The result of one batch: gradients are set on the parameters' .grad, values are on the device, not yet read.
 
     scalars: logged quantities, each a 0-d tensor. finite: 0-d bool, whether every gradient is finite.
+    num_evaluations: gradients of log p(x, z) of one example that this took.
     """
 
     chain: Chain
     scalars: dict[str, Tensor]
     finite: Tensor
+    num_evaluations: int
 
 
 def compute_gradients(
@@ -75,9 +77,12 @@ def compute_gradients(
     for parameter, gradient in zip(theta, chain.theta_gradient):
         parameter.grad = -gradient  # θ ascends log p(x, z; θ)
 
-    scalars = _describe(model, chain)
+    scalars, num_evaluations = _describe(model, chain), chain.num_evaluations
     if q is not None:
-        at_warm = chain.first if start is warm else FusedPotential(log_joint, ())(warm, False)
+        at_warm = chain.first
+        if start is not warm:
+            at_warm = FusedPotential(log_joint, ())(warm, False)
+            num_evaluations += len(warm)
 
         def negative_elbo() -> Tensor:
             return reverse_kl(q, model.prior, warm, *at_warm)
@@ -98,7 +103,7 @@ def compute_gradients(
     # A sum is finite only if every term is: one number answers for all gradients.
     norms = [value for name, value in scalars.items() if name.endswith("gradient_norm")]
     finite = torch.isfinite(torch.stack([*norms, chain.z.sum().to(norms[0].dtype)]).sum())
-    return Gradients(chain, scalars, finite)
+    return Gradients(chain, scalars, finite, num_evaluations)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
