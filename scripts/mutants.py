@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("reverse KL without the pathwise term", OBJECTIVES,
            "(log_likelihood + pathwise)", "log_likelihood"),
     Mutant("reverse KL at the prior's start", UPDATE,
-           "chain.first if start is warm else", "chain.first if True else"),
+           "if start is not warm:", "if False:"),
     Mutant("prior start ignores its scale", UPDATE, "model.prior.scale * noise", "noise"),
     Mutant(
         "encoder loss leaks into θ",
