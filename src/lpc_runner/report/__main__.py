@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tables = study_tables(study)
         paths = write_report(study, tables, options.output or options.study / "report")
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lpc_runner: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print_report(study, tables, paths)
     return 0

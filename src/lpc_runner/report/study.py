@@ -120,7 +120,7 @@ def read_study(folder: Path) -> Study:
     """Read outputs/<study>; UserError when there is no such folder or no run in it."""
     folder = Path(folder)
     if not folder.is_dir():
-        found = sorted(path.name for path in folder.parent.glob("*/") if path.name != "runs")
+        found = sorted(path.name for path in folder.parent.glob("[!.]*/") if path.name != "runs")
         raise UserError(f"{folder} is no folder" + (f"; studies there: {', '.join(found)}" if found else ""))
     warnings: list[str] = []
     runs = list(_read_runs(folder, warnings))
