@@ -358,8 +358,11 @@ def test_too_small_counts_and_unfit_data_are_one_line(digits, tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             mistake()
         assert "\n" not in str(caught.value)
-    with pytest.warns(UserWarning, match=r"metrics.weights has no effect"):
-        settings(weights="file.pth")
+
+
+def test_weights_without_effect_are_said(caplog):
+    settings(weights="file.pth")
+    assert "metrics.weights has no effect with metrics.extractor=random_conv" in caplog.text
 
 
 def test_missing_inception_weights_stop_before_anything_is_computed(digits, tmp_path, monkeypatch, extracted):

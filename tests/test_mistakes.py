@@ -241,8 +241,9 @@ words = st.builds(
 ).filter(lambda word: not word.startswith("-"))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(words, min_size=1, max_size=2), st.booleans())
+@example(["metrics.weights="], False)
 @example(["~seed"], False)
 @example(["~dataset"], False)
 @example(["sampler={}"], False)

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import logging
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ class SampleQuality:
             if count is not None and count <= k:
                 raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
         if weights is not None and extractor != "inception":
-            warnings.warn(f"metrics.weights has no effect with metrics.extractor={extractor}", stacklevel=2)
+            _log.warning("metrics.weights has no effect with metrics.extractor=%s", extractor)
         self.extractor, self.weights, self.k = extractor, weights, k
         self.num_samples, self.max_references, self.reference = num_samples, max_references, reference
         self.batch_size, self.every_epochs = batch_size, every_epochs
