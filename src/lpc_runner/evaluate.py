@@ -7,13 +7,11 @@ import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from lpc_runner.environment import describe_environment
 from lpc_runner.loading import load
 from lpc_runner.main import one_line_errors
 from lpc_runner.planning import print_measurement
-from lpc_runner.run import measure_model
+from lpc_runner.run import feature_cache, measure_model
 
 
 def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
@@ -23,10 +21,7 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     UserError if the run, the data or the weights are missing.
     """
     run = load(run_dir, overrides)
-    metrics, cfg = run.experiment.metrics, OmegaConf.load(run.directory.path / "config.yaml")
-    data_dir = next((line.partition("=")[2] for line in overrides if line.startswith("data_dir=")), cfg.data_dir)
-    cache = Path(data_dir) / "features"
-    dataset = run.experiment.dataset
+    metrics, dataset, cache = run.experiment.metrics, run.experiment.dataset, feature_cache(run.cfg)
     dataset.prepare()
     metrics.require(tuple(dataset.shape), cache)
     data = dataset.load()

@@ -31,6 +31,7 @@ class LoadedRun:
     encoder: nn.Module | None
     learner: Learner
     experiment: Experiment
+    cfg: DictConfig
     directory: RunDirectory
     update: int
 
@@ -66,7 +67,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     learner.load_state_dict(state)
     for module in filter(None, (learner.model, learner.encoder)):
         module.eval().requires_grad_(False)
-    return LoadedRun(learner.model, learner.encoder, learner, experiment, directory, state["counters"]["update"])
+    return LoadedRun(learner.model, learner.encoder, learner, experiment, cfg, directory, state["counters"]["update"])
 
 
 def _read_config(path: Path) -> DictConfig:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lpc_runner.config.compose import Cell
+from lpc_runner.config.compose import Cell, choices_of
 from lpc_runner.errors import UserError
 from lpc_runner.run import Planned, plan
 from lpc_runner.runs import DONE
@@ -21,9 +21,8 @@ _BOUND = ("elbo", "kl", "bits_per_dim", "active_units", "sigma")
 
 def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
     """The cell that Hydra hands to a job."""
-    choices = {group: option for group, option in hydra_cfg.runtime.choices.items() if "hydra" not in group}
     OmegaConf.resolve(cfg)
-    return Cell(cfg, choices, tuple(hydra_cfg.overrides.task))
+    return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
 
 
 def check_plan(cells: list[Cell]) -> list[Planned]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,3 +18,11 @@ def generator(seed: int, stream: str, *counters: int, device: torch.device | str
     name = "/".join(map(str, (seed, stream, *counters)))
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def seeded_layers(seed: int, stream: str) -> Iterator[None]:
+    """Layers built inside initialise themselves from the named draw; torch's global generator is put back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, stream).initial_seed())
+        yield

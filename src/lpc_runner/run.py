@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
@@ -24,7 +24,7 @@ from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.quality import Measurer
 from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
 from lpc_runner.files import write_atomically
-from lpc_runner.randomness import generator
+from lpc_runner.randomness import seeded_layers
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
@@ -47,21 +47,21 @@ class Planned:
     directory: RunDirectory
     digest: str
 
-    @property
-    def feature_cache(self) -> Path:
-        """Where extractors keep weights and reference features."""
-        return Path(self.cell.cfg.data_dir) / "features"
-
     def require(self) -> None:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
         dataset = self.experiment.dataset
         dataset.prepare()
-        self.experiment.metrics.require(tuple(dataset.shape), self.feature_cache)
+        self.experiment.metrics.require(tuple(dataset.shape), feature_cache(self.cell.cfg))
         batch_size = self.experiment.trainer.batch_size
         if dataset.num_train < batch_size:
             raise UserError(f"trainer.batch_size={batch_size} is more than the {dataset.num_train} training examples")
         if self.experiment.metrics.reference == "train":
             self.experiment.metrics.check(dataset.num_train)
+
+
+def feature_cache(cfg: DictConfig) -> Path:
+    """Where extractors keep weights and reference features."""
+    return Path(cfg.data_dir) / "features"
 
 
 def plan(cell: Cell) -> Planned:
@@ -76,8 +76,7 @@ def plan(cell: Cell) -> Planned:
 
 def build_learner(experiment: Experiment) -> Learner:
     """Model, encoder (where the objective uses one) and optimisers on the run's device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(experiment.seed, "encoder").initial_seed())
+    with seeded_layers(experiment.seed, "encoder"):
         encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
     for module in filter(None, (experiment.model, encoder)):
         module.to(experiment.device)
@@ -127,7 +126,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
     identity = experiment.dataset.identity()
-    measurer = experiment.metrics.prepare(data, identity, planned.feature_cache, experiment.device)
+    measurer = experiment.metrics.prepare(data, identity, feature_cache(planned.cell.cfg), experiment.device)
     tracker = _open_tracker(planned)
     status = "failed"
     try:

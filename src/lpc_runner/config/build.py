@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from lpc_runner.config.compose import dotted, unknown_key
 from lpc_runner.errors import UserError
-from lpc_runner.schema import check_value, constructor_of, hints_of
+from lpc_runner.schema import PositiveInt, check_value, constructor_of, hints_of
 
 # Keys of the root that belong to no group, with their types.
 ROOT = {
     "seed": int,
     "device": str,
     "deterministic": bool,
-    "num_threads": int | None,
+    "num_threads": PositiveInt | None,
     "study": str,
     "output_dir": str,
     "data_dir": str,
@@ -75,12 +75,12 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     _check_root(values)
     known = list(dotted(values))
     parts = {group: instantiate(values[group], group, known) for group in GROUPS}
-    import torch
-
-    from lpc_runner.randomness import generator
+    from lpc_runner.randomness import seeded_layers  # imports torch, which a mistake above need not wait for
 
     dataset, objective = parts["dataset"], parts["objective"]
-    sampler = _call("sampler", parts["sampler"], step_size=parts["step_size"], preconditioner=parts["preconditioning"])
+    sampler = _naming(
+        "sampler", parts["sampler"], step_size=parts["step_size"], preconditioner=parts["preconditioning"]
+    )
     target = parts["model"].func
     if target.data_kind != dataset.kind:
         raise UserError(
@@ -91,10 +91,8 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
             f"objective={choices['objective']} needs a chain: sampler=none goes with objective=reverse only"
         )
     device = resolve_device(values["device"])
-    with torch.random.fork_rng(devices=[]):
-        # Layers initialise themselves from the global generator: it is seeded for them and put back.
-        torch.manual_seed(generator(values["seed"], "initialisation").initial_seed())
-        model = _call("model", parts["model"], data_shape=tuple(dataset.shape))
+    with seeded_layers(values["seed"], "initialisation"):
+        model = _naming("model", parts["model"], data_shape=tuple(dataset.shape))
     return Experiment(
         dataset=dataset,
         model=model,
@@ -152,10 +150,6 @@ def _locate(target: str, path: str) -> Any:
         raise UserError(f"{path}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from None
 
 
-def _call(path: str, factory: Callable[..., Any], /, **later: Any) -> Any:
-    return _naming(path, factory, **later)
-
-
 def _naming(path: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call, and put the group's name before what a constructor says of its own argument."""
     try:
@@ -180,8 +174,6 @@ def _check_root(values: dict[str, Any]) -> None:
             check_value(key, values[key], hint)
         except ValueError as error:
             raise UserError(str(error)) from None
-    if values["num_threads"] is not None and values["num_threads"] < 1:
-        raise UserError(f"num_threads must be an integer of at least 1 or null, got {values['num_threads']}")
     study = values["study"]
     if not study or "/" in study or study.startswith(".") or study == "runs":
         raise UserError(f"study must be a plain folder name other than 'runs', got {study!r}")

@@ -76,7 +76,6 @@ def _expand(args: argparse.Namespace, extra: list[str]) -> list[list[str]]:
 
 def _compose(overrides: list[str], extra: list[str]) -> Cell:
     full = _compose_raw(overrides, extra)
-    choices = {group: option for group, option in full.hydra.runtime.choices.items() if "hydra" not in group}
     cfg = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -85,7 +84,12 @@ def _compose(overrides: list[str], extra: list[str]) -> Cell:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
-    return Cell(cfg, choices, tuple(overrides))
+    return Cell(cfg, choices_of(full.hydra), tuple(overrides))
+
+
+def choices_of(hydra_cfg: DictConfig) -> dict[str, str]:
+    """Which option of each of our groups a composed configuration uses."""
+    return {group: option for group, option in hydra_cfg.runtime.choices.items() if "hydra" not in group}
 
 
 def _compose_raw(overrides: list[str], extra: list[str]) -> DictConfig:
