@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,7 @@ class _ScaledLikelihood(nn.Module):
     Rybkin et al. 2021), where momentum is the weight of the past.
     """
 
+    data_kinds: ClassVar[tuple[str, ...]] = ("images", "real-valued series")
     is_discrete = False  # whether p(x|z) is a probability of levels rather than a density
 
     @checked
@@ -148,6 +149,7 @@ class _ScaledLikelihood(nn.Module):
 class DiscretisedGaussian(_ScaledLikelihood):
     """p(x | mean) of 8-bit images scaled to [-1, 1]: each of 256 levels owns a bin of width 2/255, end bins open."""
 
+    data_kinds = ("images",)
     is_discrete = True
 
     def within_range(self, mean: Tensor) -> Tensor:

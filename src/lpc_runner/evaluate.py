@@ -11,7 +11,7 @@ from lpc_runner.environment import describe_environment
 from lpc_runner.loading import load
 from lpc_runner.main import one_line_errors
 from lpc_runner.planning import print_measurement
-from lpc_runner.run import feature_cache, measure_model
+from lpc_runner.run import feature_cache
 
 
 def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
@@ -23,11 +23,10 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     run = load(run_dir, overrides)
     metrics, dataset, cache = run.experiment.metrics, run.experiment.dataset, feature_cache(run.cfg)
     dataset.prepare()
-    metrics.require(tuple(dataset.shape), cache)
-    data = dataset.load()
-    measurer = metrics.prepare(data, dataset.identity(), cache, run.experiment.device)
-    numbers, facts = measure_model(run.experiment, run.learner, data, measurer)
-    stem = f"{metrics.extractor}-n{facts['num_samples']}-k{facts['k']}-{facts['reference']}"
+    metrics.require(dataset, cache)
+    evaluator = metrics.evaluator(dataset, dataset.load(), cache, run.experiment.device, run.experiment.seed)
+    numbers, facts = evaluator.final(run)
+    stem = metrics.label(facts)
     folder, number = run.directory.path / "evaluations", 1
     while (folder / f"{stem}-{number}.json").exists():
         number += 1

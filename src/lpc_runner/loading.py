@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +18,6 @@ from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.run import build_learner, set_up_torch
 from lpc_runner.runs import RunDirectory
 from lpc_runner.training.checkpoints import load_checkpoint
-from lpc_runner.training.learner import Learner
 
 # What may differ from the run when it is looked at again: everything else would make it another run.
 _CHANGEABLE = ("metrics", "device", "num_threads", "data_dir", "dataset")
@@ -25,11 +25,12 @@ _CHANGEABLE = ("metrics", "device", "num_threads", "data_dir", "dataset")
 
 @dataclass
 class LoadedRun:
-    """A run's newest checkpoint. model: p(x, z; θ). encoder: q(z|x; φ), None where the objective had none."""
+    """A run's newest checkpoint. model: p(x, z; θ). encoder: q(z|x; φ), None where the objective had none.
+    sampler: the chain it was trained with."""
 
     model: LatentVariableModel
     encoder: nn.Module | None
-    learner: Learner
+    sampler: Any
     experiment: Experiment
     cfg: DictConfig
     directory: RunDirectory
@@ -67,7 +68,8 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     learner.load_state_dict(state)
     for module in filter(None, (learner.model, learner.encoder)):
         module.eval().requires_grad_(False)
-    return LoadedRun(learner.model, learner.encoder, learner, experiment, cfg, directory, state["counters"]["update"])
+    parts = learner.model, learner.encoder, learner.sampler
+    return LoadedRun(*parts, experiment, cfg, directory, state["counters"]["update"])
 
 
 def _read_config(path: Path) -> DictConfig:

@@ -17,12 +17,9 @@ from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
 from lpc_runner.data.batches import Batches
-from lpc_runner.data.dataset import Batch, Data
 from lpc_runner.environment import describe_environment
 from lpc_runner.errors import UserError
-from lpc_runner.evaluation.likelihood import encoder_bound
-from lpc_runner.evaluation.quality import Measurer
-from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
+from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.files import write_atomically
 from lpc_runner.randomness import seeded_layers
 from lpc_runner.runs import RunDirectory
@@ -35,7 +32,6 @@ from lpc_runner.training.learner import Learner
 from lpc_runner.training.trainer import Counters, Outcome
 
 logger = logging.getLogger(__name__)
-GRID = 64  # images in a grid
 
 
 @dataclass
@@ -51,12 +47,10 @@ class Planned:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
         dataset = self.experiment.dataset
         dataset.prepare()
-        self.experiment.metrics.require(tuple(dataset.shape), feature_cache(self.cell.cfg))
         batch_size = self.experiment.trainer.batch_size
         if dataset.num_train < batch_size:
             raise UserError(f"trainer.batch_size={batch_size} is more than the {dataset.num_train} training examples")
-        if self.experiment.metrics.reference == "train":
-            self.experiment.metrics.check(dataset.num_train)
+        self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
 
 
 def feature_cache(cfg: DictConfig) -> Path:
@@ -125,21 +119,25 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
-    identity = experiment.dataset.identity()
-    measurer = experiment.metrics.prepare(data, identity, feature_cache(planned.cell.cfg), experiment.device)
+    evaluator = experiment.metrics.evaluator(
+        experiment.dataset, data, feature_cache(planned.cell.cfg), experiment.device, experiment.seed
+    )
     tracker = _open_tracker(planned)
     status = "failed"
     try:
-        save_grid(data.train.values[:GRID], directory.samples / "data.png")
+        evaluator.draw_data(directory.samples)
+
+        def draw(update: int, final: bool = False) -> None:
+            pictures = evaluator.draw(learner, directory.samples, None if final else update)
+            for name, path in pictures.items():
+                tracker.images(update, name, path)
 
         def measure(counters: Counters) -> dict[str, float]:
-            images = sample_images(learner.model, measurer.num_samples_during, experiment.seed)
-            numbers = measurer.measure(images, measurer.num_samples_during)
-            _draw(learner, planned, tracker, counters.update)
+            numbers = evaluator.during(learner)
+            draw(counters.update)
             spent = {
                 "time/train_seconds": counters.train_seconds,
                 "train/gradient_evaluations": float(counters.gradient_evaluations),
-                "eval/num_samples": float(measurer.num_samples_during),
             }
             return {f"eval/{name}": value for name, value in numbers.items()} | spent
 
@@ -154,10 +152,9 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
                 measure=measure,
                 measure_every=experiment.metrics.every_epochs,
             )
-        result = _final(planned, learner, data, measurer, outcome)
+        result = _final(evaluator, learner, outcome, str(experiment.device))
         result["total_seconds"] = time.perf_counter() - started
-        _draw(learner, planned, tracker, outcome.counters.update, final=True)
-        _draw_reconstructions(learner, planned, data, tracker, outcome.counters.update)
+        draw(outcome.counters.update, final=True)
         tracker.summary({f"final/{name}": value for name, value in result["metrics"].items()})
         status = result["status"]
         return result
@@ -168,22 +165,8 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         tracker.close(status)
 
 
-def measure_model(
-    experiment: Experiment, learner: Learner, data: Data, measurer: Measurer
-) -> tuple[dict[str, float], dict[str, object]]:
-    """Final numbers and what stands beside them: sample quality, and the encoder's bound on the test split."""
-    images = sample_images(learner.model, measurer.num_samples, experiment.seed)
-    metrics = measurer.measure(images, measurer.num_samples)
-    facts = measurer.facts(measurer.num_samples)
-    if learner.encoder is not None and len(data.test) > 0:
-        metrics |= encoder_bound(learner.model, learner.encoder, experiment.dataset, data.test, experiment.seed)
-        facts |= {"bound_split": "test", "num_bound": len(data.test)}
-    metrics["sigma"] = float(learner.model.likelihood.log_scale.detach().exp())
-    return metrics, facts
-
-
-def _final(planned: Planned, learner: Learner, data: Data, measurer: Measurer, outcome: Outcome) -> dict[str, Any]:
-    metrics, facts = measure_model(planned.experiment, learner, data, measurer)
+def _final(evaluator: Evaluator, learner: Learner, outcome: Outcome, device: str) -> dict[str, Any]:
+    metrics, facts = evaluator.final(learner)
     counters = outcome.counters
     diverged = {"update": counters.update + 1, "epoch": outcome.epoch} if outcome.status == "diverged" else None
     return {
@@ -197,7 +180,7 @@ def _final(planned: Planned, learner: Learner, data: Data, measurer: Measurer, o
         "diverged_at": diverged,
         "state_measured": "last finite state" if diverged else "final state",
         "error": None,
-        "device": str(planned.experiment.device),
+        "device": device,
     }
 
 
@@ -241,23 +224,3 @@ def _open_tracker(planned: Planned) -> Tracker:
         more_tags=tuple(studies[1:]),
     )
     return Tracker(MetricLog(directory.path / "metrics.jsonl"), [sink])
-
-
-def _draw(learner: Learner, planned: Planned, tracker: Tracker, update: int, final: bool = False) -> None:
-    """The grid of the first samples: always of the same z, so that grids of a run can be compared."""
-    name = "final.png" if final else f"update-{update:09d}.png"
-    path = planned.directory.samples / name
-    save_grid(torch.cat(list(sample_images(learner.model, GRID, planned.experiment.seed))), path)
-    tracker.images(update, "samples", path)
-
-
-def _draw_reconstructions(learner: Learner, planned: Planned, data: Data, tracker: Tracker, update: int) -> None:
-    if learner.encoder is None:
-        return
-    values = data.test.values[: GRID // 2].to(planned.experiment.device)
-    index = torch.arange(len(values), device=values.device)
-    batch = Batch(planned.experiment.dataset.to_model(values), index)
-    images = reconstruct(learner.model, learner.encoder, batch)
-    path = planned.directory.samples / "reconstructions.png"
-    save_grid(torch.stack([values, images], 1).flatten(0, 1), path, columns=8)
-    tracker.images(update, "reconstructions", path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ GROUPS = (
 )
 # What `_partial_` targets are given later, by the objects beside them.
 LATER = {
-    "model": {"data_shape"},
+    "model": {"data_shape", "num_train", "num_held_out"},
     "sampler": {"step_size", "preconditioner"},
     "tracker": {"run_id", "name", "group", "config", "folder"},
 }
@@ -82,17 +82,21 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         "sampler", parts["sampler"], step_size=parts["step_size"], preconditioner=parts["preconditioning"]
     )
     target = parts["model"].func
-    if target.data_kind != dataset.kind:
-        raise UserError(
-            f"model={choices['model']} expects {target.data_kind}, dataset={choices['dataset']} holds {dataset.kind}"
-        )
+    users = {"model": target, "metrics": parts["metrics"], "model.likelihood": parts["model"].keywords["likelihood"]}
+    for group, user in users.items():
+        if dataset.kind not in user.data_kinds:
+            name = choices.get(group.replace(".", "/"), "")
+            raise UserError(
+                f"{group.replace('.', '/')}={name} expects {' or '.join(user.data_kinds)}, "
+                f"dataset={choices['dataset']} holds {dataset.kind}"
+            )
     if sampler.num_steps == 0 and (objective.forward > 0 or not objective.uses_encoder):
         raise UserError(
             f"objective={choices['objective']} needs a chain: sampler=none goes with objective=reverse only"
         )
     device = resolve_device(values["device"])
     with seeded_layers(values["seed"], "initialisation"):
-        model = _naming("model", parts["model"], data_shape=tuple(dataset.shape))
+        model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
     return Experiment(
         dataset=dataset,
         model=model,
@@ -107,6 +111,16 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         deterministic=values["deterministic"],
         num_threads=values["num_threads"],
     )
+
+
+def _facts(dataset: Any, wanted: Container[str]) -> dict[str, Any]:
+    """What a model's constructor asks to know of the data."""
+    offered = {
+        "data_shape": lambda: tuple(dataset.shape),
+        "num_train": lambda: dataset.num_train,
+        "num_held_out": lambda: dataset.num_held_out,
+    }
+    return {name: read() for name, read in offered.items() if name in wanted}
 
 
 def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,10 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one split as stored: `values` (N, ...) in their own dtype, `labels` (N,) int64 if any."""
+    """Examples of one split as stored: `values` (N, ...) in their own dtype, `labels` (N,) int64 if any.
+
+    extras: what is known of the examples and never shown to a model (true rates, latents, inputs), each (N, ...).
+    """
 
     values: Tensor
     labels: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -39,8 +43,9 @@ class Batch:
 class Dataset(ABC):
     """A source of examples; constructing one reads no data."""
 
-    kind: ClassVar[str]  # what an example is, in words for messages: "images", "spike counts"
+    kind: ClassVar[str]  # what an example is, in words for messages: "images", "spike counts", "real-valued series"
     name: str
+    num_held_out: int = 0  # last neurons of a sequence that no encoder and no chain may see
 
     @property
     @abstractmethod

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpc_runner.data.dataset import Data, Split
+from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.errors import UserError
+from lpc_runner.evaluation.evaluator import Evaluator, Metrics
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, make_extractor
 from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance, within_term
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 _VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
 
 
-class SampleQuality:
+class SampleQuality(Metrics):
     """Fréchet and kernel distance, precision, recall, density and coverage of generated images.
 
     extractor, weights: see `evaluation.features`. k: neighbours that make a ball. num_samples: generated
@@ -43,6 +44,8 @@ class SampleQuality:
     then with num_samples_during images against the same references. Raises ValueError where a count is too
     small for k.
     """
+
+    data_kinds = ("images",)
 
     @checked
     def __init__(
@@ -81,10 +84,22 @@ class SampleQuality:
                 f"there are {num_available}; lower metrics.k or use more data"
             )
 
-    def require(self, shape: tuple[int, ...], cache_dir: Path) -> None:
-        """UserError (one line) when the extractor's weights are missing and cannot be fetched; loads no data."""
+    def require(self, dataset: Dataset, cache_dir: Path) -> None:
+        """UserError (one line) when the extractor's weights cannot be fetched or images are too few; loads no data."""
         if self.extractor == "inception":
-            Inception(shape[0], Path(cache_dir), self.weights).prepare()
+            Inception(dataset.shape[0], Path(cache_dir), self.weights).prepare()
+        if self.reference == "train":
+            self.check(dataset.num_train)
+
+    def evaluator(
+        self, dataset: Dataset, data: Data, cache_dir: Path, device: torch.device | str, seed: int
+    ) -> Evaluator:
+        from lpc_runner.evaluation.images import ImageEvaluator
+
+        return ImageEvaluator(dataset, data, self.prepare(data, dataset.identity(), cache_dir, device), seed)
+
+    def label(self, facts: dict[str, object]) -> str:
+        return f"{self.extractor}-n{facts['num_samples']}-k{facts['k']}-{facts['reference']}"
 
     def prepare(self, data: Data, identity: dict[str, object], cache_dir: Path, device: torch.device | str) -> Measurer:
         """Extractor and reference features, read from `cache_dir` or computed and kept there.

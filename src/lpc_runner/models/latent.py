@@ -16,10 +16,10 @@ from lpc_runner.distributions import DiagonalGaussian, Prior
 class LatentVariableModel(nn.Module, ABC):
     """p(x, z; θ) = p(x | decode(z); θ) p(z), z flat of shape (B, latent_dim).
 
-    The likelihood is a module called as likelihood(x, mean) -> (B,) nats; `data_kind` says which datasets fit.
+    The likelihood is a module called as likelihood(x, mean) -> (B,) nats; `data_kinds` says which datasets fit.
     """
 
-    data_kind: ClassVar[str] = "images"
+    data_kinds: ClassVar[tuple[str, ...]] = ("images",)
 
     def __init__(self, latent_dim: int, prior_scale: float, likelihood: nn.Module) -> None:
         super().__init__()

@@ -1,0 +1,65 @@
+"""What measuring is to the runner, whatever the data are: settings first, then an evaluator that holds references."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from lpc_runner.data.dataset import Data, Dataset
+from lpc_runner.models.latent import LatentVariableModel
+
+
+class Trained(Protocol):
+    """What is measured: a model p(x, z; θ), its encoder (None where there is none) and its sampler."""
+
+    model: LatentVariableModel
+    encoder: nn.Module | None
+    sampler: Any
+
+
+class Evaluator(ABC):
+    """Measures a model against one dataset; holds whatever does not change from one measurement to the next."""
+
+    @abstractmethod
+    def during(self, trained: Trained) -> dict[str, float]:
+        """Numbers worth having while training goes on."""
+
+    @abstractmethod
+    def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
+        """All numbers, and the facts to write beside them: counts, split, what measured them."""
+
+    @abstractmethod
+    def draw_data(self, folder: Path) -> None:
+        """A picture of training examples, for comparison."""
+
+    @abstractmethod
+    def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
+        """Pictures of what the model generates after `update` (None: at the end), by name."""
+
+
+class Metrics(ABC):
+    """What a user chooses to measure (the group `metrics`); constructing it loads nothing.
+
+    data_kinds: kinds of dataset it measures. every_epochs: measure during training too, 0 for only at the end.
+    """
+
+    data_kinds: ClassVar[tuple[str, ...]]
+    every_epochs: int
+
+    @abstractmethod
+    def require(self, dataset: Dataset, cache_dir: Path) -> None:
+        """UserError (one line) when weights or examples are missing; loads no data."""
+
+    @abstractmethod
+    def evaluator(
+        self, dataset: Dataset, data: Data, cache_dir: Path, device: torch.device | str, seed: int
+    ) -> Evaluator:
+        """References read from `cache_dir` or computed. seed: the run's, which names its samples. UserError."""
+
+    @abstractmethod
+    def label(self, facts: dict[str, object]) -> str:
+        """A short name, safe in a file's, for a measurement with these facts."""
