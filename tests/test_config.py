@@ -29,6 +29,7 @@ STUDIES = ("experiment", "method")
 # What an option does not go without.
 BESIDE = {
     ("sampler", "none"): ("objective=reverse",),
+    ("objective", "iwae"): ("sampler=none",),
     ("model/likelihood", "gaussian"): ("model=mlp",),
     ("model/likelihood", "discretised_gaussian"): ("model=mlp",),
 }
@@ -263,5 +264,5 @@ def test_looking_at_the_configuration_loads_no_torch(tmp_path):
     )
     assert done.stdout.endswith("loaded: []\n")
     assert "num_steps: ${tuned.num_steps}" in done.stdout  # --cfg job
-    assert "objective: forward, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout  # --help
+    assert "objective: forward, iwae, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout  # --help
     assert list(tmp_path.iterdir()) == []

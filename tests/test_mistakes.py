@@ -59,6 +59,8 @@ MISTAKES = [
     ("device=gpu", ["device must be auto, cpu, cuda"]),
     ("sampler=none objective=forward", ["objective=forward", "sampler=none"]),
     ("sampler=none", ["objective=jeffreys", "sampler=none"]),
+    ("objective=iwae", ["objective=iwae has no chain", "sampler=none"]),
+    ("method=iwae objective.num_samples=0", ["objective.num_samples must be an integer of at least 1"]),
     ("model=linear model/likelihood=discretised_gaussian", ["model=linear", "gaussian"]),
     ("metrics.num_samples=3", ["metrics.num_samples must be above k = 5"]),
     ("metrics.extractor=inception metrics.weights=nowhere.pth", ["Inception", "nowhere.pth"]),

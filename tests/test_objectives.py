@@ -1,6 +1,7 @@
 """What the encoder and θ learn, against the slow forms: per-step sums, the ELBO, a VAE, Algorithm 1."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from torch.distributions import Normal
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian, DiscretisedGaussian, Prior
 from lpc_runner.inference.chain import Moments
+from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients
 from lpc_runner.inference.literal import literal_gradients
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
 from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.mlp import MLP
-from lpc_runner.training.update import UpdateNoise, compute_gradients
+from lpc_runner.training.update import UpdateNoise, compute_gradients, compute_importance_gradients
 
 OBJECTIVES = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0), "jeffreys": (0.5, 0.5), "prior": (0.0, 0.0)}
 METRICS = {
@@ -254,3 +256,32 @@ def test_prior_scale_in_kl_and_score():
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     for gradient in torch.autograd.grad(loss.sum(), [mean, variance]):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("num_samples", [1, 6])
+def test_importance_weighted_gradients_are_those_of_the_bound(model, encoder, batch, num_samples):
+    """θ and φ against automatic differentiation of -log (1/K) Σ p(x, z_k) / q(z_k|x) written out."""
+    result = compute_importance_gradients(model, encoder, ImportanceWeighted(num_samples), batch, NOISE)
+    noise = NOISE.normal("importance", num_samples)
+    mean, raw = encoder.body(batch.x).chunk(2, dim=1)
+    sd = (torch.log1p(torch.exp(0.3 * raw)) / 0.3).sqrt()
+    terms = []
+    for xi in noise:
+        z = mean + sd * xi
+        terms.append(model.log_joint(batch.x, z) - Normal(mean, sd).log_prob(z).sum(1))
+    bound = torch.stack(terms).logsumexp(0) - math.log(num_samples)
+    want = torch.autograd.grad(-bound.mean(), [*model.parameters(), *encoder.parameters()])
+    torch.testing.assert_close([*grads(model), *grads(encoder)], list(want))
+    torch.testing.assert_close(result.scalars["train/importance_bound"], bound.mean().detach())
+    assert result.num_evaluations == 5 * num_samples and bool(result.finite) and result.chain is None
+
+
+def test_effective_sample_size_of_equal_weights_is_their_number(model, batch):
+    """q equal to the posterior gives equal weights: here p(x|z) does not depend on z, and q is the prior."""
+    model.decode = lambda z: torch.zeros(len(z), 1, 3, 3, dtype=torch.float64)
+    q = DiagonalGaussian(torch.zeros(5, 4).double(), torch.full((5, 4), 1.3**2).double())
+    x = batch.x.repeat(8, 1, 1, 1)
+    found = importance_gradients(
+        lambda z: model.log_joint(x, z.reshape(-1, 4)).reshape(8, 5), q, NOISE.normal("importance", 8), []
+    )
+    torch.testing.assert_close(found.weights, torch.full((8, 5), 1 / 8, dtype=torch.float64))

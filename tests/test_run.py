@@ -77,6 +77,8 @@ def test_what_a_run_leaves_behind(command):
         "run.json",
         "samples",
         "sessions.jsonl",
+        "traces",
+        "trajectories.npz",
     ]
     session = json.loads((run / "sessions.jsonl").read_text())
     assert session["command"] == ["lpc_runner", *TINY] and session["packages"]["torch"] in torch.__version__
@@ -188,7 +190,7 @@ def test_sample_and_load_give_the_runs_own_images(run, command, tmp_path):
 
 
 def test_init_from_takes_the_weights_and_nothing_else(run, command):
-    answer = command(f"trainer.init_from={run}", "study=onward", "trainer.max_updates=1", *TINY[:-5], *TINY[-4:])
+    answer = command(f"trainer.init_from={run}", "study=onward", *TINY, "trainer.max_updates=1")
     assert answer.code == 0, answer.err
     onward = only_run(study="onward")
     assert onward.resolve() != run.resolve()
@@ -275,7 +277,8 @@ def test_a_failing_job_does_not_end_the_sweep(command, monkeypatch, tmp_path):
 
 def test_a_failed_measurement_is_made_again_without_training(command, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("lpc_runner.evaluation.images.ImageEvaluator.final", lambda *args: (_ for _ in ()).throw(RuntimeError("no room")))
+        no_room = lambda *args: (_ for _ in ()).throw(RuntimeError("no room"))
+        patch.setattr("lpc_runner.evaluation.images.ImageEvaluator.final", no_room)
         assert command(*TINY).code == 1
     assert result_of(only_run())["status"] == "failed"
     monkeypatch.setattr(Learner, "gradients", lambda *args, **kwargs: pytest.fail("trained again"))

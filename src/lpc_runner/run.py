@@ -146,12 +146,14 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
                 learner,
                 batches,
                 seed=experiment.seed,
-                folder=directory.checkpoints,
+                folder=directory.path,
                 tracker=tracker,
                 progress=progress,
+                traces=experiment.traces,
                 measure=measure,
                 measure_every=experiment.metrics.every_epochs,
             )
+        _follow(planned, learner, batches)
         result = _final(evaluator, learner, outcome, str(experiment.device))
         result["total_seconds"] = time.perf_counter() - started
         draw(outcome.counters.update, final=True)
@@ -224,3 +226,13 @@ def _open_tracker(planned: Planned) -> Tracker:
         more_tags=tuple(studies[1:]),
     )
     return Tracker(MetricLog(directory.path / "metrics.jsonl"), [sink])
+
+
+def _follow(planned: Planned, learner: Learner, batches: Batches) -> None:
+    """Trajectories of the trained model's chains for the first training examples."""
+    experiment = planned.experiment
+    shown = batches.fixed(min(experiment.traces.num_chains, len(batches.values)))
+    images = batches.values[: len(shown.x)] if experiment.dataset.kind == "images" else None
+    path = planned.directory.path / "trajectories.npz"
+    model, encoder, sampler = learner.model, learner.encoder, learner.sampler
+    experiment.traces.follow(path, model, encoder, sampler, shown, experiment.seed, images)

@@ -36,6 +36,7 @@ GROUPS = (
     "objective",
     "optimizer",
     "trainer",
+    "traces",
     "metrics",
     "tracker",
 )
@@ -57,6 +58,7 @@ class Experiment:
     objective: Any
     optimizer: Any
     trainer: Any
+    traces: Any
     metrics: Any
     tracker: Callable[..., Any]
     seed: int
@@ -90,10 +92,10 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
                 f"{group.replace('.', '/')}={name} expects {' or '.join(user.data_kinds)}, "
                 f"dataset={choices['dataset']} holds {dataset.kind}"
             )
-    if sampler.num_steps == 0 and (objective.forward > 0 or not objective.uses_encoder):
-        raise UserError(
-            f"objective={choices['objective']} needs a chain: sampler=none goes with objective=reverse only"
-        )
+    if sampler.num_steps == 0 and objective.needs_chain:
+        raise UserError(f"objective={choices['objective']} needs a chain, and sampler=none has none")
+    if sampler.num_steps > 0 and not objective.allows_chain:
+        raise UserError(f"objective={choices['objective']} has no chain: it goes with sampler=none only")
     device = resolve_device(values["device"])
     with seeded_layers(values["seed"], "initialisation"):
         model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
@@ -104,6 +106,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         objective=objective,
         optimizer=parts["optimizer"],
         trainer=parts["trainer"],
+        traces=parts["traces"],
         metrics=parts["metrics"],
         tracker=parts["tracker"],
         seed=values["seed"],

@@ -44,6 +44,7 @@ def flat_keys(cell: Cell) -> dict[str, Any]:
         "num_steps": cfg.sampler.get("num_steps", 0),
         "step_size": cfg.step_size.get("value") if has_chain else None,
         "beta": cfg.preconditioning.get("beta") if has_chain else None,
+        "num_importance_samples": cfg.objective.get("num_samples"),
         "theta_states": cfg.sampler.get("theta_states"),
         "learning_rate": cfg.optimizer.get("learning_rate"),
         "num_epochs": cfg.trainer.num_epochs,

@@ -38,7 +38,12 @@ def reverse_kl(q: DiagonalGaussian, prior: Prior, z: Tensor, log_joint: Tensor, 
 
 
 class Objective:
-    """w_f · forward KL + w_r · reverse KL; (1, 0) forward, (0, 1) reverse, (½, ½) Jeffreys, (0, 0) no encoder."""
+    """w_f · forward KL + w_r · reverse KL; (1, 0) forward, (0, 1) reverse, (½, ½) Jeffreys, (0, 0) no encoder.
+
+    needs_chain: whether there is nothing to learn from z(0) alone. allows_chain: whether a chain means anything.
+    """
+
+    allows_chain = True
 
     @checked
     def __init__(self, forward: Weight, reverse: Weight) -> None:
@@ -48,6 +53,11 @@ class Objective:
     def uses_encoder(self) -> bool:
         """Whether there is an encoder at all; without one the chain starts from the prior."""
         return self.forward > 0 or self.reverse > 0
+
+    @property
+    def needs_chain(self) -> bool:
+        """Forward KL is an average over the chain's states; without an encoder z(0) is no guess of the posterior."""
+        return self.forward > 0 or not self.uses_encoder
 
     def loss(self, forward: Callable[[], Tensor], reverse: Callable[[], Tensor]) -> Tensor:
         """The encoder's loss, (B,); a term with weight 0 is never computed."""

@@ -9,10 +9,11 @@ from torch import nn
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
+from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.objectives import Objective
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.training.optimizers import Adam
-from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients
+from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients, compute_importance_gradients
 
 
 class Learner:
@@ -23,7 +24,7 @@ class Learner:
         model: LatentVariableModel,
         encoder: nn.Module | None,
         sampler: Any,
-        objective: Objective,
+        objective: Objective | ImportanceWeighted,
         optimizer: Adam,
     ) -> None:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
@@ -34,6 +35,8 @@ class Learner:
         """Algorithm 1 for one batch; the random numbers are those of (seed, update)."""
         like = next(self.model.parameters())
         noise = UpdateNoise(seed, update, (len(batch.x), self.model.latent_dim), like.device, like.dtype)
+        if isinstance(self.objective, ImportanceWeighted):
+            return compute_importance_gradients(self.model, self.encoder, self.objective, batch, noise)
         return compute_gradients(
             self.model, self.encoder, self.sampler, self.objective, batch, noise, start_from_prior, observe
         )
@@ -43,7 +46,7 @@ class Learner:
         self.theta_optimizer.step()
         if self.phi_optimizer is not None:
             self.phi_optimizer.step()
-        self.model.observe(batch.x, gradients.chain.z)
+        self.model.observe(batch.x, gradients.z)
 
     def _parts(self) -> dict[str, Any]:
         parts = {

@@ -16,6 +16,7 @@ from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checke
 from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.training.interrupts import Interrupted, Interrupts
 from lpc_runner.training.learner import Learner
+from lpc_runner.training.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +81,19 @@ class Trainer:
         folder: Path,
         tracker: Any,
         progress: Any,
+        traces: Traces,
         measure: Callable[[Counters], dict[str, float]],
         measure_every: int,
     ) -> Outcome:
-        """Train to the end, from the newest checkpoint in `folder` where there is one.
+        """Train to the end, from the newest checkpoint where there is one.
 
-        tracker: its `log` takes rows of numbers, its metric log is rewound to the checkpoint. progress: told after
-        every update. measure: called after every `measure_every` epochs (0: never) but the last. Raises Interrupted
-        on a signal, after saving.
+        folder: of the run; its checkpoints/ are read and written, its traces/ written. tracker: its `log` takes rows
+        of numbers, its metric log is rewound to the checkpoint. progress: told after every update. traces: which
+        chains are kept. measure: called after every `measure_every` epochs (0: never) but the last. Raises
+        Interrupted on a signal, after saving.
         """
-        counters = self._restore(learner, folder, tracker.metrics)
+        checkpoints, kept = folder / "checkpoints", folder / "traces"
+        counters = self._restore(learner, checkpoints, tracker.metrics)
         total = self.total_updates(batches.num_batches)
         with Interrupts() as interrupts:
             saved_at = time.monotonic()
@@ -98,16 +102,18 @@ class Trainer:
                 epoch, position = divmod(counters.update, batches.num_batches)
                 batch = batches.batch(epoch, position)
                 from_prior = counters.update < self.num_prior_batches
-                gradients = learner.gradients(batch, seed, counters.update, from_prior)
+                trace = traces.watch(counters.update + 1)
+                gradients = learner.gradients(batch, seed, counters.update, from_prior, trace)
                 if not bool(gradients.finite):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
-                    self._save(learner, folder, counters, tracker.metrics)
+                    self._save(learner, checkpoints, counters, tracker.metrics)
                     return Outcome("diverged", counters, counters.update / batches.num_batches)
                 learner.apply(batch, gradients)
                 counters.update += 1
                 counters.gradient_evaluations += gradients.num_evaluations
                 counters.train_seconds += time.perf_counter() - started
 
+                traces.keep(kept, counters.update, trace)
                 done, rest = divmod(counters.update, batches.num_batches)
                 values = {"epoch": counters.update / batches.num_batches}
                 last = counters.update == total
@@ -123,7 +129,7 @@ class Trainer:
                 progress.update(counters.update, total, values)
                 stop = interrupts.received is not None and not last
                 if due or last or stop or time.monotonic() - saved_at > self.checkpoint_seconds:
-                    self._save(learner, folder, counters, tracker.metrics)
+                    self._save(learner, checkpoints, counters, tracker.metrics)
                     saved_at = time.monotonic()
                 if stop:
                     raise Interrupted(interrupts.received)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lpc_runner.data.dataset import Batch
+from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential, run_chain
+from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.randomness import generator
@@ -25,10 +27,10 @@ class UpdateNoise:
     device: torch.device | str
     dtype: torch.dtype = torch.float32
 
-    def normal(self, stream: str) -> Tensor:
-        """N(0, I) of shape (B, d) for the named purpose."""
+    def normal(self, stream: str, *more: int) -> Tensor:
+        """N(0, I) of shape (*more, B, d) for the named purpose."""
         source = generator(self.seed, stream, self.update, device=self.device)
-        return torch.randn(self.shape, generator=source, device=self.device, dtype=self.dtype)
+        return torch.randn((*more, *self.shape), generator=source, device=self.device, dtype=self.dtype)
 
     def chain(self) -> ChainNoise:
         """ξ(t) of the chain."""
@@ -39,11 +41,13 @@ class UpdateNoise:
 class Gradients:
     """The result of one batch: gradients are set on the parameters' .grad, values are on the device, not yet read.
 
-    scalars: logged quantities, each a 0-d tensor. finite: 0-d bool, whether every gradient is finite.
-    num_evaluations: gradients of log p(x, z) of one example that this took.
+    z: (B, d), the last latents, z(T). chain: None where the objective has none. scalars: logged quantities, each a
+    0-d tensor. finite: 0-d bool, whether every gradient is finite. num_evaluations: gradients of log p(x, z) of one
+    example that this took.
     """
 
-    chain: Chain
+    z: Tensor
+    chain: Chain | None
     scalars: dict[str, Tensor]
     finite: Tensor
     num_evaluations: int
@@ -74,10 +78,8 @@ def compute_gradients(
         start = warm  # z(0) ~ q
     centre = q.mean if q is not None else None
     chain = run_chain(log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe)
-    for parameter, gradient in zip(theta, chain.theta_gradient):
-        parameter.grad = -gradient  # θ ascends log p(x, z; θ)
-
-    scalars, num_evaluations = _describe(model, chain), chain.num_evaluations
+    scalars = _set_theta_gradient(model, chain.theta_gradient) | _describe(chain)
+    num_evaluations = chain.num_evaluations
     if q is not None:
         at_warm = chain.first
         if start is not warm:
@@ -88,34 +90,71 @@ def compute_gradients(
             return reverse_kl(q, model.prior, warm, *at_warm)
 
         loss = objective.loss(lambda: forward_kl(q, chain.moments), negative_elbo).mean()
-        phi = list(encoder.parameters())
-        for parameter, gradient in zip(phi, torch.autograd.grad(loss, phi)):
-            parameter.grad = gradient
+        scalars["train/encoder_loss"] = loss
+        scalars |= _set_encoder_gradient(encoder, loss) | _describe_encoder(model, q)
         with torch.no_grad():
-            scalars |= {
-                "train/encoder_loss": loss,
-                "train/elbo": -negative_elbo().mean(),
-                "train/kl": q.kl(model.prior).mean(),
-                "train/encoder_scale": q.variance.sqrt().mean(),
-                "train/encoder_gradient_norm": _norm([parameter.grad for parameter in phi]),
-            }
-        scalars = {name: value.detach() for name, value in scalars.items()}
+            scalars["train/elbo"] = -negative_elbo().mean()
+    return _gathered(chain.z, chain, scalars, num_evaluations)
+
+
+def compute_importance_gradients(
+    model: LatentVariableModel,
+    encoder: nn.Module,
+    objective: ImportanceWeighted,
+    batch: Batch,
+    noise: UpdateNoise,
+) -> Gradients:
+    """One batch of an importance-weighted autoencoder, up to and without the optimisers' steps."""
+    count, (batch_size, dim) = objective.num_samples, noise.shape
+    q = encoder(batch)
+    repeated = batch.x.repeat(count, *[1] * (batch.x.ndim - 1))
+
+    def log_joint(z: Tensor) -> Tensor:
+        return model.log_joint(repeated, z.reshape(-1, dim)).reshape(count, batch_size)
+
+    found = importance_gradients(log_joint, q, noise.normal("importance", count), list(model.parameters()))
+    loss = found.loss.mean()
+    scalars = _set_theta_gradient(model, found.theta) | _set_encoder_gradient(encoder, loss)
+    scalars |= _describe_encoder(model, q) | {
+        "train/importance_bound": found.bound.mean(),
+        "train/effective_sample_size": found.weights.square().sum(0).reciprocal().mean(),
+        "train/log_joint": found.log_joint.mean(),
+    }
+    return _gathered(found.z, None, scalars, count * batch_size)
+
+
+def _set_theta_gradient(model: LatentVariableModel, gradient: list[Tensor]) -> dict[str, Tensor]:
+    for parameter, ascent in zip(model.parameters(), gradient):
+        parameter.grad = -ascent  # θ ascends log p(x, z; θ)
+    sigma = model.likelihood.log_scale.detach().exp()
+    return {"train/sigma": sigma, "train/theta_gradient_norm": _norm(gradient)}
+
+
+def _set_encoder_gradient(encoder: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    phi = list(encoder.parameters())
+    for parameter, gradient in zip(phi, torch.autograd.grad(loss, phi, retain_graph=True)):
+        parameter.grad = gradient
+    return {"train/encoder_gradient_norm": _norm([parameter.grad for parameter in phi])}
+
+
+def _describe_encoder(model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, Tensor]:
+    q = q.detach()
+    return {"train/kl": q.kl(model.prior).mean(), "train/encoder_scale": q.variance.sqrt().mean()}
+
+
+def _gathered(z: Tensor, chain: Chain | None, scalars: dict[str, Tensor], num_evaluations: int) -> Gradients:
     # A sum is finite only if every term is: one number answers for all gradients.
     norms = [value for name, value in scalars.items() if name.endswith("gradient_norm")]
-    finite = torch.isfinite(torch.stack([*norms, chain.z.sum().to(norms[0].dtype)]).sum())
-    return Gradients(chain, scalars, finite, num_evaluations)
+    finite = torch.isfinite(torch.stack([*norms, z.sum().to(norms[0].dtype)]).sum())
+    return Gradients(z, chain, {name: value.detach() for name, value in scalars.items()}, finite, num_evaluations)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
-def _describe(model: LatentVariableModel, chain: Chain) -> dict[str, Tensor]:
-    scalars = {
-        "train/log_joint": chain.first[0].mean(),
-        "train/sigma": model.likelihood.log_scale.detach().exp(),
-        "train/theta_gradient_norm": _norm(chain.theta_gradient),
-    }
+def _describe(chain: Chain) -> dict[str, Tensor]:
+    scalars = {"train/log_joint": chain.first[0].mean()}
     trace = chain.trace
     if len(trace["log_joint"]) > 0:
         scalars |= {
