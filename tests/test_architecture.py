@@ -18,6 +18,7 @@ ROOT = (
     "main",
     "config",
     "planning",
+    "pace",
     "run",
     "loading",
     "evaluate",
@@ -89,7 +90,7 @@ def test_run_directories_need_no_torch():
 
 def test_heavy_packages_have_one_door():
     assert all(part_of(SOURCE / name) in ("main", "config") for name in importers_of("hydra"))
-    omegaconf = {"main", "config", "planning", "run", "loading", "evaluate"}
+    omegaconf = {"main", "config", "planning", "pace", "run", "loading", "evaluate"}
     assert {part_of(SOURCE / name) for name in importers_of("omegaconf")} <= omegaconf
     assert {part_of(SOURCE / name) for name in importers_of("wandb")} == {"tracking"}
     assert importers_of("torch_fidelity") == {"evaluation/features.py"}

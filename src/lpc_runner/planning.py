@@ -52,16 +52,27 @@ def unfinished(planned: list[Planned]) -> list[str]:
 
 
 def print_plan(planned: list[Planned]) -> None:
-    """What a command would do, run by run."""
-    console = Console()
-    table = Table("run", "state", "updates", box=None)
-    for run in planned:
-        table.add_row(run.directory.name, run.directory.state(), f"{_updates(run):,}")
-    console.print(table)
+    """What a command would do, run by run, and how long the rest of it will train."""
+    from lpc_runner.pace import Pace, show_duration
+
+    console, pace = Console(), Pace()
+    shared = set.intersection(*(set(run.cell.overrides) for run in planned))
+    left = [pace.seconds_left(run) for run in planned]
+    console.print("[bold]state    updates   training left   run[/bold]", highlight=False)
+    for run, seconds in zip(planned, left):
+        cell = " ".join(item for item in run.cell.overrides if item not in shared)
+        for line in filter(None, (cell, run.directory.name)):
+            facts = f"{run.directory.state():<6}{_updates(run):>10,}{show_duration(seconds):>16}"
+            first = line is cell or not cell
+            console.print(f"{facts if first else '':<32}   {line}", highlight=False, soft_wrap=True)
     states = [run.directory.state() for run in planned]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "resume", "new"))
-    study = planned[0].cell.cfg.study
-    console.print(f"{len(planned)} runs ({counts}) in {planned[0].cell.cfg.output_dir}/{study}; nothing was started")
+    study, device = planned[0].cell.cfg.study, planned[0].experiment.device
+    console.print(
+        f"{len(planned)} runs ({counts}) in {planned[0].cell.cfg.output_dir}/{study}; {show_duration(sum(left))} of "
+        f"training left, one after the other on {device}, measuring not counted; nothing was started",
+        soft_wrap=True,
+    )
 
 
 def _updates(run: Planned) -> int:

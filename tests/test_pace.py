@@ -1,0 +1,49 @@
+"""The time left that check=true states: nothing for what is done, the log's pace for what is begun, else a timing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import TINY, TINY_VAE, only_run, plan_of
+
+from lpc_runner.pace import Pace, show_duration
+
+
+def test_a_finished_run_has_nothing_left(command):
+    assert command(*TINY).code == 0
+    assert Pace().seconds_left(plan_of(*TINY)) == 0
+
+
+def test_a_run_under_way_goes_on_at_its_own_pace(command):
+    assert command(*TINY).code == 0
+    run = only_run()
+    (run / "result.json").unlink()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    pace = rows[3]["time/ms_per_update"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # 4 of 6 updates
+    assert Pace().seconds_left(plan_of(*TINY)) == pytest.approx(2 * pace / 1e3)
+
+
+def test_a_new_run_is_timed_once_and_costs_in_proportion_to_its_chain(workplace, monkeypatch):
+    calls = []
+    monkeypatch.setattr("lpc_runner.pace._time_updates", lambda run: calls.append(run) or (0.5, 0.25))
+    pace = Pace()
+    short, long = plan_of(*TINY), plan_of(*TINY, "sampler.num_steps=30", "seed=3", "step_size.value=0.01")
+    assert pace.seconds_left(short) == pytest.approx(6 * (0.5 + 3 * 0.25))
+    assert pace.seconds_left(long) == pytest.approx(6 * (0.5 + 30 * 0.25))
+    assert len(calls) == 1
+    pace.seconds_left(plan_of(*TINY, "model.hidden=[17]"))
+    assert len(calls) == 2
+    assert not list(Path("outputs").glob("*"))
+
+
+@pytest.mark.parametrize("words", [TINY, (*TINY_VAE, "method=vae"), (*TINY_VAE, "method=iwae")])
+def test_real_timings_are_positive(workplace, words):
+    seconds = Pace().seconds_left(plan_of(*words))
+    assert 0 < seconds < 60 and math.isfinite(seconds)
+
+
+def test_durations_as_people_say_them():
+    said = {12.4: "12 s", 119: "119 s", 240: "4 min", 3600 * 3 + 300: "3 h 05 min", 86400 + 7300: "1 d 02 h"}
+    assert {seconds: show_duration(seconds) for seconds in said} == said
