@@ -44,7 +44,9 @@ def objective_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Pictur
             continue
         again = f"-{number + 1}" if setting.extractor in [s.extractor for s in settings_of(chains)[:number]] else ""
         for suffix, page in pages(shown, MAX_BARS):
-            counted = "number of samples not recorded" if setting.num_samples is None else f"N = {setting.num_samples:,}"
+            counted = (
+                "number of samples not recorded" if setting.num_samples is None else f"N = {setting.num_samples:,}"
+            )
             caption = (
                 f"{dataset}: sample quality by objective (Fig. 2), {setting.extractor} features, {counted}; "
                 "bars: means, lines: std over seeds, dots: seeds"

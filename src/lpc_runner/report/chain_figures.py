@@ -99,3 +99,4 @@ def _scale(panels: Any, curves: Sequence[Curve], name: str) -> None:
         axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
         axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_ylim(min(1.5 * low, -0.4 * threshold), 1.5 * high)

@@ -70,9 +70,7 @@ def _averaged(points: list[Point]) -> list[Point]:
     return averaged
 
 
-def curve_pictures(
-    dataset: str, groups: Sequence[Group], metric: str, setting: Setting | None
-) -> Iterator[Picture]:
+def curve_pictures(dataset: str, groups: Sequence[Group], metric: str, setting: Setting | None) -> Iterator[Picture]:
     """Fig. 5B: the metric against epochs (updates where none are recorded) and seconds, on equal axes.
 
     At most MAX_LINES groups a picture; setting None: not a measurement but the training log.
@@ -122,8 +120,8 @@ def compute_pictures(dataset: str, groups: Sequence[Group], setting: Setting) ->
             shown = [line for line in lines if line[0].label in page]
             for axis, name in zip(row, columns):
                 _draw_lines(axis, shown, name, page)
-                _scale_spent(axis, [line for others in found.values() for line in others], name, wide=True)
-                axis.set_xlabel(AXES[name] if row is axes[-1] else "")
+                _scale_spent(axis, _all(found), name, wide=True)
+                axis.label_outer()
             row[0].set_ylabel(axis_name(metric, setting))
             _scale_values(row[0], [curve for _, curve in lines], metric)
         legend_below(figure, axes[0][0])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_runner.report.grouping import Group
-from lpc_runner.report.style import Picture, file_name, new_figure, short_labels, wrapped
+from lpc_runner.report.style import MANY, Picture, file_name, new_figure, short_labels, wrapped
 
 MAX_GRIDS = 12
 
@@ -21,7 +21,7 @@ def grid_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) ->
     panels = panels[:MAX_GRIDS]
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(4.4 * columns, 5.2 * rows)
+    figure = new_figure(4.4 * columns, 5.2 * rows, MANY)
     figure.get_layout_engine().set(h_pad=0.12)
     for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.set_axis_off()

@@ -20,6 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = "osD^vP*X"
 MAX_LINES = len(COLOURS)  # more lines in one picture cannot be told apart: the next ones get their own
 DPI = 200
+MANY = 120  # dots per inch where a picture is a square of many small ones
 STYLE = {
     "font.size": 13,
     "axes.labelsize": 14,
@@ -46,6 +47,7 @@ NAMES = {
 }
 FRECHET = ("fid", "fd")
 SHOWN = (*FRECHET, "density", "coverage")  # of which the paper speaks
+HARD = "\N{NO-BREAK SPACE}"
 LOGARITHMIC = (*FRECHET, "kid")  # where they span more than a decade
 OBJECTIVES = {"forward": "forward KL", "reverse": "reverse KL", "jeffreys": "Jeffreys", "prior": "no warm start"}
 
@@ -66,15 +68,15 @@ def file_name(dataset: str, what: str) -> str:
 def png(figure: Figure) -> bytes:
     """The picture, byte for byte the same whenever the data are."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, dpi: int = DPI) -> Figure:
     """An empty figure of this size in inches that keeps its labels apart."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def pages(items: Sequence[Any], size: int = MAX_LINES) -> list[tuple[str, Sequence[Any]]]:
@@ -92,14 +94,19 @@ def axis_name(metric: str, setting: Setting | None) -> str:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Text in lines of at most `width`, its own line breaks kept."""
-    return "\n".join(line for part in text.splitlines() for line in textwrap.wrap(part, width))
+    """Text in lines of at most `width`, its own line breaks kept; broken after commas where that is possible."""
+    lines = []
+    for part in text.splitlines():
+        pieces = [piece if len(piece) >= width else piece.replace(" ", HARD) for piece in part.split(", ")]
+        lines += textwrap.wrap(", ".join(pieces), width)
+    return "\n".join(lines).replace(HARD, " ")
 
 
-def legend_below(figure: Figure, axis: Any, columns: int = 2, **options: Any) -> None:
-    """One legend for the whole figure, under it."""
+def legend_below(figure: Figure, axis: Any, columns: int = 2, extra: Sequence[Any] = ()) -> None:
+    """One legend for the whole figure, under it; extra: artists with a label, at its end."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), **options)
+    labels += [artist.get_label() for artist in extra]
+    figure.legend([*handles, *extra], labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
 def label_decades(axis: Any, low: float, high: float) -> None:

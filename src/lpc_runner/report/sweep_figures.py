@@ -32,7 +32,7 @@ Cells = dict[float, Group]
 def sweeps_of(groups: Sequence[Group]) -> list[dict[tuple[str, float | None], Cells]]:
     """Groups with a chain that differ in step size and preconditioning alone: by (name, β), then by step size.
 
-    Only sweeps over two step sizes or more.
+    Only sweeps in which a line has two step sizes or more.
     """
     found: dict[str, dict[tuple[str, float | None], Cells]] = {}
     for group in groups:
@@ -44,7 +44,7 @@ def sweeps_of(groups: Sequence[Group]) -> list[dict[tuple[str, float | None], Ce
         line = (name, None if name == "none" else group.properties.get("beta"))
         found.setdefault(repr(rest), {}).setdefault(line, {})[float(step_size)] = group
     sweeps = [dict(sorted(s.items(), key=lambda line: (line[0][0] != "none", str(line[0])))) for s in found.values()]
-    return [sweep for sweep in sweeps if len({size for cells in sweep.values() for size in cells}) > 1]
+    return [sweep for sweep in sweeps if any(len(cells) > 1 for cells in sweep.values())]
 
 
 def sweep_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Picture]:
@@ -104,7 +104,7 @@ def _sweep_picture(
     if ends:
         log_where_wide(axis, min(ends), max(ends))
     diverged = _mark_diverged(axis, sweep)
-    legend_below(figure, axis, columns=3)
+    legend_below(figure, axis, columns=3, extra=diverged)
     counted = "" if setting.num_samples is None else f", N = {setting.num_samples:,} samples"
     figure.suptitle(f"{dataset}, {objective}{counted}, mean ± std over seeds", fontsize=14)
     crosses = "; crosses on top: a seed diverged there" if diverged else ""
@@ -135,16 +135,17 @@ def _dodge(index: int, count: int) -> float:
     return 1 + 0.035 * (index - (count - 1) / 2)
 
 
-def _mark_diverged(axis: Any, sweep: dict[tuple[str, float | None], Cells]) -> bool:
-    """A strip above the panel, a row per line: a cross at every step size at which a seed diverged."""
+def _mark_diverged(axis: Any, sweep: dict[tuple[str, float | None], Cells]) -> list[Any]:
+    """A strip above the panel, a row per line: a cross at every step size at which a seed diverged; its legend."""
+    from matplotlib.lines import Line2D
+
+    cross = {"marker": "x", "markersize": 10, "markeredgewidth": 2.6, "linestyle": ""}
     place = {}
     for index, (line, cells) in enumerate(sweep.items()):
         hit = [size for size, group in sorted(cells.items()) if any(run.status == "diverged" for run in group.runs)]
         if hit:
             place[line] = (index, hit)
     for row, (index, hit) in enumerate(place.values()):
-        style = {"color": COLOURS[index], "marker": "x", "markersize": 10, "markeredgewidth": 2.6, "linestyle": ""}
         heights = [1.03 + 0.045 * (len(place) - 1 - row)] * len(hit)
-        label = "a seed diverged" if row == 0 else None
-        axis.plot(hit, heights, transform=axis.get_xaxis_transform(), clip_on=False, label=label, **style)
-    return bool(place)
+        axis.plot(hit, heights, transform=axis.get_xaxis_transform(), clip_on=False, color=COLOURS[index], **cross)
+    return [Line2D([], [], color="#555555", label="a seed diverged", **cross)] if place else []

@@ -9,7 +9,7 @@ import numpy as np
 
 from lpc_runner.report.grouping import Group
 from lpc_runner.report.study import Run
-from lpc_runner.report.style import Picture, file_name, new_figure
+from lpc_runner.report.style import MANY, Picture, file_name, legend_below, new_figure
 from lpc_runner.report.traces import read_trajectories
 
 if TYPE_CHECKING:
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 NUM_LARGE = 3  # observations in Fig. 1
 MAX_SMALL = 64  # and in Fig. 6
-NUM_LEVELS = 9
+NUM_LEVELS = 10
 TITLES = {"map": "predictive coding", "langevin": "Langevin"}
 PREFERRED = ("jeffreys", "reverse", "forward", "prior")
-EARLY, LATE = "#F7C9A3", "#8A2A00"  # of a trajectory: light to dark orange over grey-blue contours
+EARLY, LATE = "#F5B27C", "#7A2400"  # of a trajectory: light to dark orange
+LOW, HIGH = "#FFFFFF", "#C3D0DB"  # of -log p(x, z): white to a pale blue, so that the trajectory is seen
 START, END = "white", "#0072B2"
 
 
@@ -80,6 +81,7 @@ def large_figure(data: dict[str, Any], names: Sequence[str]) -> Figure:
             panel.set_xlabel(first, fontsize=12)
             panel.set_ylabel(second, fontsize=12)
             panel.tick_params(labelsize=10)
+    legend_below(figure, grid[0][-1])
     return figure
 
 
@@ -88,7 +90,7 @@ def small_figure(data: dict[str, Any], name: str) -> Figure:
     number = min(MAX_SMALL, len(data["images"]))
     columns = int(np.ceil(np.sqrt(number)))
     rows = -(-number // columns)
-    figure = new_figure(1.7 * columns, 1.7 * rows + 0.5)
+    figure = new_figure(1.7 * columns, 1.7 * rows + 0.5, MANY)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[number:]:
@@ -97,7 +99,7 @@ def small_figure(data: dict[str, Any], name: str) -> Figure:
         draw_chain(panel, data[name], index, small=True)
         panel.set_xticks([])
         panel.set_yticks([])
-        _draw_image(panel.inset_axes((0, 0.68, 0.32, 0.32)), data["images"][index])
+        _draw_image(panel.inset_axes((*_free_corner(panel, data[name], index), 0.3, 0.3)), data["images"][index])
     figure.supxlabel("direction 1", fontsize=14)
     figure.supylabel("direction 2", fontsize=14)
     figure.suptitle(f"{TITLES[name]}, {number} observations", fontsize=14)
@@ -128,27 +130,29 @@ def draw_chain(panel: Any, chains: dict[str, np.ndarray], index: int, small: boo
     panel.set_ylim(low[1] - margin[1], high[1] + margin[1])
 
 
+def _free_corner(panel: Any, chains: dict[str, np.ndarray], index: int, size: float = 0.3) -> tuple[float, float]:
+    """Lower left end, in shares of the panel, of the corner square that the fewest states lie in."""
+    path = chains["coordinates"][:, index]
+    path = path[np.isfinite(path).all(axis=1)]
+    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+    places = (path - [left, bottom]) / [right - left, top - bottom]
+    corners = [(0.0, 1 - size), (1 - size, 1 - size), (0.0, 0.0), (1 - size, 0.0)]
+    return min(corners, key=lambda corner: int(((places >= corner) & (places <= np.add(corner, size))).all(1).sum()))
+
+
 def _draw_surface(panel: Any, grid: np.ndarray, potential: np.ndarray) -> None:
     """Contours at distances above the lowest point that grow by equal factors; potential [i, j] is at (i, j)."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     above = np.ma.masked_invalid(potential.T)
     if above.count() < 4 or not float(above.max()) > float(above.min()):
         return
     above = above - above.min()
     top = float(above.max())
     levels = np.concatenate([[0], np.geomspace(top / 2**NUM_LEVELS, top, NUM_LEVELS)])
-    panel.contourf(grid[0], grid[1], above, levels=levels, cmap="bone", norm=_ranks(levels))
-    panel.contour(grid[0], grid[1], above, levels=levels[1:-1], colors="#7d8894", linewidths=0.6)
-
-
-def _ranks(levels: np.ndarray) -> Any:
-    """Levels to colours from white, lowest, to a pale grey-blue: the trajectory is what is to be seen."""
-    from matplotlib.colors import Normalize
-
-    class Ranks(Normalize):
-        def __call__(self, value: Any, clip: bool | None = None) -> Any:
-            return np.ma.masked_array(1 - 0.35 * np.interp(value, levels, np.linspace(0, 1, len(levels))))
-
-    return Ranks(levels[0], levels[-1])
+    shades = LinearSegmentedColormap.from_list("depth", [LOW, HIGH])(np.linspace(0, 1, len(levels) - 1))
+    panel.contourf(grid[0], grid[1], above, levels=levels, colors=shades)
+    panel.contour(grid[0], grid[1], above, levels=levels[1:-1], colors="#93a1ad", linewidths=0.6)
 
 
 def _draw_image(panel: Any, image: np.ndarray) -> None:
