@@ -1,6 +1,7 @@
 """python -m lpc_runner.report outputs/<study>: tables, curves and samples, the paper's numbers beside ours.
 
-Writes report.md, report.csv and pictures into outputs/<study>/report, and prints the main columns.
+Writes report.md, report.html (the same on one page that needs no other file), report.csv and pictures into
+outputs/<study>/report, and prints the main columns.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from lpc_runner.errors import UserError
 from lpc_runner.files import write_atomically
 from lpc_runner.report import paper
 from lpc_runner.report.budgets import BUDGETS, budget_table, curve_settings
-from lpc_runner.report.figures import png, study_figures
+from lpc_runner.report.claims import claims_table, study_answers
+from lpc_runner.report.costs import divergence_table, time_table
+from lpc_runner.report.figures import study_pictures
+from lpc_runner.report.page import html_page
 from lpc_runner.report.spreadsheet import study_csv
 from lpc_runner.report.study import Study, read_study
+from lpc_runner.report.style import png
 from lpc_runner.report.tables import (
     Table,
     cost_table,
@@ -32,6 +37,7 @@ from lpc_runner.report.tables import (
     settings_of,
     state_notes,
 )
+from lpc_runner.report.tuning import tuning_tables
 
 WIDTH = 100
 MIN_LABEL = 20
@@ -58,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def study_tables(study: Study) -> list[Table]:
     """Every table of the report in reading order, dataset by dataset."""
     tables: list[Table | None] = []
+    answers = study_answers(study)
     for dataset in study.datasets:
         groups = study.of(dataset)
-        tables += [cost_table(dataset, groups)]
+        tables += [claims_table(dataset, answers), cost_table(dataset, groups), divergence_table(dataset, groups)]
         tables += [quality_table(dataset, groups, setting) for setting in settings_of(groups)]
         tables += [paper_table(dataset)] if dataset in paper.DATASETS else []
-        tables += [likelihood_table(dataset, groups)]
+        tables += [*tuning_tables(dataset, groups), time_table(dataset, groups), likelihood_table(dataset, groups)]
         for setting in curve_settings(groups):
             tables += [budget_table(dataset, groups, setting, budget) for budget in BUDGETS]
     return [table for table in tables if table is not None]
@@ -73,22 +80,24 @@ def write_report(study: Study, tables: Sequence[Table], folder: Path) -> list[Pa
     """Pictures first, then the texts that name them; the same study gives the same bytes. OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for name, figure in study_figures(study, study.warnings):
-        write_atomically(folder / name, png(figure))
-        pictures.append(folder / name)
+    for name, caption, figure in study_pictures(study, study.warnings):
+        pictures.append((name, caption, png(figure)))
+        write_atomically(folder / name, pictures[-1][2])
     write_atomically(folder / "report.csv", study_csv(study))
+    write_atomically(folder / "report.html", html_page(study, tables, pictures))
     write_atomically(folder / "report.md", markdown(study, tables, pictures))
-    return [folder / "report.md", folder / "report.csv", *pictures]
+    written = ["report.md", "report.html", "report.csv", *(name for name, _, _ in pictures)]
+    return [folder / name for name in written]
 
 
-def markdown(study: Study, tables: Sequence[Table], pictures: Sequence[Path]) -> str:
+def markdown(study: Study, tables: Sequence[Table], pictures: Sequence[tuple[str, str, bytes]]) -> str:
     """The whole report as text."""
     parts = [f"# {study.name}\n", f"{len(study.runs)} runs: {count_statuses(study.runs)}.\n"]
     for title, lines in (("Runs that did not finish", state_notes(study)), ("Warnings", study.warnings)):
         if lines:
             parts.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
     parts += [table.markdown() for table in tables]
-    parts += [f"![{path.stem}]({path.name})\n" for path in pictures]
+    parts += [f"![{caption}]({name})\n\n{caption}\n" for name, caption, _ in pictures]
     return "\n".join(parts)
 
 

@@ -39,12 +39,18 @@ BUDGETS = (
 )
 
 
+SPENT = ("epoch", "seconds", "gradient_evaluations")
+
+
 @dataclass(frozen=True)
 class Curve:
-    """Mean and standard deviation (0 for one run) over the runs of a group, at the same updates."""
+    """Mean and standard deviation (0 for one run) over the runs of a group, at the same updates.
+
+    spent: by the name of a Point's field (epoch, seconds, gradient_evaluations) its mean, None: not recorded.
+    """
 
     updates: list[int]
-    seconds: list[float | None]
+    spent: dict[str, list[float | None]]
     mean: list[float]
     std: list[float]
     num_runs: int
@@ -77,10 +83,14 @@ def mean_curve(runs: Sequence[list[Point]], metric: str) -> Curve:
         by_run += [found] if found else []
     shared = sorted(set.intersection(*map(set, by_run))) if by_run else []
     values = [[points[update].values[metric] for points in by_run] for update in shared]
-    spent = [[points[update].seconds for points in by_run] for update in shared]
-    seconds = [None if None in column else statistics.fmean(column) for column in spent]
     std = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
-    return Curve(shared, seconds, [statistics.fmean(column) for column in values], std, len(by_run))
+    spent = {name: [_mean_spent(by_run, update, name) for update in shared] for name in SPENT}
+    return Curve(shared, spent, [statistics.fmean(column) for column in values], std, len(by_run))
+
+
+def _mean_spent(by_run: Sequence[dict[int, Point]], update: int, name: str) -> float | None:
+    spent = [getattr(points[update], name) for points in by_run]
+    return None if None in spent else statistics.fmean(spent)
 
 
 def budget_of(groups: Sequence[Group], budget: Budget) -> tuple[float, str] | None:

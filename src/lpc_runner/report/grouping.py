@@ -165,7 +165,7 @@ def _differs(groups: Sequence[Group], key: str) -> bool:
 
 def _word(key: str, value: Any) -> str:
     if key == "num_epochs":
-        return f"{value} epochs"
+        return f"{value} epoch" if value == 1 else f"{value} epochs"
     if key in ("preconditioning", "model"):
         return "no preconditioning" if value == "none" else str(value)
     name = SYMBOLS.get(key, key.rpartition(".")[2])

@@ -148,12 +148,13 @@ def find_row(dataset: str, method: str, settings: Mapping[str, Any]) -> Row | No
     for row in TABLE_1:
         if (row.dataset, row.method) == (dataset, method):
             expected = settings_of(row)
-            if all(key in settings and _same(settings[key], value) for key, value in expected.items()):
+            if all(key in settings and same(settings[key], value) for key, value in expected.items()):
                 return row
     return None
 
 
-def _same(ours: Any, paper: Any) -> bool:
+def same(ours: Any, paper: Any) -> bool:
+    """Whether a setting of ours has the paper's value, numbers up to rounding."""
     if isinstance(ours, int | float) and isinstance(paper, int | float):
         return math.isclose(ours, paper, rel_tol=1e-9)
     return ours == paper

@@ -54,17 +54,23 @@ class Point:
     gradient_evaluations: float | None
     setting: Setting | None
     values: dict[str, float]
+    epoch: float | None = None
 
 
 @dataclass
 class Run:
-    """One run: its settings, its state (one of STATUSES), what it cost and what it reached."""
+    """One run: its settings, its state (one of STATUSES), what it cost and what it reached.
+
+    shape: of one example, () where it is not recorded; device: the name of the machine's processor, where recorded.
+    """
 
     name: str
     path: Path
     choices: dict[str, Any]
     keys: dict[str, Any]
     config: dict[str, Any]
+    shape: tuple[int, ...] = ()
+    device: str | None = None
     status: str = "unfinished"
     result: dict[str, Any] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
@@ -89,7 +95,8 @@ class Run:
         for found in self.measurements:
             if updates is not None and found.source == "result.json" and found.setting.fits(setting):
                 spent = self.cost("train_seconds"), self.cost("gradient_evaluations")
-                points[int(updates)] = Point(int(updates), *spent, found.setting, found.values)
+                epoch = self.cost("num_epochs")
+                points[int(updates)] = Point(int(updates), *spent, found.setting, found.values, epoch)
         return [points[update] for update in sorted(points)]
 
     def measured(self, setting: Setting) -> Measurement | None:
@@ -171,8 +178,25 @@ def read_run(path: Path, warnings: list[str]) -> Run | None:
             _add_measurement(run, content, name)
         else:
             warnings.append(f"{path.name}/{name} measured update {update:.0f} of {final:.0f}: left out")
+    shape = described.get("data_shape")
+    run.shape = tuple(shape) if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else ()
+    run.device = _device(path) or run.result.get("device")
     _add_curves(run, warnings)
     return run
+
+
+def _device(path: Path) -> str | None:
+    """The processor of the last session that says one."""
+    try:
+        lines = (path / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    for line in reversed(lines):
+        try:
+            return str(json.loads(line)["device"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def _read_json(path: Path, warnings: list[str], name: str = "") -> dict[str, Any] | None:
@@ -266,12 +290,12 @@ def _add_curves(run: Run, warnings: list[str]) -> None:
             continue
         run.last_update = int(update)
         spent = [as_number(row.get(key)) for key in ("time/train_seconds", "train/gradient_evaluations")]
-        elbo = as_number(row.get("train/elbo"))
+        epoch, elbo = as_number(row.get("epoch")), as_number(row.get("train/elbo"))
         if elbo is not None:
-            run.training.append(Point(int(update), *spent, None, {"train/elbo": elbo}))
+            run.training.append(Point(int(update), *spent, None, {"train/elbo": elbo}, epoch))
         values = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
         samples = as_number(values.pop("num_samples", None))
         count = None if samples is None else int(samples)
         for extractor, quality in by_extractor(_numbers(values)).items():
             setting = finals.get(extractor, Setting(extractor))._replace(num_samples=count)
-            run.points.append(Point(int(update), *spent, setting, quality))
+            run.points.append(Point(int(update), *spent, setting, quality, epoch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ ORDER = ("fid", "fd", "kid", "density", "coverage", "precision", "recall")
 LIKELIHOOD = ("elbo", "bits_per_dim", "kl", "active_units", "sigma")
 UNITS = {"elbo": "nats per example", "kl": "nats per example", "bits_per_dim": "bits per dimension"}
 DASH = "–"
+LONG = 40
 DIVERGED = "† no seed finished: the last finite states of diverged runs."
 
 
@@ -34,15 +35,21 @@ class Table:
     hidden: frozenset[str] = frozenset()
     extractor: str = ""
 
+    @property
+    def prose(self) -> set[int]:
+        """The columns that are read as text, aligned left: the first, and those with cells of more than LONG letters."""
+        return {0} | {i for i in range(len(self.columns)) if any(len(row[i]) > LONG for row in self.rows)}
+
     def markdown(self) -> str:
         """A heading, the table, and the notes as a list."""
-        lines = [f"## {self.title}", "", *_markdown_rows([self.columns, *self.rows])]
+        lines = [f"## {self.title}", "", *_markdown_rows([self.columns, *self.rows], self.prose)]
         return "\n".join([*lines, "", *[f"- {_escape(note)}" for note in self.notes]]).rstrip() + "\n"
 
 
-def _markdown_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+def _markdown_rows(rows: Sequence[Sequence[str]], prose: Collection[int]) -> list[str]:
     text = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
-    return [text[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *text[1:]]
+    alignment = "".join("|---" if index in prose else "|--:" for index in range(len(rows[0])))
+    return [text[0], f"{alignment}|", *text[1:]]
 
 
 def _escape(text: str) -> str:
@@ -60,10 +67,11 @@ def show(value: float | None, decimals: int | None = None) -> str:
         return str(value)
     if decimals is None and value != 0 and abs(value) < 0.001:
         return f"{value:.2g}"
-    return f"{value:,.{_decimals(value) if decimals is None else decimals}f}"
+    return f"{value:,.{decimals_of(value) if decimals is None else decimals}f}"
 
 
-def _decimals(value: float) -> int:
+def decimals_of(value: float) -> int:
+    """Digits after the point for a number of this size."""
     if abs(value) >= 1000:
         return 0
     if 0 < abs(value) < 0.01:
@@ -82,7 +90,7 @@ def spread(values: Iterable[float | None], expected: int | None = None) -> str:
     mean = statistics.fmean(present)
     if len(present) == 1:
         return f"{show(mean)} ± {DASH}{count}"
-    return f"{show(mean)} ± {show(statistics.stdev(present), _decimals(mean))}{count}"
+    return f"{show(mean)} ± {show(statistics.stdev(present), decimals_of(mean))}{count}"
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:

@@ -1,0 +1,111 @@
+"""What a run recorded along its chains: log p(x, z) and gradient norms, and trajectories of the final model."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lpc_runner.report.grouping import Group
+from lpc_runner.report.study import Run
+
+LOG_JOINT, DRIFT_NORM = "log_joint", "drift_norm"
+FILE = re.compile(r"update-(\d+)\.npz")
+PARTS = ("coordinates", "explained", "grid", "potential", "log_joint")
+
+
+class Curve(NamedTuple):
+    """Quartiles over chains, each (steps,); steps counts from 1; num_chains of num_runs runs."""
+
+    steps: np.ndarray
+    low: np.ndarray
+    median: np.ndarray
+    high: np.ndarray
+    num_chains: int
+    num_runs: int
+
+
+def read_arrays(path: Path, names: Sequence[str], warnings: list[str]) -> dict[str, np.ndarray] | None:
+    """These arrays of an npz file in float64, None where it is missing; damaged: None and one warning."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: np.asarray(content[name]) for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        warnings.append(f"{path.relative_to(path.parents[1 + (path.parent.name == 'traces')])} is damaged: left out")
+        return None
+    return {name: value.astype(np.float64) for name, value in arrays.items()}
+
+
+def traced_updates(run: Run) -> list[int]:
+    """The training batches whose chains this run recorded."""
+    found = (FILE.fullmatch(path.name) for path in (run.path / "traces").glob("*.npz"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def read_trace(run: Run, update: int, warnings: list[str]) -> dict[str, np.ndarray] | None:
+    """log_joint and drift_norm (T, B) of one training batch: at z(t-1), t = 1..T."""
+    path = run.path / "traces" / f"update-{update:09d}.npz"
+    arrays = read_arrays(path, (LOG_JOINT, DRIFT_NORM), warnings)
+    if arrays is not None and any(value.ndim != 2 or value.shape[0] < 1 for value in arrays.values()):
+        warnings.append(f"{run.name}/traces/{path.name} is damaged: left out")
+        return None
+    return arrays
+
+
+def steps_gained(log_joint: np.ndarray) -> np.ndarray:
+    """log p(x, z(t)) - log p(x, z(t-1)) in nats, (T - 1, B) from log p(x, z(t-1)) (T, B)."""
+    with np.errstate(invalid="ignore"):
+        return np.diff(log_joint, axis=0)
+
+
+def chain_curve(group: Group, update: int, name: str, warnings: list[str]) -> Curve | None:
+    """Median and quartiles over every chain of every counted seed: of the gain per step, or of the gradient's norm.
+
+    At update's training batch; None where no seed recorded it. Values that are not finite are left out.
+    """
+    found = []
+    for run in traced_runs(group):
+        trace = read_trace(run, update, warnings)
+        if trace is not None:
+            values = steps_gained(trace[LOG_JOINT]) if name == LOG_JOINT else trace[DRIFT_NORM]
+            found += [values] if len(values) else []
+    found = [values for values in found if len(values) == len(found[0])]
+    if not found:
+        return None
+    chains = np.concatenate(found, axis=1)
+    chains = np.where(np.isfinite(chains), chains, np.nan)
+    steps = np.flatnonzero(~np.isnan(chains).all(axis=1))
+    if not len(steps):
+        return None
+    low, median, high = np.nanpercentile(chains[steps], [25, 50, 75], axis=1)
+    return Curve(steps + 1, low, median, high, chains.shape[1], len(found))
+
+
+def traced_runs(group: Group) -> list[Run]:
+    """The runs whose chains are shown: those that are averaged, or what is under way where none is done."""
+    return group.counted or group.runs
+
+
+def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
+    """images (K, C, H, W) and, by sampler (map, langevin), the arrays PARTS; None where there are none."""
+    path = run.path / "trajectories.npz"
+    if not path.exists():
+        return None
+    images = read_arrays(path, ("images",), warnings)
+    if images is None:
+        return None
+    samplers = {}
+    for sampler in ("map", "langevin"):
+        arrays = read_arrays(path, [f"{sampler}_{part}" for part in PARTS], [])
+        if arrays is not None:
+            samplers[sampler] = {part: arrays[f"{sampler}_{part}"] for part in PARTS}
+    if not samplers:
+        warnings.append(f"{run.name}/trajectories.npz is damaged: left out")
+        return None
+    return images | samplers
