@@ -30,6 +30,7 @@ from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.checkpoints import load_checkpoint
+from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.interrupts import Interrupted
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.trainer import Counters, Outcome
@@ -46,6 +47,7 @@ class Planned:
     experiment: Experiment
     directory: RunDirectory
     digest: str
+    ranks: Ranks
 
     def require(self) -> None:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
@@ -64,23 +66,25 @@ def feature_cache(cfg: DictConfig) -> Path:
     return Path(cfg.data_dir) / "features"
 
 
-def plan(cell: Cell) -> Planned:
+def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
     """Build and check everything a cell needs, without loading data. Raises UserError (one line)."""
     experiment = build(cell.cfg, cell.choices)
+    ranks.rows(experiment.trainer.batch_size)
+    experiment.device = ranks.device(experiment.device)
     digest = run_hash(cell, experiment.dataset.identity())
     directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), cell.cfg.rerun)
     if experiment.trainer.init_from is not None:
         RunDirectory.open(experiment.trainer.init_from)
-    return Planned(cell, experiment, directory, digest)
+    return Planned(cell, experiment, directory, digest, ranks)
 
 
-def build_learner(experiment: Experiment) -> Learner:
+def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
     """Model, encoder (where the objective uses one) and optimisers on the run's device."""
     with seeded_layers(experiment.seed, "encoder"):
         encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
     for module in filter(None, (experiment.model, encoder)):
         module.to(experiment.device)
-    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer)
+    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer, ranks)
 
 
 def set_up_torch(experiment: Experiment) -> None:
@@ -93,10 +97,18 @@ def set_up_torch(experiment: Experiment) -> None:
 def execute(planned: Planned) -> dict[str, Any]:
     """Run, resume, or return the result of a run that is done; the content of result.json.
 
-    A failure other than a signal is recorded as `status: failed` and raised again.
+    A failure other than a signal is recorded as `status: failed` and raised again. Of several ranks, the others work
+    for rank 0 and return {}.
     """
     experiment, directory = planned.experiment, planned.directory
+    if not planned.ranks.is_main:
+        if not planned.ranks.agree(False):
+            set_up_torch(experiment)
+            _work_for_main(planned)
+            planned.ranks.agree(False)  # rank 0 has measured
+        return {}
     with directory.locked():
+        planned.ranks.agree(directory.state() == "done")
         if directory.state() == "done":
             _describe(planned)
             logger.info("already done: %s", directory.path)
@@ -110,6 +122,7 @@ def execute(planned: Planned) -> dict[str, Any]:
             directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             raise
         directory.write("result.json", result)
+        planned.ranks.agree(True)
         return result
 
 
@@ -117,24 +130,22 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
     experiment, directory = planned.experiment, planned.directory
     started = time.perf_counter()
     data = experiment.dataset.load()
-    batches = Batches(data.train, experiment.dataset, experiment.trainer.batch_size, experiment.seed, experiment.device)
-    learner = build_learner(experiment)
+    batches = _batches(planned, data)
+    learner = build_learner(experiment, planned.ranks)
     if experiment.trainer.init_from is not None:
         source = RunDirectory.open(experiment.trainer.init_from)
         weights = load_checkpoint(source.checkpoints)
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
-    identity = experiment.dataset.identity()
-    measurer = experiment.metrics.prepare(data, identity, feature_cache(planned.cell.cfg), experiment.device)
+    measurer = _measurer(planned, data)
     tracker = _open_tracker(planned)
     status = "failed"
     try:
         save_grid(data.train.values[:GRID], directory.samples / "data.png")
 
         def measure(counters: Counters) -> dict[str, float]:
-            images = sample_images(learner.model, measurer.num_samples_during, experiment.seed)
-            numbers = measurer.measure(images, measurer.num_samples_during)
+            numbers = _quality(planned, learner, measurer, measurer.num_samples_during)
             _draw(learner, planned, tracker, counters.update)
             spent = {
                 "time/train_seconds": counters.train_seconds,
@@ -168,12 +179,52 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         tracker.close(status)
 
 
+def _batches(planned: Planned, data: Data) -> Batches:
+    experiment, size = planned.experiment, planned.experiment.trainer.batch_size
+    rows = planned.ranks.rows(size)
+    return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
+
+
+def _quality(planned: Planned, learner: Learner, measurer: Measurer, num: int) -> dict[str, float]:
+    """Sample quality of `num` images, which all ranks draw and rank 0 compares."""
+    images = sample_images(learner.model, num, planned.experiment.seed, planned.ranks)
+    return measurer.measure(images, num, planned.ranks)
+
+
+def _measurer(planned: Planned, data: Data) -> Measurer:
+    """Extractor and references; what has to be computed for them is rank 0's to compute and keep."""
+    experiment = planned.experiment
+    with planned.ranks.main_first():
+        cache = feature_cache(planned.cell.cfg)
+        return experiment.metrics.prepare(data, experiment.dataset.identity(), cache, experiment.device)
+
+
+def _work_for_main(planned: Planned) -> None:
+    """A rank other than 0: the same loop over its rows and its share of the samples; nothing is written."""
+    experiment = planned.experiment
+    data = experiment.dataset.load()
+    batches = _batches(planned, data)
+    learner = build_learner(experiment, planned.ranks)
+    measurer = _measurer(planned, data)
+    experiment.trainer.fit(
+        learner,
+        batches,
+        seed=experiment.seed,
+        folder=planned.directory.checkpoints,
+        tracker=Tracker(None),
+        progress=Progress(silent=True),
+        measure=lambda counters: _quality(planned, learner, measurer, measurer.num_samples_during),
+        measure_every=experiment.metrics.every_epochs,
+    )
+    _quality(planned, learner, measurer, measurer.num_samples)
+
+
 def measure_model(
     experiment: Experiment, learner: Learner, data: Data, measurer: Measurer
 ) -> tuple[dict[str, float], dict[str, object]]:
     """Final numbers and what stands beside them: sample quality, and the encoder's bound on the test split."""
-    images = sample_images(learner.model, measurer.num_samples, experiment.seed)
-    metrics = measurer.measure(images, measurer.num_samples)
+    images = sample_images(learner.model, measurer.num_samples, experiment.seed, learner.ranks)
+    metrics = measurer.measure(images, measurer.num_samples, learner.ranks)
     facts = measurer.facts(measurer.num_samples)
     if learner.encoder is not None and len(data.test) > 0:
         metrics |= encoder_bound(learner.model, learner.encoder, experiment.dataset, data.test, experiment.seed)
@@ -223,7 +274,9 @@ def _describe(planned: Planned) -> None:
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
         session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
-        directory.append_session(session | describe_environment(planned.experiment.device))
+        directory.append_session(
+            session | describe_environment(planned.experiment.device) | {"num_ranks": planned.ranks.size}
+        )
 
 
 def _open_tracker(planned: Planned) -> Tracker:

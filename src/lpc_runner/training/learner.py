@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,18 @@ from torch import nn
 from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
 from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients
 
 
 class Learner:
-    """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ."""
+    """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ.
+
+    ranks: the processes that share every batch.
+    """
 
     def __init__(
         self,
@@ -25,17 +31,37 @@ class Learner:
         sampler: Any,
         objective: Objective,
         optimizer: Adam,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
+        self.ranks = ranks
+        preconditioner = getattr(sampler, "preconditioner", None)
+        if ranks.size > 1 and isinstance(preconditioner, SharedAdam):
+            preconditioner.mean = ranks.mean_over_batch
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = optimizer.build(encoder.parameters()) if encoder is not None else None
 
-    def gradients(self, batch: Batch, seed: int, update: int, start_from_prior: bool, observe=None) -> Gradients:
-        """Algorithm 1 for one batch; the random numbers are those of (seed, update)."""
-        like = next(self.model.parameters())
-        noise = UpdateNoise(seed, update, (len(batch.x), self.model.latent_dim), like.device, like.dtype)
+    def gradients(
+        self, batch: Batch, seed: int, update: int, start_from_prior: bool, observe=None, stop: bool = False
+    ) -> Gradients:
+        """Algorithm 1 for one batch; the random numbers are those of (seed, update).
+
+        batch: this rank's rows; the gradients are those of all ranks' rows. stop: whether this rank was signalled.
+        """
+        like, ranks = next(self.model.parameters()), self.ranks
+        num_rows = len(batch.x) * ranks.size
+        shape = (num_rows, self.model.latent_dim)
+        noise = UpdateNoise(seed, update, shape, like.device, like.dtype, ranks.rows(num_rows))
         return compute_gradients(
-            self.model, self.encoder, self.sampler, self.objective, batch, noise, start_from_prior, observe
+            self.model,
+            self.encoder,
+            self.sampler,
+            self.objective,
+            batch,
+            noise,
+            start_from_prior,
+            observe,
+            combine=partial(ranks.combine, stop=stop),
         )
 
     def apply(self, batch: Batch, gradients: Gradients) -> None:
@@ -43,7 +69,7 @@ class Learner:
         self.theta_optimizer.step()
         if self.phi_optimizer is not None:
             self.phi_optimizer.step()
-        self.model.observe(batch.x, gradients.chain.z)
+        self.model.observe(batch.x, gradients.chain.z, self.ranks.mean)
 
     def _parts(self) -> dict[str, Any]:
         parts = {

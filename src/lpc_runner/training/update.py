@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -13,26 +14,34 @@ from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential, run_ch
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.randomness import generator
+from lpc_runner.training.distributed import SINGLE
+
+MAXIMA = ("chain/max_noise_variance",)  # logged values that are the largest of the batch; the others are means
+ALONE = partial(SINGLE.combine, stop=False)
 
 
 @dataclass
 class UpdateNoise:
-    """Every random number of one update, named by (seed, update): warm start, prior start, and ξ(1) .. ξ(T)."""
+    """Every random number of one update, named by (seed, update): warm start, prior start, and ξ(1) .. ξ(T).
+
+    shape: (B, d) of the global batch; rows: the slice of it that this process works on.
+    """
 
     seed: int
     update: int
     shape: tuple[int, int]
     device: torch.device | str
     dtype: torch.dtype = torch.float32
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def normal(self, stream: str) -> Tensor:
-        """N(0, I) of shape (B, d) for the named purpose."""
+        """N(0, I), this process's rows of (B, d), for the named purpose."""
         source = generator(self.seed, stream, self.update, device=self.device)
-        return torch.randn(self.shape, generator=source, device=self.device, dtype=self.dtype)
+        return torch.randn(self.shape, generator=source, device=self.device, dtype=self.dtype)[self.rows]
 
     def chain(self) -> ChainNoise:
         """ξ(t) of the chain."""
-        return ChainNoise(self.seed, self.update, self.shape, self.device, self.dtype)
+        return ChainNoise(self.seed, self.update, self.shape, self.device, self.dtype, self.rows)
 
 
 @dataclass
@@ -40,13 +49,15 @@ class Gradients:
     """The result of one batch: gradients are set on the parameters' .grad, values are on the device, not yet read.
 
     scalars: logged quantities, each a 0-d tensor. finite: 0-d bool, whether every gradient is finite.
-    num_evaluations: gradients of log p(x, z) of one example that this took.
+    num_evaluations: gradients of log p(x, z) of one example that this took, on all ranks. stop: 0-d, ranks that were
+    signalled.
     """
 
     chain: Chain
     scalars: dict[str, Tensor]
     finite: Tensor
     num_evaluations: int
+    stop: Tensor
 
 
 def compute_gradients(
@@ -58,11 +69,12 @@ def compute_gradients(
     noise: UpdateNoise,
     start_from_prior: bool,
     observe=None,
+    combine: Callable[..., tuple[list[Tensor], dict[str, Tensor], Tensor]] = ALONE,
 ) -> Gradients:
     """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
     start_from_prior: z(0) ~ p(z) instead of q; the encoder still learns, from its own z ~ q (no effect without a
-    chain). observe: see run_chain.
+    chain). observe: see run_chain. combine: see Ranks.combine.
     """
     log_joint = partial(model.log_joint, batch.x)
     theta = list(model.parameters())
@@ -74,9 +86,7 @@ def compute_gradients(
         start = warm  # z(0) ~ q
     centre = q.mean if q is not None else None
     chain = run_chain(log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe)
-    for parameter, gradient in zip(theta, chain.theta_gradient):
-        parameter.grad = -gradient  # θ ascends log p(x, z; θ)
-
+    gradients = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
     scalars, num_evaluations = _describe(model, chain), chain.num_evaluations
     if q is not None:
         at_warm = chain.first
@@ -89,21 +99,29 @@ def compute_gradients(
 
         loss = objective.loss(lambda: forward_kl(q, chain.moments), negative_elbo).mean()
         phi = list(encoder.parameters())
-        for parameter, gradient in zip(phi, torch.autograd.grad(loss, phi)):
-            parameter.grad = gradient
+        gradients += torch.autograd.grad(loss, phi)
         with torch.no_grad():
             scalars |= {
                 "train/encoder_loss": loss,
                 "train/elbo": -negative_elbo().mean(),
                 "train/kl": q.kl(model.prior).mean(),
                 "train/encoder_scale": q.variance.sqrt().mean(),
-                "train/encoder_gradient_norm": _norm([parameter.grad for parameter in phi]),
             }
         scalars = {name: value.detach() for name, value in scalars.items()}
+    maxima = {name: scalars.pop(name) for name in MAXIMA if name in scalars}
+    gradients, scalars, stop = combine(gradients, {**scalars, "z": chain.z.sum()}, maxima)
+    parameters = [*theta, *(encoder.parameters() if encoder is not None else ())]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    scalars["train/theta_gradient_norm"] = _norm(gradients[: len(theta)])
+    norms = [scalars["train/theta_gradient_norm"]]
+    if encoder is not None:
+        scalars["train/encoder_gradient_norm"] = _norm(gradients[len(theta) :])
+        norms.append(scalars["train/encoder_gradient_norm"])
     # A sum is finite only if every term is: one number answers for all gradients.
-    norms = [value for name, value in scalars.items() if name.endswith("gradient_norm")]
-    finite = torch.isfinite(torch.stack([*norms, chain.z.sum().to(norms[0].dtype)]).sum())
-    return Gradients(chain, scalars, finite, num_evaluations)
+    finite = torch.isfinite(torch.stack([*norms, scalars.pop("z").to(norms[0].dtype)]).sum())
+    num_ranks = noise.shape[0] // len(chain.z)
+    return Gradients(chain, scalars, finite, num_evaluations * num_ranks, stop)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
@@ -114,7 +132,6 @@ def _describe(model: LatentVariableModel, chain: Chain) -> dict[str, Tensor]:
     scalars = {
         "train/log_joint": chain.first[0].mean(),
         "train/sigma": model.likelihood.log_scale.detach().exp(),
-        "train/theta_gradient_norm": _norm(chain.theta_gradient),
     }
     trace = chain.trace
     if len(trace["log_joint"]) > 0:
