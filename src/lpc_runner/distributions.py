@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -125,10 +126,13 @@ class _ScaledLikelihood(nn.Module):
         self.register_buffer("num_observed", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def observe(self, x: Tensor, mean: Tensor) -> None:
-        """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it."""
+    def observe(self, x: Tensor, mean: Tensor, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+        """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it.
+
+        average: the mean over the processes that share the batch.
+        """
         assert self.scale == "optimal"
-        error = (x - self.within_range(mean)).square().mean()
+        error = average((x - self.within_range(mean)).square().mean())
         past = torch.where(self.num_observed == 0, 0.0, self.momentum)
         self.log_scale.copy_(0.5 * torch.log(past * torch.exp(2 * self.log_scale) + (1 - past) * error))
         self.num_observed += 1

@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -24,16 +25,22 @@ def main() -> None:
     # argparse, which Hydra asks once more, takes flags before or after the overrides but not between them.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     args = parse_arguments()
-    with one_line_errors():
+    with one_line_errors(), _connected() as ranks:
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
-        if not looking:
-            cells = compose_cells(args)  # every cell, so that a mistake in the last one is found before the first runs
+        with _first(ranks):
+            if not looking:
+                cells = compose_cells(args)  # all, so that a mistake in the last is found before the first runs
         if looking or args.cfg:
             _hydra(args)
             return
         from lpc_runner.planning import check_plan, print_plan, print_results, unfinished
 
-        planned = check_plan(cells)
+        with _first(ranks):
+            planned = check_plan(cells, *([ranks] if ranks else []))
+        if ranks and not ranks.is_main:
+            if not cells[0].cfg.check:
+                _hydra(args)
+            return
         if cells[0].cfg.check:
             print_plan(planned)
             return
@@ -42,6 +49,26 @@ def main() -> None:
         left = unfinished(planned)
         if left:
             raise UserError(f"{len(left)} of {len(planned)} runs did not finish: {left[0]}")
+
+
+@contextmanager
+def _connected() -> Iterator[Any]:
+    """The ranks of this run under torchrun; None without it, so that a mistake need not wait for torch."""
+    if "WORLD_SIZE" not in os.environ:
+        yield None
+        return
+    from lpc_runner.training.distributed import Ranks
+
+    ranks = Ranks.connect()
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def _first(ranks: Any) -> AbstractContextManager[None]:
+    """Rank 0 goes first: it reports mistakes and fetches data for all."""
+    return ranks.main_first() if ranks else nullcontext()
 
 
 @contextmanager
@@ -71,16 +98,24 @@ def job(cfg: DictConfig) -> None:
 
     from lpc_runner.planning import cell_of_job
     from lpc_runner.run import execute, plan
+    from lpc_runner.training.distributed import Ranks
     from lpc_runner.training.interrupts import Interrupted
 
     hydra_cfg = HydraConfig.get()
+    ranks = Ranks.connect()
+    if not ranks.is_main:
+        logging.getLogger("lpc_runner").setLevel(logging.WARNING)
     try:
-        execute(plan(cell_of_job(cfg, hydra_cfg)))
+        execute(plan(cell_of_job(cfg, hydra_cfg), ranks))
     except Interrupted as signal:
         raise SystemExit(signal.exit_code) from None
     except UserError as error:
         logger.error("%s", error)
+        if ranks.size > 1:
+            raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
     except Exception:
         # Not raised again: Hydra would end the sweep's report with this one failure and hide the others. The failed
         # run is in its result.json, and `main` names it and exits with 1.
-        logger.exception("run failed")
+        logger.exception("run failed" if ranks.size == 1 else f"rank {ranks.rank} failed")
+        if ranks.size > 1:
+            raise SystemExit(1) from None

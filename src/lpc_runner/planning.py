@@ -13,6 +13,7 @@ from lpc_runner.config.compose import Cell, choices_of
 from lpc_runner.errors import UserError
 from lpc_runner.run import Planned, plan
 from lpc_runner.runs import DONE
+from lpc_runner.training.distributed import SINGLE, Ranks
 
 # Shown first in the closing table, in this order; metrics carry the extractor's name behind these.
 _SHOWN = ("fid", "fd", "kid", "precision", "recall", "density", "coverage")
@@ -25,12 +26,12 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
     return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
 
 
-def check_plan(cells: list[Cell]) -> list[Planned]:
+def check_plan(cells: list[Cell], ranks: Ranks = SINGLE) -> list[Planned]:
     """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one."""
     planned = []
     for cell in cells:
         try:
-            found = plan(cell)
+            found = plan(cell, ranks)
             planned.append(found)
             if not cell.cfg.check and found.directory.state() != "done":
                 found.require()

@@ -17,6 +17,7 @@ from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
 from lpc_runner.data.batches import Batches
+from lpc_runner.data.dataset import Data
 from lpc_runner.environment import describe_environment
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator
@@ -27,6 +28,7 @@ from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.checkpoints import load_checkpoint
+from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.interrupts import Interrupted
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.trainer import Counters, Outcome
@@ -42,6 +44,7 @@ class Planned:
     experiment: Experiment
     directory: RunDirectory
     digest: str
+    ranks: Ranks
 
     def require(self) -> None:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
@@ -58,23 +61,25 @@ def feature_cache(cfg: DictConfig) -> Path:
     return Path(cfg.data_dir) / "features"
 
 
-def plan(cell: Cell) -> Planned:
+def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
     """Build and check everything a cell needs, without loading data. Raises UserError (one line)."""
     experiment = build(cell.cfg, cell.choices)
+    ranks.rows(experiment.trainer.batch_size)
+    experiment.device = ranks.device(experiment.device)
     digest = run_hash(cell, experiment.dataset.identity())
     directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), cell.cfg.rerun)
     if experiment.trainer.init_from is not None:
         RunDirectory.open(experiment.trainer.init_from)
-    return Planned(cell, experiment, directory, digest)
+    return Planned(cell, experiment, directory, digest, ranks)
 
 
-def build_learner(experiment: Experiment) -> Learner:
+def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
     """Model, encoder (where the objective uses one) and optimisers on the run's device."""
     with seeded_layers(experiment.seed, "encoder"):
         encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
     for module in filter(None, (experiment.model, encoder)):
         module.to(experiment.device)
-    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer)
+    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer, ranks)
 
 
 def set_up_torch(experiment: Experiment) -> None:
@@ -87,10 +92,18 @@ def set_up_torch(experiment: Experiment) -> None:
 def execute(planned: Planned) -> dict[str, Any]:
     """Run, resume, or return the result of a run that is done; the content of result.json.
 
-    A failure other than a signal is recorded as `status: failed` and raised again.
+    A failure other than a signal is recorded as `status: failed` and raised again. Of several ranks, the others work
+    for rank 0 and return {}.
     """
     experiment, directory = planned.experiment, planned.directory
+    if not planned.ranks.is_main:
+        if not planned.ranks.agree(False):
+            set_up_torch(experiment)
+            _work_for_main(planned)
+            planned.ranks.agree(False)  # rank 0 has measured
+        return {}
     with directory.locked():
+        planned.ranks.agree(directory.state() == "done")
         if directory.state() == "done":
             _describe(planned)
             logger.info("already done: %s", directory.path)
@@ -104,6 +117,7 @@ def execute(planned: Planned) -> dict[str, Any]:
             directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             raise
         directory.write("result.json", result)
+        planned.ranks.agree(True)
         return result
 
 
@@ -111,17 +125,15 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
     experiment, directory = planned.experiment, planned.directory
     started = time.perf_counter()
     data = experiment.dataset.load()
-    batches = Batches(data.train, experiment.dataset, experiment.trainer.batch_size, experiment.seed, experiment.device)
-    learner = build_learner(experiment)
+    batches = _batches(planned, data)
+    learner = build_learner(experiment, planned.ranks)
     if experiment.trainer.init_from is not None:
         source = RunDirectory.open(experiment.trainer.init_from)
         weights = load_checkpoint(source.checkpoints)
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
-    evaluator = experiment.metrics.evaluator(
-        experiment.dataset, data, feature_cache(planned.cell.cfg), experiment.device, experiment.seed
-    )
+    evaluator = _evaluator(planned, data)
     tracker = _open_tracker(planned)
     status = "failed"
     try:
@@ -167,6 +179,43 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         tracker.close(status)
 
 
+def _batches(planned: Planned, data: Data) -> Batches:
+    experiment, size = planned.experiment, planned.experiment.trainer.batch_size
+    rows = planned.ranks.rows(size)
+    return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
+
+
+def _evaluator(planned: Planned, data: Data) -> Evaluator:
+    """References and what they need; what has to be computed for them is rank 0's to compute and keep."""
+    experiment = planned.experiment
+    with planned.ranks.main_first():
+        cache = feature_cache(planned.cell.cfg)
+        return experiment.metrics.evaluator(
+            experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks
+        )
+
+
+def _work_for_main(planned: Planned) -> None:
+    """A rank other than 0: the same loop over its rows and its share of the measuring; nothing is written."""
+    experiment = planned.experiment
+    data = experiment.dataset.load()
+    batches = _batches(planned, data)
+    learner = build_learner(experiment, planned.ranks)
+    evaluator = _evaluator(planned, data)
+    experiment.trainer.fit(
+        learner,
+        batches,
+        seed=experiment.seed,
+        folder=planned.directory.path,
+        tracker=Tracker(None),
+        progress=Progress(silent=True),
+        traces=experiment.traces,
+        measure=lambda counters: evaluator.during(learner),
+        measure_every=experiment.metrics.every_epochs,
+    )
+    evaluator.final(learner)
+
+
 def _final(evaluator: Evaluator, learner: Learner, outcome: Outcome, device: str) -> dict[str, Any]:
     metrics, facts = evaluator.final(learner)
     counters = outcome.counters
@@ -208,7 +257,9 @@ def _describe(planned: Planned) -> None:
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
         session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
-        directory.append_session(session | describe_environment(planned.experiment.device))
+        directory.append_session(
+            session | describe_environment(planned.experiment.device) | {"num_ranks": planned.ranks.size}
+        )
 
 
 def _open_tracker(planned: Planned) -> Tracker:

@@ -14,11 +14,18 @@ class Batches:
     """Random access to batch (epoch, position); nothing to save, for the same arguments give the same bits.
 
     values: the split as stored (N, ...), in its own dtype, moved to `device` once. The incomplete last
-    batch of an epoch is dropped. Raises UserError if the split is smaller than one batch.
+    batch of an epoch is dropped. rows: the part of every batch that this process works on. Raises UserError if the
+    split is smaller than one batch.
     """
 
     def __init__(
-        self, split: Split, dataset: Dataset, batch_size: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        split: Split,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rows: slice = slice(None),
     ) -> None:
         if len(split) < batch_size:
             raise UserError(
@@ -30,6 +37,7 @@ class Batches:
         self.num_batches = len(split) // batch_size
         self._dataset = dataset
         self._seed = seed
+        self._rows = rows
         self._epoch: int | None = None
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -37,7 +45,7 @@ class Batches:
         """Batch `position` (0 to num_batches - 1) of an epoch: x float32 (B, ...), index int64 (B,)."""
         assert 0 <= position < self.num_batches, f"position {position} of {self.num_batches}"
         start = position * self.batch_size
-        return self._take(self.order(epoch)[start : start + self.batch_size])
+        return self._take(self.order(epoch)[start : start + self.batch_size][self._rows])
 
     def fixed(self, count: int) -> Batch:
         """The first `count` examples in stored order, for pictures. Raises UserError if there are fewer."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.training.distributed import SINGLE, Ranks
 
 
 class Trained(Protocol):
@@ -22,7 +23,10 @@ class Trained(Protocol):
 
 
 class Evaluator(ABC):
-    """Measures a model against one dataset; holds whatever does not change from one measurement to the next."""
+    """Measures a model against one dataset; holds whatever does not change from one measurement to the next.
+
+    Of several ranks, all call `during` and `final`, and what rank 0 gets counts; rank 0 alone draws.
+    """
 
     @abstractmethod
     def during(self, trained: Trained) -> dict[str, float]:
@@ -56,7 +60,13 @@ class Metrics(ABC):
 
     @abstractmethod
     def evaluator(
-        self, dataset: Dataset, data: Data, cache_dir: Path, device: torch.device | str, seed: int
+        self,
+        dataset: Dataset,
+        data: Data,
+        cache_dir: Path,
+        device: torch.device | str,
+        seed: int,
+        ranks: Ranks = SINGLE,
     ) -> Evaluator:
         """References read from `cache_dir` or computed. seed: the run's, which names its samples. UserError."""
 

@@ -11,6 +11,7 @@ from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.evaluation.evaluator import Evaluator, Trained
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
+from lpc_runner.training.distributed import Ranks
 
 if TYPE_CHECKING:
     from lpc_runner.evaluation.quality import Measurer
@@ -21,23 +22,29 @@ GRID = 64  # images in a grid
 class ImageEvaluator(Evaluator):
     """Sample quality by features, and on the test split what the encoder says; seed: which images are drawn."""
 
-    def __init__(self, dataset: Dataset, data: Data, measurer: Measurer, seed: int) -> None:
-        self.dataset, self.data, self.measurer, self.seed = dataset, data, measurer, seed
+    def __init__(self, dataset: Dataset, data: Data, measurer: Measurer, seed: int, ranks: Ranks) -> None:
+        self.dataset, self.data, self.measurer, self.seed, self.ranks = dataset, data, measurer, seed, ranks
 
     def during(self, trained: Trained) -> dict[str, float]:
         count = self.measurer.num_samples_during
-        numbers = self.measurer.measure(sample_images(trained.model, count, self.seed), count)
-        return numbers | {"num_samples": float(count)}
+        return self._quality(trained, count) | {"num_samples": float(count)}
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
         count, model = self.measurer.num_samples, trained.model
-        metrics = self.measurer.measure(sample_images(model, count, self.seed), count)
+        metrics = self._quality(trained, count)
         facts = self.measurer.facts(count)
+        if not self.ranks.is_main:
+            return metrics, facts
         if trained.encoder is not None and len(self.data.test) > 0:
             metrics |= encoder_bound(model, trained.encoder, self.dataset, self.data.test, self.seed)
             facts |= {"bound_split": "test", "num_bound": len(self.data.test)}
         metrics["sigma"] = float(model.likelihood.log_scale.detach().exp())
         return metrics, facts
+
+    def _quality(self, trained: Trained, count: int) -> dict[str, float]:
+        """Sample quality of `count` images, which all ranks draw and rank 0 compares."""
+        images = sample_images(trained.model, count, self.seed, self.ranks)
+        return self.measurer.measure(images, count, self.ranks)
 
     def draw_data(self, folder: Path) -> None:
         save_grid(self.data.train.values[:GRID], folder / "data.png")

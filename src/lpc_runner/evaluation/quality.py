@@ -27,9 +27,11 @@ from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance, within_term
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
 from lpc_runner.evaluation.networks import hash_of_tensors
+from lpc_runner.evaluation.samples import share_of
 from lpc_runner.files import write_atomically
 from lpc_runner.randomness import generator
 from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
+from lpc_runner.training.distributed import SINGLE, Ranks
 
 _log = logging.getLogger(__name__)
 _VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
@@ -92,11 +94,18 @@ class SampleQuality(Metrics):
             self.check(dataset.num_train)
 
     def evaluator(
-        self, dataset: Dataset, data: Data, cache_dir: Path, device: torch.device | str, seed: int
+        self,
+        dataset: Dataset,
+        data: Data,
+        cache_dir: Path,
+        device: torch.device | str,
+        seed: int,
+        ranks: Ranks = SINGLE,
     ) -> Evaluator:
         from lpc_runner.evaluation.images import ImageEvaluator
 
-        return ImageEvaluator(dataset, data, self.prepare(data, dataset.identity(), cache_dir, device), seed)
+        measurer = self.prepare(data, dataset.identity(), cache_dir, device)
+        return ImageEvaluator(dataset, data, measurer, seed, ranks)
 
     def label(self, facts: dict[str, object]) -> str:
         return f"{self.extractor}-n{facts['num_samples']}-k{facts['k']}-{facts['reference']}"
@@ -231,13 +240,17 @@ class Measurer:
         self.num_samples = settings.num_samples or len(reference.features)
         self.num_samples_during = min(settings.num_samples_during, self.num_samples)
 
-    def measure(self, images: Iterable[Tensor], num_samples: int) -> dict[str, float]:
+    def measure(self, images: Iterable[Tensor], num_samples: int, ranks: Ranks = SINGLE) -> dict[str, float]:
         """All numbers of the first `num_samples` of `images`, uint8 chunks (B, C, H, W) of any size.
 
         Named with the extractor's suffix, `fid` for inception and `fd_...` otherwise. ValueError when the
-        images run out.
+        images run out. Of several ranks, each brings its own share of the images, and rank 0 gets the numbers.
         """
-        samples = _extract(self.extractor, images, num_samples, self._settings.batch_size, self._shape)
+        shares = share_of(num_samples, ranks)
+        samples = _extract(self.extractor, images, shares[ranks.rank], self._settings.batch_size, self._shape)
+        samples = ranks.gather_rows(samples, shares)
+        if not ranks.is_main:
+            return {}
         real = self.reference.features.to(samples.device)
         radii = self.reference.radii.to(samples.device)
         numbers = {
@@ -298,7 +311,7 @@ def _extract(
             break
     if missing > 0:
         raise ValueError(f"{num_images} images were promised, {num_images - missing} came")
-    features = torch.cat(parts)
+    features = torch.cat(parts) if parts else torch.empty(0, extractor.dimension)
     assert features.isfinite().all(), "uint8 images cannot give features that are not finite"
     return features
 

@@ -15,18 +15,33 @@ from lpc_runner.data.images import to_uint8
 from lpc_runner.files import write_atomically
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.randomness import generator
+from lpc_runner.training.distributed import SINGLE, Ranks
 
 CHUNK = 250  # images drawn at once; part of what sample number i is, so it is no setting
 
 
 @torch.no_grad()
-def sample_images(model: LatentVariableModel, num: int, seed: int) -> Iterator[Tensor]:
-    """Decoder means of z ~ p(z) as uint8 chunks (B, C, H, W); image i is the same whatever `num` is."""
+def sample_images(model: LatentVariableModel, num: int, seed: int, ranks: Ranks = SINGLE) -> Iterator[Tensor]:
+    """Decoder means of z ~ p(z) as uint8 chunks (B, C, H, W); image i is the same whatever `num` is.
+
+    Of several ranks, each draws its own share of the chunks: `share_of(num, ranks)[ranks.rank]` images.
+    """
     device = next(model.parameters()).device
-    for number, start in enumerate(range(0, num, CHUNK)):
-        source = generator(seed, "samples", number, device=device)
+    for start in _starts(num, ranks.rank, ranks.size):
+        source = generator(seed, "samples", start // CHUNK, device=device)
         z = model.prior.scale * torch.randn(CHUNK, model.latent_dim, generator=source, device=device)
         yield to_uint8(model.decode(z[: num - start]))
+
+
+def _starts(num: int, rank: int, size: int) -> range:
+    """First images of a rank's chunks, which follow one another."""
+    per_rank = CHUNK * math.ceil(num / (CHUNK * size))
+    return range(min(rank * per_rank, num), min((rank + 1) * per_rank, num), CHUNK)
+
+
+def share_of(num: int, ranks: Ranks) -> list[int]:
+    """How many of `num` images each rank draws, in the order of their indices."""
+    return [sum(min(CHUNK, num - start) for start in _starts(num, rank, ranks.size)) for rank in range(ranks.size)]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ next state and G, which broadcasts against z (B, d). The chain drops the Γ term
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -53,8 +54,16 @@ class Adam:
 
 
 class SharedAdam(Adam):
-    """`Adam` with g⊙g averaged over the batch, (1, d): one metric for all chains, at the price of coupling them."""
+    """`Adam` with g⊙g averaged over the batch, (1, d): one metric for all chains, at the price of coupling them.
+
+    mean: (B, d) -> (1, d), the mean over the batch; where the batch is spread over processes, over all of them.
+    """
+
+    mean: Callable[[Tensor], Tensor] = staticmethod(lambda rows: rows.mean(0, keepdim=True))
 
     def second_moment(self, drift: Tensor) -> Tensor:
         """Mean of g⊙g over the batch, (1, d)."""
-        return drift.square().mean(0, keepdim=True)
+        return self.mean(drift.square())
+
+    def init(self, z: Tensor) -> Tensor:
+        return torch.zeros_like(z[:1])

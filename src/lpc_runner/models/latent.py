@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -40,10 +41,13 @@ class LatentVariableModel(nn.Module, ABC):
         return self.likelihood(x, self.decode(z)) + self.prior.log_prob(z)
 
     @torch.no_grad()
-    def observe(self, x: Tensor, z: Tensor) -> None:
-        """Quantities estimated from data without a gradient: the `optimal` scale. Called once per update."""
+    def observe(self, x: Tensor, z: Tensor, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+        """Quantities estimated from data without a gradient: the `optimal` scale. Called once per update.
+
+        average: the mean over the processes that share the batch.
+        """
         if self.likelihood.scale == "optimal":
-            self.likelihood.observe(x, self.decode(z))
+            self.likelihood.observe(x, self.decode(z), average)
 
 
 class Encoder(nn.Module):

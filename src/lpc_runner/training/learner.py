@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +13,19 @@ from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
 from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients, compute_importance_gradients
 
 
 class Learner:
-    """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ."""
+    """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ.
+
+    ranks: the processes that share every batch. sampler: as configured; in training, what it averages over the batch
+    is averaged over all ranks.
+    """
 
     def __init__(
         self,
@@ -26,19 +34,38 @@ class Learner:
         sampler: Any,
         objective: Objective | ImportanceWeighted,
         optimizer: Adam,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
+        self.ranks = ranks
+        self._training_sampler = _averaging_over(ranks, sampler) if ranks.size > 1 else sampler
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = optimizer.build(encoder.parameters()) if encoder is not None else None
 
-    def gradients(self, batch: Batch, seed: int, update: int, start_from_prior: bool, observe=None) -> Gradients:
-        """Algorithm 1 for one batch; the random numbers are those of (seed, update)."""
-        like = next(self.model.parameters())
-        noise = UpdateNoise(seed, update, (len(batch.x), self.model.latent_dim), like.device, like.dtype)
+    def gradients(
+        self, batch: Batch, seed: int, update: int, start_from_prior: bool, observe=None, stop: bool = False
+    ) -> Gradients:
+        """Algorithm 1 for one batch; the random numbers are those of (seed, update).
+
+        batch: this rank's rows; the gradients are those of all ranks' rows. stop: whether this rank was signalled.
+        """
+        like, ranks = next(self.model.parameters()), self.ranks
+        num_rows = len(batch.x) * ranks.size
+        shape = (num_rows, self.model.latent_dim)
+        noise = UpdateNoise(seed, update, shape, like.device, like.dtype, ranks.rows(num_rows))
+        combine = partial(ranks.combine, stop=stop)
         if isinstance(self.objective, ImportanceWeighted):
-            return compute_importance_gradients(self.model, self.encoder, self.objective, batch, noise)
+            return compute_importance_gradients(self.model, self.encoder, self.objective, batch, noise, combine)
         return compute_gradients(
-            self.model, self.encoder, self.sampler, self.objective, batch, noise, start_from_prior, observe
+            self.model,
+            self.encoder,
+            self._training_sampler,
+            self.objective,
+            batch,
+            noise,
+            start_from_prior,
+            observe,
+            combine,
         )
 
     def apply(self, batch: Batch, gradients: Gradients) -> None:
@@ -46,7 +73,7 @@ class Learner:
         self.theta_optimizer.step()
         if self.phi_optimizer is not None:
             self.phi_optimizer.step()
-        self.model.observe(batch.x, gradients.z)
+        self.model.observe(batch.x, gradients.z, self.ranks.mean)
 
     def _parts(self) -> dict[str, Any]:
         parts = {
@@ -83,3 +110,13 @@ class Learner:
         if self.encoder is not None:
             self.encoder.to(device)
         return self
+
+
+def _averaging_over(ranks: Ranks, sampler: Any) -> Any:
+    """The same sampler, its shared second moment that of the global batch."""
+    if not isinstance(getattr(sampler, "preconditioner", None), SharedAdam):
+        return sampler
+    sampler = copy.copy(sampler)
+    sampler.preconditioner = copy.copy(sampler.preconditioner)
+    sampler.preconditioner.mean = ranks.mean_over_batch
+    return sampler

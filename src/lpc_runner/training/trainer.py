@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Trainer:
     whose chains start at z(0) ~ p(z). max_updates: stop after that many, null for num_epochs alone. log_every:
     updates between rows of metrics.jsonl. checkpoint_seconds: time between checkpoints (one also at every
     measurement, at the end, and on a signal). init_from: a run directory to take the first weights from.
+
+    On several ranks batch_size is that of all together; every rank runs this loop, and only rank 0 logs and saves.
     """
 
     @checked
@@ -89,10 +92,10 @@ class Trainer:
 
         folder: of the run; its checkpoints/ are read and written, its traces/ written. tracker: its `log` takes rows
         of numbers, its metric log is rewound to the checkpoint. progress: told after every update. traces: which
-        chains are kept. measure: called after every `measure_every` epochs (0: never) but the last. Raises
-        Interrupted on a signal, after saving.
+        chains are kept, of several ranks rank 0's rows. measure: called after every `measure_every` epochs (0: never)
+        but the last. Raises Interrupted on a signal, after saving.
         """
-        checkpoints, kept = folder / "checkpoints", folder / "traces"
+        ranks, checkpoints, kept = learner.ranks, folder / "checkpoints", folder / "traces"
         counters = self._restore(learner, checkpoints, tracker.metrics)
         total = self.total_updates(batches.num_batches)
         with Interrupts() as interrupts:
@@ -102,8 +105,9 @@ class Trainer:
                 epoch, position = divmod(counters.update, batches.num_batches)
                 batch = batches.batch(epoch, position)
                 from_prior = counters.update < self.num_prior_batches
-                trace = traces.watch(counters.update + 1)
-                gradients = learner.gradients(batch, seed, counters.update, from_prior, trace)
+                trace = traces.watch(counters.update + 1) if ranks.is_main else None
+                signalled = interrupts.received is not None
+                gradients = learner.gradients(batch, seed, counters.update, from_prior, trace, stop=signalled)
                 if not bool(gradients.finite):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
                     self._save(learner, checkpoints, counters, tracker.metrics)
@@ -128,27 +132,36 @@ class Trainer:
                     values |= measured
                 progress.update(counters.update, total, values)
                 stop = interrupts.received is not None and not last
+                if ranks.size > 1:  # what the ranks were told together: they must leave after the same update
+                    stop = bool(gradients.stop) and not last
                 if due or last or stop or time.monotonic() - saved_at > self.checkpoint_seconds:
                     self._save(learner, checkpoints, counters, tracker.metrics)
                     saved_at = time.monotonic()
                 if stop:
-                    raise Interrupted(interrupts.received)
+                    ranks.agree(True)  # a rank that leaves has the others killed: not before rank 0 has saved
+                    raise Interrupted(interrupts.received or signal.SIGTERM)
         return Outcome("finished", counters, counters.update / batches.num_batches)
 
     @staticmethod
     def _restore(learner: Learner, folder: Path, metrics: Any) -> Counters:
-        state = load_checkpoint(folder)
-        if state is None:
-            metrics.rewind(0)
-            return Counters()
-        learner.load_state_dict(state)
-        counters = Counters(**state["counters"])
-        metrics.rewind(counters.log_offset)
-        logger.info("resuming after update %d", counters.update)
+        """Rank 0's checkpoint, or rank 0's initial state, on every rank; metrics: None on the others."""
+        state = load_checkpoint(folder) if learner.ranks.is_main else None
+        counters = Counters(**state["counters"]) if state else Counters()
+        if learner.ranks.size > 1:
+            state = learner.ranks.share((state or learner.state_dict()) | {"counters": vars(counters)})
+            counters = Counters(**state["counters"])
+        if state is not None:
+            learner.load_state_dict(state)
+        if metrics is not None:
+            metrics.rewind(counters.log_offset)
+        if counters.update:
+            logger.info("resuming after update %d", counters.update)
         return counters
 
     @staticmethod
     def _save(learner: Learner, folder: Path, counters: Counters, metrics: Any) -> None:
+        if not learner.ranks.is_main:
+            return
         metrics.sync()  # the log must not be shorter than the checkpoint says
         counters.log_offset = metrics.offset
         save_checkpoint(folder, counters.update, {**learner.state_dict(), "counters": vars(counters).copy()})

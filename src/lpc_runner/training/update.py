@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,35 +16,45 @@ from lpc_runner.inference.importance import ImportanceWeighted, importance_gradi
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.randomness import generator
+from lpc_runner.training.distributed import SINGLE
+
+MAXIMA = ("chain/max_noise_variance",)  # logged values that are the largest of the batch; the others are means
+Combine = Callable[..., tuple[list[Tensor], dict[str, Tensor], Tensor]]  # Ranks.combine
+ALONE: Combine = partial(SINGLE.combine, stop=False)
 
 
 @dataclass
 class UpdateNoise:
-    """Every random number of one update, named by (seed, update): warm start, prior start, and ξ(1) .. ξ(T)."""
+    """Every random number of one update, named by (seed, update): warm start, prior start, and ξ(1) .. ξ(T).
+
+    shape: (B, d) of the global batch; rows: the slice of it that this process works on.
+    """
 
     seed: int
     update: int
     shape: tuple[int, int]
     device: torch.device | str
     dtype: torch.dtype = torch.float32
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def normal(self, stream: str, *more: int) -> Tensor:
-        """N(0, I) of shape (*more, B, d) for the named purpose."""
+        """N(0, I), this process's rows of (*more, B, d), for the named purpose."""
         source = generator(self.seed, stream, self.update, device=self.device)
-        return torch.randn((*more, *self.shape), generator=source, device=self.device, dtype=self.dtype)
+        draw = torch.randn((*more, *self.shape), generator=source, device=self.device, dtype=self.dtype)
+        return draw[..., self.rows, :]
 
     def chain(self) -> ChainNoise:
         """ξ(t) of the chain."""
-        return ChainNoise(self.seed, self.update, self.shape, self.device, self.dtype)
+        return ChainNoise(self.seed, self.update, self.shape, self.device, self.dtype, self.rows)
 
 
 @dataclass
 class Gradients:
     """The result of one batch: gradients are set on the parameters' .grad, values are on the device, not yet read.
 
-    z: (B, d), the last latents, z(T). chain: None where the objective has none. scalars: logged quantities, each a
-    0-d tensor. finite: 0-d bool, whether every gradient is finite. num_evaluations: gradients of log p(x, z) of one
-    example that this took.
+    z: the last latents, (B, d). chain: None where the objective has none. scalars: logged quantities, each a 0-d
+    tensor. finite: 0-d bool, whether every gradient is finite. num_evaluations: gradients of log p(x, z) of one example
+    that this took, on all ranks. stop: 0-d, ranks that were signalled.
     """
 
     z: Tensor
@@ -51,6 +62,7 @@ class Gradients:
     scalars: dict[str, Tensor]
     finite: Tensor
     num_evaluations: int
+    stop: Tensor
 
 
 def compute_gradients(
@@ -62,11 +74,12 @@ def compute_gradients(
     noise: UpdateNoise,
     start_from_prior: bool,
     observe=None,
+    combine: Combine = ALONE,
 ) -> Gradients:
     """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
     start_from_prior: z(0) ~ p(z) instead of q; the encoder still learns, from its own z ~ q (no effect without a
-    chain). observe: see run_chain.
+    chain). observe: see run_chain. combine: see Ranks.combine.
     """
     log_joint = partial(model.log_joint, batch.x)
     theta = list(model.parameters())
@@ -78,8 +91,8 @@ def compute_gradients(
         start = warm  # z(0) ~ q
     centre = q.mean if q is not None else None
     chain = run_chain(log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe)
-    scalars = _set_theta_gradient(model, chain.theta_gradient) | _describe(chain)
-    num_evaluations = chain.num_evaluations
+    gradients = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
+    scalars, num_evaluations = _describe(chain), chain.num_evaluations
     if q is not None:
         at_warm = chain.first
         if start is not warm:
@@ -90,11 +103,11 @@ def compute_gradients(
             return reverse_kl(q, model.prior, warm, *at_warm)
 
         loss = objective.loss(lambda: forward_kl(q, chain.moments), negative_elbo).mean()
-        scalars["train/encoder_loss"] = loss
-        scalars |= _set_encoder_gradient(encoder, loss) | _describe_encoder(model, q)
+        gradients += torch.autograd.grad(loss, list(encoder.parameters()))
         with torch.no_grad():
-            scalars["train/elbo"] = -negative_elbo().mean()
-    return _gathered(chain.z, chain, scalars, num_evaluations)
+            scalars |= {"train/encoder_loss": loss, "train/elbo": -negative_elbo().mean()}
+        scalars |= _describe_encoder(model, q)
+    return _finish(model, encoder, gradients, scalars, chain.z, chain, num_evaluations, noise, combine)
 
 
 def compute_importance_gradients(
@@ -103,10 +116,11 @@ def compute_importance_gradients(
     objective: ImportanceWeighted,
     batch: Batch,
     noise: UpdateNoise,
+    combine: Combine = ALONE,
 ) -> Gradients:
     """One batch of an importance-weighted autoencoder, up to and without the optimisers' steps."""
-    count, (batch_size, dim) = objective.num_samples, noise.shape
     q = encoder(batch)
+    count, (batch_size, dim) = objective.num_samples, q.mean.shape
     repeated = batch.x.repeat(count, *[1] * (batch.x.ndim - 1))
 
     def log_joint(z: Tensor) -> Tensor:
@@ -114,39 +128,50 @@ def compute_importance_gradients(
 
     found = importance_gradients(log_joint, q, noise.normal("importance", count), list(model.parameters()))
     loss = found.loss.mean()
-    scalars = _set_theta_gradient(model, found.theta) | _set_encoder_gradient(encoder, loss)
-    scalars |= _describe_encoder(model, q) | {
+    gradients = [-gradient for gradient in found.theta]
+    gradients += torch.autograd.grad(loss, list(encoder.parameters()))
+    scalars = _describe_encoder(model, q) | {
         "train/importance_bound": found.bound.mean(),
         "train/effective_sample_size": found.weights.square().sum(0).reciprocal().mean(),
         "train/log_joint": found.log_joint.mean(),
     }
-    return _gathered(found.z, None, scalars, count * batch_size)
+    return _finish(model, encoder, gradients, scalars, found.z, None, count * batch_size, noise, combine)
 
 
-def _set_theta_gradient(model: LatentVariableModel, gradient: list[Tensor]) -> dict[str, Tensor]:
-    for parameter, ascent in zip(model.parameters(), gradient):
-        parameter.grad = -ascent  # θ ascends log p(x, z; θ)
-    sigma = model.likelihood.log_scale.detach().exp()
-    return {"train/sigma": sigma, "train/theta_gradient_norm": _norm(gradient)}
-
-
-def _set_encoder_gradient(encoder: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    phi = list(encoder.parameters())
-    for parameter, gradient in zip(phi, torch.autograd.grad(loss, phi, retain_graph=True)):
+def _finish(
+    model: LatentVariableModel,
+    encoder: nn.Module | None,
+    gradients: list[Tensor],
+    scalars: dict[str, Tensor],
+    z: Tensor,
+    chain: Chain | None,
+    num_evaluations: int,
+    noise: UpdateNoise,
+    combine: Combine,
+) -> Gradients:
+    """Gradients of θ, then of φ, made those of the global batch and set on the parameters."""
+    scalars = {name: value.detach() for name, value in scalars.items()}
+    scalars["train/sigma"] = model.likelihood.log_scale.detach().exp()
+    maxima = {name: scalars.pop(name) for name in MAXIMA if name in scalars}
+    gradients, scalars, stop = combine(gradients, {**scalars, "z": z.sum()}, maxima)
+    theta = list(model.parameters())
+    parameters = [*theta, *(encoder.parameters() if encoder is not None else ())]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    return {"train/encoder_gradient_norm": _norm([parameter.grad for parameter in phi])}
+    scalars["train/theta_gradient_norm"] = _norm(gradients[: len(theta)])
+    norms = [scalars["train/theta_gradient_norm"]]
+    if encoder is not None:
+        scalars["train/encoder_gradient_norm"] = _norm(gradients[len(theta) :])
+        norms.append(scalars["train/encoder_gradient_norm"])
+    # A sum is finite only if every term is: one number answers for all gradients.
+    finite = torch.isfinite(torch.stack([*norms, scalars.pop("z").to(norms[0].dtype)]).sum())
+    num_ranks = noise.shape[0] // len(z)
+    return Gradients(z, chain, scalars, finite, num_evaluations * num_ranks, stop)
 
 
 def _describe_encoder(model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, Tensor]:
     q = q.detach()
     return {"train/kl": q.kl(model.prior).mean(), "train/encoder_scale": q.variance.sqrt().mean()}
-
-
-def _gathered(z: Tensor, chain: Chain | None, scalars: dict[str, Tensor], num_evaluations: int) -> Gradients:
-    # A sum is finite only if every term is: one number answers for all gradients.
-    norms = [value for name, value in scalars.items() if name.endswith("gradient_norm")]
-    finite = torch.isfinite(torch.stack([*norms, z.sum().to(norms[0].dtype)]).sum())
-    return Gradients(z, chain, {name: value.detach() for name, value in scalars.items()}, finite, num_evaluations)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
