@@ -92,6 +92,13 @@ def traced_runs(group: Group) -> list[Run]:
     return group.counted or group.runs
 
 
+def _fit(arrays: dict[str, np.ndarray], number: int) -> bool:
+    """Whether one sampler's arrays belong to `number` chains of equal length."""
+    states, points = len(arrays["coordinates"]), arrays["grid"].shape[-1]
+    shapes = ((states, number, 2), (number, 2), (number, 2, points), (number, points, points), (states, number))
+    return number > 0 and all(arrays[part].shape == shape for part, shape in zip(PARTS, shapes))
+
+
 def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
     """images (K, C, H, W) and, by sampler (map, langevin), the arrays PARTS; None where there are none."""
     path = run.path / "trajectories.npz"
@@ -100,11 +107,14 @@ def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
     images = read_arrays(path, ("images",), warnings)
     if images is None:
         return None
+    if images["images"].ndim != 4 or images["images"].shape[1] not in (1, 3):
+        return None  # observations that are no images, sequences for example, have no picture
     samplers = {}
     for sampler in ("map", "langevin"):
         arrays = read_arrays(path, [f"{sampler}_{part}" for part in PARTS], [])
-        if arrays is not None:
-            samplers[sampler] = {part: arrays[f"{sampler}_{part}"] for part in PARTS}
+        arrays = arrays and {part: arrays[f"{sampler}_{part}"] for part in PARTS}
+        if arrays and _fit(arrays, len(images["images"])):
+            samplers[sampler] = arrays
     if not samplers:
         warnings.append(f"{run.name}/trajectories.npz is damaged: left out")
         return None
