@@ -387,3 +387,12 @@ def test_a_difference_carries_its_standard_error_with_two_seeds_on_both_sides():
     assert comparison("a", [1.0], "b", [2.0]).endswith("difference -1.00")
     assert "may be chance" in comparison("a", [1.0, 3.0], "b", [2.0, 6.0])
     assert "may be chance" not in comparison("a", [1.0, 1.1], "b", [2.0, 2.1])
+
+
+def test_a_study_of_sequences_has_its_numbers_and_no_claims_about_images(disk):
+    disk.run("a", CHAIN, dataset="lorenz", metrics={"co_bps": 0.25, "rate_r2": 0.8}, shape=(50, 29))
+    study = read_study(disk.study)
+    assert study_answers(study) == []
+    rows, _ = table(disk, "likelihood")
+    assert (rows["LPC jeffreys"]["co_bps"], rows["LPC jeffreys"]["rate_r2"]) == ("0.250 ± –", "0.800 ± –")
+    assert not [found for found in study_tables(study) if "claims" in found.title]

@@ -250,7 +250,9 @@ def test_trajectories_whose_shapes_do_not_fit_are_damaged(disk):
     arrays = trajectories(folder)
     arrays["langevin_potential"] = arrays["langevin_potential"][:, :-1]
     np.savez(folder / "trajectories.npz", **arrays)
-    found = pictures(disk)
+    warnings = []
+    found = pictures(disk, warnings)
+    assert warnings == ["a/trajectories.npz is damaged: left out"]
     assert "digits-trajectories-map.png" in found and "digits-trajectories-langevin.png" not in found
 
 
@@ -359,3 +361,12 @@ def test_the_page_has_every_table_cell_for_cell(disk):
     words = [word for word in page.words if word.strip()]
     assert not [cell for cell in cells if cell not in words]
     assert page.tags.count("td") == sum(len(row) for table in tables for row in table.rows)
+
+
+def test_trajectories_of_what_is_no_image_have_no_picture_and_are_not_damaged(disk):
+    folder = disk.run("a", LPC, dataset="lorenz", metrics={"co_bps": 0.25}, shape=(50, 29))
+    arrays = trajectories(folder)
+    arrays["images"] = np.zeros((5, 50, 29))
+    np.savez(folder / "trajectories.npz", **arrays)
+    warnings = []
+    assert pictures(disk, warnings) == {} and warnings == []
