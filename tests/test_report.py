@@ -6,71 +6,23 @@ import csv
 import io
 import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from studies import LPC, PAPER_LPC, VAE, Builder, measured
 
 from lpc_runner.errors import UserError
 from lpc_runner.report import paper
 from lpc_runner.report.__main__ import main, study_tables
 from lpc_runner.report.budgets import BUDGETS, budget_table, curve_settings, mean_curve
-from lpc_runner.report.figures import MAX_LINES, sample_figure, study_figures
+from lpc_runner.report.figures import study_pictures
+from lpc_runner.report.grid_figures import grid_pictures
 from lpc_runner.report.grouping import method_of
 from lpc_runner.report.study import read_study
+from lpc_runner.report.style import MAX_LINES
 from lpc_runner.report.tables import show, spread
-
-FACTS = {"num_samples": 500, "num_references": 400, "k": 5, "reference": "train", "extractor_hash": "abc"}
-VAE = {"sampler": "none", "objective": "reverse", "preconditioning": "none"}
-LPC = {
-    "sampler": "langevin",
-    "objective": "jeffreys",
-    "preconditioning": "adam",
-    "step_size": 0.1,
-    "beta": 0.25,
-}
-PAPER_LPC = LPC | {"num_steps": 300, "num_epochs": 15, "learning_rate": 0.001, "batch_size": 64}
-
-
-class Builder:
-    """Runs on disk as the runner leaves them."""
-
-    def __init__(self, outputs: Path) -> None:
-        self.outputs, self.study = outputs, outputs / "study"
-        self.study.mkdir(parents=True)
-
-    def run(self, name, settings, seed=0, *, dataset="digits", rows=(), config="", samples=None, **result):
-        """`settings` are keys; metrics=None leaves the run unfinished; rows are those of metrics.jsonl."""
-        folder = self.outputs / "runs" / name
-        (folder / "samples").mkdir(parents=True)
-        keys = {"dataset": dataset, "model": "conv", "seed": seed, "num_epochs": 15} | settings
-        groups = ("dataset", "model", "sampler", "objective", "preconditioning")
-        choices = {key: keys[key] for key in groups} | {"step_size": "constant", "experiment": name}
-        described = {"name": name, "hash": name, "choices": choices, "keys": keys, "studies": ["study"]}
-        (folder / "run.json").write_text(json.dumps(described))
-        (folder / "config.yaml").write_text(config)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if result.get("metrics") is not None:
-            extractor = result.pop("extractor", "random_conv")
-            facts = FACTS | {"extractor": extractor} | result.pop("measurement", {})
-            full = {"status": "finished", "measurement": facts, "num_updates": 100, "num_epochs": 15.0}
-            full |= {"train_seconds": 10.0, "gradient_evaluations": 6400, "diverged_at": None, "error": None}
-            (folder / "result.json").write_text(json.dumps(full | result))
-        if samples is not None:
-            import matplotlib.image
-
-            matplotlib.image.imsave(folder / "samples" / "final.png", samples)
-        (self.study / name).symlink_to(os.path.relpath(folder, self.study))
-        return folder
-
-
-def measured(update, seconds, fd, samples=500, evaluations=0):
-    """A row of metrics.jsonl written after a measurement."""
-    spent = {"time/train_seconds": seconds, "train/gradient_evaluations": evaluations}
-    return {"update": update, "epoch": 1, "eval/fd_random_conv": fd, "eval/num_samples": samples} | spent
 
 
 @pytest.fixture
@@ -82,6 +34,10 @@ def table(study, title):
     """A table as one dict per row, by the label of the row."""
     found = next(table for table in study_tables(study) if title in table.title)
     return {row[0]: dict(zip(found.columns, row)) for row in found.rows}, "\n".join(found.notes)
+
+
+def figures_of(study):
+    return {name: figure for name, _, figure in study_pictures(study, [])}
 
 
 def labels(study):
@@ -457,18 +413,18 @@ def test_starting_needs_neither_torch_nor_matplotlib():
 
 def test_curves_have_a_line_a_group_a_band_over_seeds_and_units(disk):
     curves(disk)
-    figures = dict(study_figures(read_study(disk.study), []))
+    figures = figures_of(read_study(disk.study))
     figure = figures["digits-fd_random_conv.png"]
-    updates, seconds = figure.axes
-    assert len(updates.lines) == len(seconds.lines) == 2 and len(updates.collections) == 2
-    assert len({line.get_marker() for line in updates.lines} | {line.get_color() for line in updates.lines}) == 4
-    vae = updates.lines[0]
-    assert list(vae.get_xdata()) == [20, 40, 60, 100]
+    epochs, seconds = figure.axes
+    assert len(epochs.lines) == len(seconds.lines) == 2 and len(epochs.collections) == 2
+    assert len({line.get_marker() for line in epochs.lines} | {line.get_color() for line in epochs.lines}) == 4
+    vae = epochs.lines[0]
+    assert list(vae.get_xdata()) == [2, 4, 6, 15]
     assert list(vae.get_ydata()) == [38.5, 36.5, 34.5, 25.5]  # means of seeds 0 and 1, the final one included
     assert list(seconds.lines[0].get_xdata()) == pytest.approx([0.2, 0.4, 0.6, 1.0])
-    assert updates.get_xlabel() == "updates" and seconds.get_xlabel().startswith("training time (s")
-    assert updates.get_ylim() == seconds.get_ylim()
-    assert "random_conv" in updates.get_ylabel() and seconds.get_xscale() == "log"  # 0.2 s to 40 s
+    assert epochs.get_xlabel() == "epochs of training" and seconds.get_xlabel().startswith("training time (s")
+    assert epochs.get_ylim() == seconds.get_ylim()
+    assert "random_conv" in epochs.get_ylabel() and seconds.get_xscale() == "log"  # 0.2 s to 40 s
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "VAE (2 seeds)",
         "LPC jeffreys (2 seeds)",
@@ -484,14 +440,14 @@ def test_a_mean_ends_where_its_first_seed_ends(disk):
     (setting,) = curve_settings(read_study(disk.study).groups)
     (group,) = read_study(disk.study).groups
     curve = mean_curve([run.curve(setting) for run in group.runs], "fd_random_conv")
-    assert (curve.updates, curve.mean, curve.seconds) == ([20, 40], [21.0, 41.0], [2.5, 4.5])
+    assert (curve.updates, curve.mean, curve.spent["seconds"]) == ([20, 40], [21.0, 41.0], [2.5, 4.5])
     assert curve.std == pytest.approx([math.sqrt(2)] * 2)
 
 
 def test_seconds_are_linear_within_a_decade(disk):
     rows = [measured(u, u / 10, 5.0 + u) for u in (20, 40)]
     disk.run("a", VAE, rows=rows, metrics={"fd_random_conv": 2.0})
-    figure = dict(study_figures(read_study(disk.study), []))["digits-fd_random_conv.png"]
+    figure = figures_of(read_study(disk.study))["digits-fd_random_conv.png"]
     assert figure.axes[1].get_xscale() == "linear" and not figure.axes[0].collections  # one seed: no band
 
 
@@ -499,7 +455,7 @@ def test_more_lines_than_can_be_told_apart_are_spread_over_pictures(disk):
     for number in range(MAX_LINES + 2):
         rows = [measured(u, u / 10, 5.0 + u + number) for u in (20, 40)]
         disk.run(f"r{number}", LPC | {"step_size": 0.1 * (number + 1)}, rows=rows)
-    figures = dict(study_figures(read_study(disk.study), []))
+    figures = figures_of(read_study(disk.study))
     pages = [figures[f"digits-fd_random_conv-{page}.png"] for page in (1, 2)]
     assert [len(page.axes[0].lines) for page in pages] == [5, 5]
     assert pages[0].axes[0].get_ylim() == pages[1].axes[0].get_ylim()
@@ -510,8 +466,8 @@ def test_sample_grids_stand_side_by_side_and_damaged_ones_are_named(disk):
     curves(disk)
     (disk.study / "lpc0" / "samples" / "final.png").write_bytes(b"no picture")
     study, warnings = read_study(disk.study), []
-    figure = sample_figure("digits", study.groups, warnings)
+    ((_, _, figure),) = grid_pictures("digits", study.groups, warnings)
     shown = [axis for axis in figure.axes if axis.images]
-    assert [axis.get_title() for axis in shown] == ["VAE\nseed 0"]
+    assert [axis.get_title() for axis in shown] == ["VAE, 15 epochs\nseed 0"]
     assert np.ptp(shown[0].images[0].get_array()[:, :, 0]) > 0.7
     assert warnings == ["lpc0/samples/final.png is damaged (no picture)"]

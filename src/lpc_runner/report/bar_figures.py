@@ -39,7 +39,7 @@ def objective_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Pictur
     chains = [group for group in chains if group.properties.get("objective") in OBJECTIVES]
     chains.sort(key=lambda group: list(OBJECTIVES).index(group.properties["objective"]))
     for number, setting in enumerate(settings_of(chains)):
-        shown = [group for group in chains if any(run.measured(setting) for run in group.counted)]
+        shown = [group for group in chains if _names([group], setting)]
         if len({group.properties["objective"] for group in shown}) < 2:
             continue
         again = f"-{number + 1}" if setting.extractor in [s.extractor for s in settings_of(chains)[:number]] else ""
@@ -58,8 +58,7 @@ def objective_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Pictur
 def objective_figure(dataset: str, groups: Sequence[Group], setting: Setting) -> Figure:
     """One horizontal bar per group and panel: mean, std over seeds, each seed; hatched: last finite states."""
     found = [[run.measured(setting) for run in group.counted] for group in groups]
-    names = {name for runs in found for measured in runs if measured for name in measured.values}
-    names = sorted((name for name in names if base_name(name) in SHOWN), key=metric_order)
+    names = _names(groups, setting)
     figure = new_figure(3.0 + 4.2 * len(names), 2.1 + 0.75 * len(groups))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names):
@@ -76,10 +75,20 @@ def objective_figure(dataset: str, groups: Sequence[Group], setting: Setting) ->
     return figure
 
 
+def _names(groups: Sequence[Group], setting: Setting) -> list[str]:
+    """The metrics that have a panel, the Fréchet distance first."""
+    found = {name for g in groups for run in g.counted if (m := run.measured(setting)) for name in m.values}
+    return sorted((name for name in found if base_name(name) in SHOWN), key=metric_order)
+
+
 def _draw_bars(panel: Any, groups: Sequence[Group], values: Sequence[Sequence[float]], logarithmic: bool) -> None:
     means = [statistics.fmean(own) if own else None for own in values]
     positive = [value for own in values for value in own if value > 0]
-    wide = logarithmic and len(positive) == sum(map(len, values)) and max(positive, default=1) > WIDE * min(positive)
+    wide = (
+        logarithmic
+        and len(positive) == sum(map(len, values))
+        and max(positive, default=0) > WIDE * min(positive, default=0)
+    )
     start = min(positive) / 2 if wide else 0.0
     for place, (group, mean, own) in enumerate(zip(groups, means, values)):
         if mean is None:

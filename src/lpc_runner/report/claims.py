@@ -28,15 +28,22 @@ class Answer:
 
 
 def study_answers(study: Study) -> list[Answer]:
-    """Every claim for every dataset, and for every extractor where one enters."""
+    """Every claim for every dataset of images, and for every extractor where one enters."""
     answers = []
     for dataset in study.datasets:
         groups = study.of(dataset)
+        if not of_images(groups):
+            continue
         for claim in paper.CLAIMS:
             check, featured = CHECKS[claim.id]
             for setting in main_settings(groups) or [None] if featured else [None]:
                 answers.append(_answer(claim, check, Evidence(dataset, groups, setting, [])))
     return answers
+
+
+def of_images(groups: Sequence[Group]) -> bool:
+    """Whether these runs drew images, of which alone the paper speaks; a shape that nobody recorded may be one."""
+    return any(len(run.shape) in (0, 3) for group in groups for run in group.runs)
 
 
 def _answer(claim: paper.Claim, check: Check, evidence: Evidence) -> Answer:
@@ -60,9 +67,11 @@ def main_settings(groups: Sequence[Group]) -> list[Setting]:
     return [best[name] for name in sorted(best, key=lambda name: (name != paper.EXTRACTOR, name))]
 
 
-def claims_table(dataset: str, answers: Sequence[Answer]) -> Table:
-    """One row per claim and extractor, what was measured first."""
+def claims_table(dataset: str, answers: Sequence[Answer]) -> Table | None:
+    """One row per claim and extractor, what was measured first; None without an answer."""
     own = [answer for answer in answers if answer.dataset == dataset]
+    if not own:
+        return None
     own.sort(key=lambda answer: answer.verdict == UNMEASURED)
     rows = [[a.claim.text, a.claim.source, a.extractor or DASH, a.verdict, a.numbers] for a in own]
     counts = Counter(answer.verdict for answer in own)

@@ -84,7 +84,7 @@ def time_table(dataset: str, groups: Sequence[Group]) -> Table | None:
         )
     devices = sorted({device for group in shown for device in devices_of(group)})
     notes = [
-        f"Ratios to {reference.label} ({show(epochs_of(reference), 0)} epochs); training time without measuring.",
+        f"Ratios to {reference.label}, the VAE that trained longest; training time without measuring.",
         f"Ours on {', '.join(devices)}; the paper's: T = 300, 15 epochs against the VAE's 50, "
         f"on {paper.TABLE_4_HARDWARE}.",
     ]

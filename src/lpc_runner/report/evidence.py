@@ -48,7 +48,8 @@ class Evidence:
         if measured:
             candidates = [group for group in candidates if self.values(group, *FRECHET)]
         if not candidates:
-            features = f" measured with {self.setting.extractor} features" if measured and self.setting else ""
+            features = f" measured with {self.setting.extractor} features" if self.setting else " with sample quality"
+            features = features if measured else ""
             self.missing.append(f"a finished {method}{what}{features}")
             return None
         return max(candidates, key=lambda group: self._fit(group, like))

@@ -37,7 +37,7 @@ class Table:
 
     @property
     def prose(self) -> set[int]:
-        """The columns that are read as text, aligned left: the first, and those with cells of more than LONG letters."""
+        """The columns of text, aligned left: the first, and those with a cell of more than LONG letters."""
         return {0} | {i for i in range(len(self.columns)) if any(len(row[i]) > LONG for row in self.rows)}
 
     def markdown(self) -> str:

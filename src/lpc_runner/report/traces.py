@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from lpc_runner.report.study import Run
 
 LOG_JOINT, DRIFT_NORM = "log_joint", "drift_norm"
 FILE = re.compile(r"update-(\d+)\.npz")
+SAMPLERS = ("map", "langevin")
 PARTS = ("coordinates", "explained", "grid", "potential", "log_joint")
 
 
@@ -29,17 +29,21 @@ class Curve(NamedTuple):
     num_runs: int
 
 
-def read_arrays(path: Path, names: Sequence[str], warnings: list[str]) -> dict[str, np.ndarray] | None:
-    """These arrays of an npz file in float64, None where it is missing; damaged: None and one warning."""
+def read_arrays(path: Path, warnings: list[str]) -> dict[str, np.ndarray] | None:
+    """Every array of an npz file in float64, None where it is missing; damaged: None and one warning."""
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as content:
-            arrays = {name: np.asarray(content[name]) for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        warnings.append(f"{path.relative_to(path.parents[1 + (path.parent.name == 'traces')])} is damaged: left out")
+            return {name: content[name].astype(np.float64) for name in content.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError):
+        _say_damaged(path, warnings)
         return None
-    return {name: value.astype(np.float64) for name, value in arrays.items()}
+
+
+def _say_damaged(path: Path, warnings: list[str]) -> None:
+    depth = 1 + (path.parent.name == "traces")  # folders up to the study's
+    warnings.append(f"{path.relative_to(path.parents[depth])} is damaged: left out")
 
 
 def traced_updates(run: Run) -> list[int]:
@@ -51,9 +55,12 @@ def traced_updates(run: Run) -> list[int]:
 def read_trace(run: Run, update: int, warnings: list[str]) -> dict[str, np.ndarray] | None:
     """log_joint and drift_norm (T, B) of one training batch: at z(t-1), t = 1..T."""
     path = run.path / "traces" / f"update-{update:09d}.npz"
-    arrays = read_arrays(path, (LOG_JOINT, DRIFT_NORM), warnings)
-    if arrays is not None and any(value.ndim != 2 or value.shape[0] < 1 for value in arrays.values()):
-        warnings.append(f"{run.name}/traces/{path.name} is damaged: left out")
+    arrays = read_arrays(path, warnings)
+    if arrays is None:
+        return None
+    found = [arrays.get(name) for name in (LOG_JOINT, DRIFT_NORM)]
+    if any(values is None or values.ndim != 2 or not values.size for values in found):
+        _say_damaged(path, warnings)
         return None
     return arrays
 
@@ -92,20 +99,30 @@ def traced_runs(group: Group) -> list[Run]:
     return group.counted or group.runs
 
 
+def _fit(arrays: dict[str, np.ndarray], number: int) -> bool:
+    """Whether one sampler's arrays are there and belong to `number` chains of equal length."""
+    if set(arrays) != set(PARTS) or not number:
+        return False
+    states, points = len(arrays["coordinates"]), arrays["grid"].shape[-1]
+    shapes = ((states, number, 2), (number, 2), (number, 2, points), (number, points, points), (states, number))
+    return all(arrays[part].shape == shape for part, shape in zip(PARTS, shapes))
+
+
 def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
-    """images (K, C, H, W) and, by sampler (map, langevin), the arrays PARTS; None where there are none."""
+    """images (K, C, H, W) and, by sampler (map, langevin), the arrays PARTS.
+
+    None where there are none, or where the observations are no images and have no picture; damaged: one warning.
+    """
     path = run.path / "trajectories.npz"
-    if not path.exists():
+    arrays = read_arrays(path, warnings)
+    images = None if arrays is None else arrays.get("images")
+    if images is None or images.ndim != 4 or images.shape[1] not in (1, 3):
         return None
-    images = read_arrays(path, ("images",), warnings)
-    if images is None:
-        return None
-    samplers = {}
-    for sampler in ("map", "langevin"):
-        arrays = read_arrays(path, [f"{sampler}_{part}" for part in PARTS], [])
-        if arrays is not None:
-            samplers[sampler] = {part: arrays[f"{sampler}_{part}"] for part in PARTS}
-    if not samplers:
-        warnings.append(f"{run.name}/trajectories.npz is damaged: left out")
-        return None
-    return images | samplers
+    found: dict[str, Any] = {"images": images}
+    for sampler in SAMPLERS:
+        own = {name.removeprefix(f"{sampler}_"): a for name, a in arrays.items() if name.startswith(f"{sampler}_")}
+        if _fit(own, len(images)):
+            found[sampler] = own
+        elif own:
+            _say_damaged(path, warnings)
+    return found if len(found) > 1 else None
