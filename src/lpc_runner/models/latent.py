@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,7 @@ class LatentVariableModel(nn.Module, ABC):
     """
 
     data_kinds: ClassVar[tuple[str, ...]] = ("images",)
+    blocks: Mapping[str, slice] = {}  # named parts of z, where a model has any: each one's coordinates
 
     def __init__(self, latent_dim: int, prior_scale: float, likelihood: nn.Module) -> None:
         super().__init__()
@@ -47,7 +48,11 @@ class LatentVariableModel(nn.Module, ABC):
         average: the mean over the processes that share the batch.
         """
         if self.likelihood.scale == "optimal":
-            self.likelihood.observe(x, self.decode(z), average)
+            self.likelihood.observe(*self.compared(x, z), average)
+
+    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the likelihood explains of x, and its mean."""
+        return x, self.decode(z)
 
 
 class Encoder(nn.Module):

@@ -107,7 +107,9 @@ class Ranks:
         rows = torch.zeros(self.size, len(maxima), device=like.device, dtype=like.dtype)
         for column, value in enumerate(maxima.values()):
             rows[self.rank, column] = value
-        scalars = torch.stack([value.to(like.dtype) for value in means.values()])
+        scalars = torch.tensor([], device=like.device, dtype=like.dtype)
+        if means:
+            scalars = torch.stack([value.to(like.dtype) for value in means.values()])
         parts = [*(gradient.flatten() for gradient in gradients), scalars, rows.flatten(), flag.view(1)]
         flat = torch.cat(parts)
         dist.all_reduce(flat)

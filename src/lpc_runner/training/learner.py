@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,17 @@ from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.objectives import Objective
 from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.models.sequence_encoders import FreeTable
+from lpc_runner.randomness import generator
 from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.optimizers import Adam
-from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients, compute_importance_gradients
+from lpc_runner.training.update import (
+    Gradients,
+    UpdateNoise,
+    compute_gradients,
+    compute_importance_gradients,
+    encoder_gradients,
+)
 
 
 class Learner:
@@ -40,14 +49,27 @@ class Learner:
         self.ranks = ranks
         self._training_sampler = _averaging_over(ranks, sampler) if ranks.size > 1 else sampler
         self.theta_optimizer = optimizer.build(model.parameters())
-        self.phi_optimizer = optimizer.build(encoder.parameters()) if encoder is not None else None
+        self.phi_optimizer = None
+        if isinstance(encoder, FreeTable):
+            self.phi_optimizer = optimizer.build_by_row(encoder.parameters(), encoder.learning_rate)
+        elif encoder is not None:
+            self.phi_optimizer = optimizer.build(encoder.parameters())
 
     def gradients(
-        self, batch: Batch, seed: int, update: int, start_from_prior: bool, observe=None, stop: bool = False
+        self,
+        batch: Batch,
+        seed: int,
+        update: int,
+        start_from_prior: bool,
+        observe=None,
+        judge: bool = False,
+        stop: bool = False,
     ) -> Gradients:
         """Algorithm 1 for one batch; the random numbers are those of (seed, update).
 
-        batch: this rank's rows; the gradients are those of all ranks' rows. stop: whether this rank was signalled.
+        The E-steps that variational EM makes on φ alone come first, as long as they are finite. batch: this rank's
+        rows; the gradients are those of all ranks' rows. observe, judge: see compute_gradients. stop: whether this rank
+        was signalled.
         """
         like, ranks = next(self.model.parameters()), self.ranks
         num_rows = len(batch.x) * ranks.size
@@ -56,7 +78,17 @@ class Learner:
         combine = partial(ranks.combine, stop=stop)
         if isinstance(self.objective, ImportanceWeighted):
             return compute_importance_gradients(self.model, self.encoder, self.objective, batch, noise, combine)
-        return compute_gradients(
+        num_evaluations, finite = 0, True
+        for step in range(self.objective.num_encoder_steps):
+            own = replace(noise, seed=generator(seed, "encoder_steps", step).initial_seed())
+            num_samples = self.objective.num_samples
+            step_finite, spent = encoder_gradients(self.model, self.encoder, batch, own, num_samples, combine)
+            num_evaluations += spent
+            finite = bool(step_finite)
+            if not finite:
+                break
+            self.phi_optimizer.step()
+        gradients = compute_gradients(
             self.model,
             self.encoder,
             self._training_sampler,
@@ -65,7 +97,11 @@ class Learner:
             noise,
             start_from_prior,
             observe,
+            judge,
             combine,
+        )
+        return replace(
+            gradients, finite=gradients.finite & finite, num_evaluations=gradients.num_evaluations + num_evaluations
         )
 
     def apply(self, batch: Batch, gradients: Gradients) -> None:

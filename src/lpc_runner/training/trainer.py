@@ -105,9 +105,13 @@ class Trainer:
                 epoch, position = divmod(counters.update, batches.num_batches)
                 batch = batches.batch(epoch, position)
                 from_prior = counters.update < self.num_prior_batches
-                trace = traces.watch(counters.update + 1) if ranks.is_main else None
+                number = counters.update + 1
+                logged = number in (1, total) or number % self.log_every == 0
+                trace = traces.watch(number) if ranks.is_main else None
                 signalled = interrupts.received is not None
-                gradients = learner.gradients(batch, seed, counters.update, from_prior, trace, stop=signalled)
+                gradients = learner.gradients(
+                    batch, seed, counters.update, from_prior, trace, judge=logged, stop=signalled
+                )
                 if not bool(gradients.finite):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
                     self._save(learner, checkpoints, counters, tracker.metrics)
@@ -121,7 +125,7 @@ class Trainer:
                 done, rest = divmod(counters.update, batches.num_batches)
                 values = {"epoch": counters.update / batches.num_batches}
                 last = counters.update == total
-                if last or counters.update == 1 or counters.update % self.log_every == 0:
+                if logged:
                     row = _read(gradients.scalars) | _times(counters)
                     tracker.log(counters.update, values["epoch"], row)
                     values |= row

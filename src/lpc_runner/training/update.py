@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.inference.acceptance import ShadowMetropolis
 from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential, run_chain
 from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
@@ -74,12 +75,14 @@ def compute_gradients(
     noise: UpdateNoise,
     start_from_prior: bool,
     observe=None,
+    judge: bool = False,
     combine: Combine = ALONE,
 ) -> Gradients:
     """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
     start_from_prior: z(0) ~ p(z) instead of q; the encoder still learns, from its own z ~ q (no effect without a
-    chain). observe: see run_chain. combine: see Ranks.combine.
+    chain). observe: see run_chain. judge: log the acceptance that MALA would have had, chain/mala_acceptance.
+    combine: see Ranks.combine.
     """
     log_joint = partial(model.log_joint, batch.x)
     theta = list(model.parameters())
@@ -90,9 +93,15 @@ def compute_gradients(
     else:
         start = warm  # z(0) ~ q
     centre = q.mean if q is not None else None
-    chain = run_chain(log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe)
+    shadow = ShadowMetropolis(start.detach()) if judge and sampler.noisy and sampler.num_steps > 1 else None
+    observers = [watch for watch in (observe, shadow) if watch is not None]
+    chain = run_chain(
+        log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, q=q, observe=_all_of(observers)
+    )
     gradients = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
     scalars, num_evaluations = _describe(chain), chain.num_evaluations
+    if shadow is not None:
+        scalars["chain/mala_acceptance"] = shadow.mean()
     if q is not None:
         at_warm = chain.first
         if start is not warm:
@@ -151,7 +160,7 @@ def _finish(
 ) -> Gradients:
     """Gradients of θ, then of φ, made those of the global batch and set on the parameters."""
     scalars = {name: value.detach() for name, value in scalars.items()}
-    scalars["train/sigma"] = model.likelihood.log_scale.detach().exp()
+    scalars |= {f"train/{name}": value.detach() for name, value in model.likelihood.scalars().items()}
     maxima = {name: scalars.pop(name) for name in MAXIMA if name in scalars}
     gradients, scalars, stop = combine(gradients, {**scalars, "z": z.sum()}, maxima)
     theta = list(model.parameters())
@@ -170,12 +179,47 @@ def _finish(
 
 
 def _describe_encoder(model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, Tensor]:
+    """KL(q ‖ p) in nats per example, in all and per named block of z, and q's mean standard deviation."""
     q = q.detach()
-    return {"train/kl": q.kl(model.prior).mean(), "train/encoder_scale": q.variance.sqrt().mean()}
+    kl = q.kl_per_dimension(model.prior)
+    blocks = {f"train/kl_{name}": kl[:, block].sum(1).mean() for name, block in model.blocks.items()}
+    return {"train/kl": kl.sum(1).mean(), **blocks, "train/encoder_scale": q.variance.sqrt().mean()}
+
+
+def encoder_gradients(
+    model: LatentVariableModel,
+    encoder: nn.Module,
+    batch: Batch,
+    noise: UpdateNoise,
+    num_samples: int,
+    combine: Combine = ALONE,
+) -> tuple[Tensor, int]:
+    """An E-step's gradient: that of -ELBO, the mean over num_samples draws z ~ q, on φ's .grad; θ has no part.
+
+    Returns whether all of it is finite, 0-d bool, and the evaluations that it took on all ranks.
+    """
+    q, potential = encoder(batch), FusedPotential(partial(model.log_joint, batch.x), ())
+    loss = 0.0
+    for sample in range(num_samples):
+        z = q.rsample(noise.normal(f"encoder_step/{sample}"))
+        loss = loss + reverse_kl(q, model.prior, z, *potential(z, False)).mean() / num_samples
+    phi = list(encoder.parameters())
+    gradients, _, _ = combine(torch.autograd.grad(loss, phi), {}, {})
+    for parameter, gradient in zip(phi, gradients):
+        parameter.grad = gradient
+    return torch.isfinite(_norm(gradients)), potential.num_evaluations * noise.shape[0]
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def _all_of(observers: list[Callable]) -> Callable | None:
+    def observe(state, info) -> None:
+        for observer in observers:
+            observer(state, info)
+
+    return observe if observers else None
 
 
 def _describe(chain: Chain) -> dict[str, Tensor]:
