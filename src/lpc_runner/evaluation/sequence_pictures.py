@@ -1,0 +1,232 @@
+"""Pictures of sequences: single trials beside spikes and truth, factors, inferred inputs, the gap decomposition."""
+
+from __future__ import annotations
+
+import io
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from lpc_runner.data.dataset import Split
+from lpc_runner.data.sequences import COUNTS, SequenceDataset
+from lpc_runner.evaluation.posterior import Means
+from lpc_runner.evaluation.spikes import linear_readout
+from lpc_runner.files import write_atomically
+
+if TYPE_CHECKING:
+    pass
+
+# Okabe and Ito's colours, told apart by colour-blind eyes and in grey.
+BLUE, ORANGE, GREEN, PINK, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+TRUTH, DATA = "#000000", "#8c8c8c"
+DPI = 130
+STYLE = {
+    "font.size": 14,
+    "axes.labelsize": 14,
+    "axes.titlesize": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+}
+NUM_TRIALS, NUM_NEURONS, NUM_PATHS = 3, 4, 6
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Some trials and what was inferred of them: x (n, T, N) as the model sees it, extras of the same trials."""
+
+    means: Means
+    x: Tensor
+    extras: dict[str, Tensor]
+    bin_seconds: float
+    are_counts: bool
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """The middle of every bin."""
+        return self.bin_seconds * (np.arange(self.x.shape[1]) + 0.5)
+
+    def chosen(self, count: int) -> list[int]:
+        """Positions of that many trials, evenly spaced."""
+        return sorted({round(float(i)) for i in np.linspace(0, len(self.x) - 1, count)})
+
+
+def data_picture(split: Split, dataset: SequenceDataset, path: Path) -> None:
+    """Training trials as they are: neurons by time."""
+    chosen = [round(float(i)) for i in np.linspace(0, len(split) - 1, NUM_TRIALS)]
+    values = [dataset.to_model(split.values[i : i + 1])[0].T.numpy() for i in chosen]
+    are_counts = dataset.kind == COUNTS
+    with _figure(path, (13, 4.6)) as figure:
+        axes = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
+        low, high = (0, max(v.max() for v in values)) if are_counts else (-1, 1)
+        if not are_counts:
+            high = max(abs(v).max() for v in values)
+            low = -high
+        extent = (0, dataset.bin_seconds * dataset.shape[0], -0.5, dataset.shape[1] - 0.5)
+        for axis, trial, number in zip(axes, values, chosen):
+            image = axis.imshow(
+                trial, aspect="auto", origin="lower", extent=extent, vmin=low, vmax=high,
+                cmap="Greys" if are_counts else "PuOr", interpolation="nearest",
+            )  # fmt: skip
+            axis.set(title=f"training trial {number}", xlabel="time (s)")
+        axes[0].set_ylabel("neuron" if are_counts else "dimension")
+        figure.colorbar(image, ax=axes, label="spikes per bin" if are_counts else "value")
+
+
+def rates_picture(trials: Trials, path: Path) -> None:
+    """Inferred rates of single trials over what was observed, and the truth where it is known; in Hz for spikes."""
+    chosen = trials.chosen(NUM_TRIALS)
+    scale = 1 / trials.bin_seconds if trials.are_counts else 1.0
+    rates = scale * _array(trials.means.rates)
+    truth = scale * _array(trials.extras["rates"]) if "rates" in trials.extras else None
+    shown = rates if truth is None else truth
+    neurons = np.sort(np.argsort(-shown[chosen].var((0, 1)), kind="stable")[:NUM_NEURONS])  # those with most to follow
+    x = _array(trials.x)
+    with _figure(path, (13, 2.3 * len(neurons) + 1)) as figure:
+        axes = figure.subplots(len(neurons), len(chosen), sharex=True, sharey="row", squeeze=False)
+        for row, neuron in zip(axes, neurons):
+            highest = max(rates[chosen, :, neuron].max(), 0 if truth is None else truth[chosen, :, neuron].max())
+            for axis, trial in zip(row, chosen):
+                _observed(axis, trials, x[trial, :, neuron], highest)
+                if truth is not None:
+                    axis.plot(trials.seconds, truth[trial, :, neuron], color=TRUTH, label="truth", linewidth=1.6)
+                axis.plot(trials.seconds, rates[trial, :, neuron], color=BLUE, label="inferred")
+            row[0].set_ylabel(f"neuron {neuron}\n(Hz)" if trials.are_counts else f"dimension {neuron}")
+        for axis, trial in zip(axes[0], chosen):
+            axis.set_title(f"trial {trial}")
+        for axis in axes[-1]:
+            axis.set_xlabel("time (s)")
+        _legend(figure, axes[0, 0])
+
+
+def _observed(axis: Any, trials: Trials, values: np.ndarray, highest: float) -> None:
+    """Spikes as marks below the axis, longer for more of them in a bin; real values as points."""
+    if not trials.are_counts:
+        axis.plot(trials.seconds, values, ".", color=DATA, markersize=4, label="observed")
+        return
+    filled = values > 0
+    unit = 0.07 * highest
+    floor = -0.04 * highest
+    lengths = unit * np.minimum(values[filled], 4)
+    axis.vlines(trials.seconds[filled], floor - lengths, floor, color=DATA, linewidth=2, label="spikes (longer: more)")
+
+
+def factors_picture(trials: Trials, path: Path) -> None:
+    """Factors along their first principal components, and a linear readout of the true latents where they are known."""
+    factors = _array(trials.means.factors).astype(np.float64)
+    centred = factors - factors.mean((0, 1))
+    axes3 = np.linalg.svd(centred.reshape(-1, centred.shape[2]), full_matrices=False)[2][:2]
+    paths = centred @ axes3.T
+    latents = trials.extras.get("latents")
+    colours = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER)
+    with _figure(path, (13, 5.4)) as figure:
+        left, right = figure.subplots(1, 2)
+        for colour, trial in zip(colours, trials.chosen(NUM_PATHS)):
+            x, y = paths[trial, :, 0], paths[trial, :, 1] if paths.shape[2] > 1 else trials.seconds
+            left.plot(x, y, color=colour, linewidth=1.8, label=f"trial {trial}")
+            left.plot(x[0], y[0], "o", color=colour, markersize=8)
+        left.set(
+            xlabel="factors, principal component 1", ylabel="principal component 2", title="trials from their dots"
+        )
+        left.legend(ncols=2, fontsize=11)
+        trial = trials.chosen(3)[1 if len(trials.x) > 2 else 0]
+        if latents is None:
+            for colour, component in zip(colours, range(paths.shape[2])):
+                right.plot(trials.seconds, paths[trial, :, component], color=colour, label=f"component {component + 1}")
+            right.set(title=f"factors of trial {trial}", ylabel="principal components of factors")
+        else:
+            predicted = linear_readout(trials.means.factors, latents)(trials.means.factors[trial : trial + 1])
+            for dimension, colour in zip(range(min(3, latents.shape[2])), (BLUE, ORANGE, GREEN)):
+                right.plot(trials.seconds, _array(latents)[trial, :, dimension], color=TRUTH, linewidth=1.6)
+                right.plot(
+                    trials.seconds, predicted[0, :, dimension].cpu(), color=colour, label=f"latent {dimension + 1}"
+                )
+            right.set(title=f"trial {trial}: true latents black, read from factors coloured", ylabel="latents")
+        right.set_xlabel("time (s)")
+        right.legend(fontsize=11, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def inputs_picture(trials: Trials, path: Path) -> None:
+    """Inferred inputs of single trials and, averaged over trials around the pulse, their norm; the pulse is marked."""
+    chosen = trials.chosen(NUM_TRIALS)
+    inputs = _array(trials.means.inputs)
+    pulse = trials.extras.get("pulse_bin")
+    colours = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER)
+    with _figure(path, (13, 4.4 if pulse is None else 7.6)) as figure:
+        panels = figure.subfigures(1 if pulse is None else 2, 1, squeeze=False)[:, 0]
+        axes = panels[0].subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+        for axis, trial in zip(axes, chosen):
+            for dimension, colour in zip(range(inputs.shape[2]), colours):
+                axis.plot(trials.seconds, inputs[trial, :, dimension], color=colour, label=f"input {dimension + 1}")
+            if pulse is not None:
+                axis.axvline(trials.seconds[int(pulse[trial])], color=TRUTH, linestyle="--", label="pulse")
+            axis.set(title=f"trial {trial}", xlabel="time (s)")
+        axes[0].set_ylabel("inferred input (prior std 1)")
+        _legend(panels[0], axes[0])
+        if pulse is not None:
+            _around_pulse(panels[1].subplots(), trials, inputs, pulse.cpu().numpy())
+
+
+def _around_pulse(axis: Any, trials: Trials, inputs: np.ndarray, pulse: np.ndarray) -> None:
+    reach = np.arange(-20, 21)
+    inside = (pulse >= 20) & (pulse < inputs.shape[1] - 20)
+    norms = np.linalg.norm(inputs, axis=2)
+    aligned = np.stack([norms[trial, pulse[trial] + reach] for trial in np.flatnonzero(inside)])
+    milliseconds = 1000 * trials.bin_seconds * reach
+    low, high = np.quantile(aligned, [0.1, 0.9], axis=0)
+    axis.fill_between(milliseconds, low, high, color=BLUE, alpha=0.2, linewidth=0, label="80 % of trials")
+    axis.plot(milliseconds, aligned.mean(0), color=BLUE, label=f"mean of {len(aligned)} trials")
+    axis.axvline(0, color=TRUTH, linestyle="--", label="pulse")
+    axis.set(xlabel="time from the pulse (ms)", ylabel="norm of inferred input")
+    axis.legend(loc="upper right")
+
+
+def gaps_picture(numbers: dict[str, float], path: Path) -> None:
+    """The two parts of log p(x) - ELBO as bars, with the numbers they come from."""
+    exact = "log_evidence" in numbers
+    best = max(value for name, value in numbers.items() if name.endswith("_iwae") or name == "log_evidence")
+    parts = [("amortisation gap", "amortisation_gap", ORANGE), ("approximation gap", "approximation_gap", BLUE)]
+    parts = [part for part in parts if part[1] in numbers]
+    with _figure(path, (9.5, 1.5 + 1.1 * len(parts))) as figure:
+        axis = figure.subplots()
+        for place, (label, name, colour) in enumerate(parts):
+            axis.barh(place, numbers[name], color=colour, height=0.6)
+            right = max(numbers[name], 0)
+            axis.annotate(f"{numbers[name]:.2f}", (right, place), (6, 0), textcoords="offset points", va="center")
+            axis.text(-0.02, place, label, transform=axis.get_yaxis_transform(), ha="right", va="center")
+        axis.axvline(0, color=TRUTH, linewidth=1)
+        axis.set(yticks=[], xlabel="nats per trial")
+        axis.spines["left"].set_visible(False)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        bound = "log p(x)" if exact else "IWAE"
+        axis.set_title(f"{bound} {best:.1f}, best ELBO of a free q {numbers['free_elbo']:.1f}", loc="left")
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().float().numpy()
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]):
+    """A figure in this module's style, written to `path` at the end, byte for byte the same for the same data."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
