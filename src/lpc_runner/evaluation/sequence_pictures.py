@@ -155,29 +155,34 @@ def inputs_picture(trials: Trials, path: Path) -> None:
     """Inferred inputs of single trials and, averaged over trials around the pulse, their norm; the pulse is marked."""
     chosen = trials.chosen(NUM_TRIALS)
     inputs = _array(trials.means.inputs)
-    pulse = trials.extras.get("pulse_bin")
+    pulse = trials.extras["pulse_bin"].cpu().numpy() if "pulse_bin" in trials.extras else None
+    aligned = None if pulse is None else _around(np.linalg.norm(inputs, axis=2), pulse, min(20, inputs.shape[1] // 4))
     colours = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER)
-    with _figure(path, (13, 4.4 if pulse is None else 7.6)) as figure:
-        panels = figure.subfigures(1 if pulse is None else 2, 1, squeeze=False)[:, 0]
+    with _figure(path, (13, 4.4 if aligned is None else 7.6)) as figure:
+        panels = figure.subfigures(1 if aligned is None else 2, 1, squeeze=False)[:, 0]
         axes = panels[0].subplots(1, len(chosen), sharey=True, squeeze=False)[0]
         for axis, trial in zip(axes, chosen):
             for dimension, colour in zip(range(inputs.shape[2]), colours):
                 axis.plot(trials.seconds, inputs[trial, :, dimension], color=colour, label=f"input {dimension + 1}")
             if pulse is not None:
-                axis.axvline(trials.seconds[int(pulse[trial])], color=TRUTH, linestyle="--", label="pulse")
+                axis.axvline(trials.seconds[pulse[trial]], color=TRUTH, linestyle="--", label="pulse")
             axis.set(title=f"trial {trial}", xlabel="time (s)")
         axes[0].set_ylabel("inferred input (prior std 1)")
         _legend(panels[0], axes[0])
-        if pulse is not None:
-            _around_pulse(panels[1].subplots(), trials, inputs, pulse.cpu().numpy())
+        if aligned is not None:
+            _draw_around_pulse(panels[1].subplots(), aligned, 1000 * trials.bin_seconds)
 
 
-def _around_pulse(axis: Any, trials: Trials, inputs: np.ndarray, pulse: np.ndarray) -> None:
-    reach = np.arange(-20, 21)
-    inside = (pulse >= 20) & (pulse < inputs.shape[1] - 20)
-    norms = np.linalg.norm(inputs, axis=2)
-    aligned = np.stack([norms[trial, pulse[trial] + reach] for trial in np.flatnonzero(inside)])
-    milliseconds = 1000 * trials.bin_seconds * reach
+def _around(values: np.ndarray, centre: np.ndarray, reach: int) -> np.ndarray | None:
+    """values (n, T) from centre - reach to centre + reach, of the trials in which all of that exists; None: in none."""
+    inside = np.flatnonzero((centre >= reach) & (centre < values.shape[1] - reach))
+    window = np.arange(-reach, reach + 1)
+    return values[inside[:, None], centre[inside, None] + window] if len(inside) else None
+
+
+def _draw_around_pulse(axis: Any, aligned: np.ndarray, bin_milliseconds: float) -> None:
+    reach = aligned.shape[1] // 2
+    milliseconds = bin_milliseconds * np.arange(-reach, reach + 1)
     low, high = np.quantile(aligned, [0.1, 0.9], axis=0)
     axis.fill_between(milliseconds, low, high, color=BLUE, alpha=0.2, linewidth=0, label="80 % of trials")
     axis.plot(milliseconds, aligned.mean(0), color=BLUE, label=f"mean of {len(aligned)} trials")
