@@ -107,6 +107,7 @@ class _ScaledLikelihood(nn.Module):
 
     data_kinds: ClassVar[tuple[str, ...]] = ("images", "real-valued series")
     is_discrete = False  # whether p(x|z) is a probability of levels rather than a density
+    initial_predictor = 0.0  # where the bias of a sequence's readout starts
 
     @checked
     def __init__(
@@ -136,6 +137,14 @@ class _ScaledLikelihood(nn.Module):
     def within_range(self, mean: Tensor) -> Tensor:
         """The mean as an estimate of x."""
         return mean
+
+    def mean(self, predictor: Tensor) -> Tensor:
+        """The mean that a decoder's output stands for: itself."""
+        return predictor
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What of it is logged: σ."""
+        return {"sigma": self.log_scale.detach().exp()}
 
     def density(self, x: Tensor, mean: Tensor) -> Tensor:
         """Elementwise log-density or log-probability in nats."""

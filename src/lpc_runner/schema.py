@@ -56,6 +56,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in typing.get_args(hint))
     if origin in (list, tuple):
         return "a list"
+    if origin is dict:
+        return f"a mapping of names to {describe(typing.get_args(hint)[1])}"
     return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 

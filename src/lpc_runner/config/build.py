@@ -75,7 +75,10 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     _check_root(values)
     known = list(dotted(values))
     parts = {group: instantiate(values[group], group, known) for group in GROUPS}
-    from lpc_runner.randomness import seeded_layers  # imports torch, which a mistake above need not wait for
+    # These import torch, which a mistake above need not wait for.
+    from lpc_runner.inference.preconditioning import EncoderVariance
+    from lpc_runner.inference.step_sizes import Blocks
+    from lpc_runner.randomness import seeded_layers
 
     dataset, objective = parts["dataset"], parts["objective"]
     sampler = _naming(
@@ -97,6 +100,10 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     device = resolve_device(values["device"])
     with seeded_layers(values["seed"], "initialisation"):
         model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
+    if isinstance(parts["preconditioning"], EncoderVariance) and not objective.uses_encoder:
+        raise UserError(f"preconditioning=encoder needs an encoder: objective={choices['objective']} has none")
+    if isinstance(parts["step_size"], Blocks):
+        _naming("step_size", parts["step_size"].bind, model.blocks, device)
     return Experiment(
         dataset=dataset,
         model=model,

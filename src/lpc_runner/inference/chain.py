@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.inference.samplers import Info, State
 from lpc_runner.randomness import generator
 
@@ -116,12 +117,13 @@ def run_chain(
     *,
     parameters: Sequence[Tensor] = (),
     centre: Tensor | None = None,
+    q: DiagonalGaussian | None = None,
     observe: Callable[[State, Info], None] | None = None,
 ) -> Chain:
     """Run `sampler` from z(0) = z on log p(x, z) and gather what Algorithm 1 needs from its states.
 
     log_joint: z (B, d) -> (B,) nats. noise: t -> ξ(t), (B, d). parameters: θ, empty for sampling only. centre: about
-    which the moments are taken (the encoder's mean; zero without one). observe: called after every step, for pictures.
+    which the moments are taken (the encoder's mean; zero without one). q: for preconditioning=encoder. observe: called after every step, for pictures.
     """
     potential = FusedPotential(log_joint, parameters)
     along = sampler.theta_states == "all" and bool(parameters)
@@ -129,7 +131,7 @@ def run_chain(
     moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
     names = ("log_joint", "drift_norm", "noise_variance")
     trace = {name: torch.empty(sampler.num_steps, dtype=z.dtype, device=z.device) for name in names}
-    state, first = sampler.init(z), None
+    state, first = sampler.init(z, q), None
     for t in range(1, sampler.num_steps + 1):
         xi = noise(t) if sampler.noisy else None
         state, info = sampler.step(state, lambda point: potential(point, along), xi)

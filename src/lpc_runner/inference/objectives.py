@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lpc_runner.distributions import LOG_2PI, DiagonalGaussian, Prior
 from lpc_runner.inference.chain import Moments
-from lpc_runner.schema import at_least, checked
+from lpc_runner.schema import PositiveInt, at_least, checked
 
 Weight = Annotated[float, at_least(0)]
 
@@ -40,6 +40,8 @@ def reverse_kl(q: DiagonalGaussian, prior: Prior, z: Tensor, log_joint: Tensor, 
 class Objective:
     """w_f · forward KL + w_r · reverse KL; (1, 0) forward, (0, 1) reverse, (½, ½) Jeffreys, (0, 0) no encoder."""
 
+    num_encoder_steps = 0  # E-steps on φ alone before every update
+
     @checked
     def __init__(self, forward: Weight, reverse: Weight) -> None:
         self.forward, self.reverse = forward, reverse
@@ -53,3 +55,15 @@ class Objective:
         """The encoder's loss, (B,); a term with weight 0 is never computed."""
         terms = [(self.forward, forward), (self.reverse, reverse)]
         return sum(weight * term() for weight, term in terms if weight > 0)
+
+
+class VariationalEM(Objective):
+    """Reverse KL with E-steps: per batch, num_encoder_steps steps of φ alone, then the update of θ and φ together.
+
+    num_samples: draws z ~ q that each E-step averages over.
+    """
+
+    @checked
+    def __init__(self, num_encoder_steps: PositiveInt, num_samples: PositiveInt) -> None:
+        super().__init__(0.0, 1.0)
+        self.num_encoder_steps, self.num_samples = num_encoder_steps, num_samples

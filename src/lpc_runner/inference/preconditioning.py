@@ -1,7 +1,7 @@
 """Diagonal preconditioners G of the Langevin chain, from the drift g alone.
 
-Each is two functions: `init(z)` gives the state before the first step of a batch, `update(state, drift, t)` gives the
-next state and G, which broadcasts against z (B, d). The chain drops the Γ term (derivatives of G), as the paper does.
+Each is two functions: `init(z, q)` gives the state before the first step of a batch, from z(0) and the encoder's q(z|x)
+where there is one, and `update(state, drift, t)` the next state and G, which broadcasts against z (B, d). The chain drops the Γ term (derivatives of G), as the paper does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.schema import PositiveFloat, PositiveInt, between, checked
 
 Decay = Annotated[float, between(0, 1, "no preconditioning is preconditioning=none")]
@@ -19,7 +20,7 @@ Decay = Annotated[float, between(0, 1, "no preconditioning is preconditioning=no
 class Identity:
     """G = 1: plain unadjusted Langevin, bit for bit."""
 
-    def init(self, z: Tensor) -> None:
+    def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> None:
         return None
 
     def update(self, state: None, drift: Tensor, t: int) -> tuple[None, float]:
@@ -41,7 +42,7 @@ class Adam:
         """g⊙g, (B, d)."""
         return drift.square()
 
-    def init(self, z: Tensor) -> Tensor:
+    def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> Tensor:
         return self.second_moment(torch.zeros_like(z))
 
     def update(self, state: Tensor, drift: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -58,3 +59,21 @@ class SharedAdam(Adam):
     def second_moment(self, drift: Tensor) -> Tensor:
         """Mean of g⊙g over the batch, (1, d)."""
         return drift.square().mean(0, keepdim=True)
+
+
+class EncoderVariance:
+    """G = min(variance of q(z|x), cap), one constant per chain: steps in proportion to what q says of the posterior.
+
+    cap: the prior's variance, where no coordinate of a posterior under log-concave p(x|z) is wider. Detached from φ.
+    """
+
+    @checked
+    def __init__(self, cap: PositiveFloat) -> None:
+        self.cap = cap
+
+    def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> Tensor:
+        assert q is not None, "preconditioning=encoder without an encoder"
+        return q.variance.detach().clamp(max=self.cap)
+
+    def update(self, state: Tensor, drift: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        return state, state

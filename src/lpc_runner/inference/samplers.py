@@ -1,6 +1,6 @@
 """Chains in latent space: state, info, init, step.
 
-A step receives `potential`, which maps z (B, d) to log p(x, z) (B,) and its gradient (B, d) in one backward pass,
+`init(z, q)` starts a chain at z (B, d), whose preconditioner may read the encoder's q(z|x). A step receives `potential`, which maps z (B, d) to log p(x, z) (B,) and its gradient (B, d) in one backward pass,
 and `noise` (B, d) ~ N(0, I), so that the same step serves every model, a slice of a batch, or a test.
 """
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.schema import at_least, checked
 
 Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -53,8 +54,8 @@ class Langevin:
         self.num_steps, self.theta_states = num_steps, theta_states
         self.step_size, self.preconditioner = step_size, preconditioner
 
-    def init(self, z: Tensor) -> State:
-        return State(z, self.preconditioner.init(z), 0)
+    def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> State:
+        return State(z, self.preconditioner.init(z, q), 0)
 
     def step(self, state: State, potential: Potential, noise: Tensor | None) -> tuple[State, Info]:
         t = state.t + 1
@@ -85,5 +86,5 @@ class NoSteps:
     def __init__(self, step_size: Any, preconditioner: Any) -> None:
         """step_size and preconditioner are accepted, and unused, so that every sampler is built alike."""
 
-    def init(self, z: Tensor) -> State:
+    def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> State:
         return State(z, None, 0)

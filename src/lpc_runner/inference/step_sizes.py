@@ -1,6 +1,11 @@
-"""Step sizes γ(t) along one chain, t = 1 .. T."""
+"""Step sizes γ(t) along one chain, t = 1 .. T: a number, or one per coordinate, (1, d)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from lpc_runner.schema import PositiveFloat, checked
 
@@ -25,3 +30,28 @@ class Polynomial:
 
     def __call__(self, t: int) -> float:
         return self.value * (1 + (t - 1) / self.offset) ** -self.power
+
+
+class Blocks:
+    """γ(t) = its own constant in every named block of z.
+
+    values: step size by the name of the block. `bind` tells where the blocks lie, before the first chain.
+    """
+
+    @checked
+    def __init__(self, values: dict[str, PositiveFloat]) -> None:
+        self.values, self.per_coordinate = values, None
+
+    def bind(self, blocks: Mapping[str, slice], device: torch.device | str = "cpu") -> None:
+        """blocks: coordinates of z by name, together all of them. Raises ValueError unless the names are the same."""
+        if set(blocks) != set(self.values):
+            known = ", ".join(blocks) if blocks else "no blocks: step_size=constant"
+            raise ValueError(f"values must name each block of z ({known}), got {', '.join(self.values)}")
+        sizes = torch.empty(1, max(block.stop for block in blocks.values()), device=device)
+        for name, block in blocks.items():
+            sizes[:, block] = self.values[name]
+        self.per_coordinate = sizes
+
+    def __call__(self, t: int) -> Tensor:
+        assert self.per_coordinate is not None, "bind comes first"
+        return self.per_coordinate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ class LatentVariableModel(nn.Module, ABC):
     """
 
     data_kinds: ClassVar[tuple[str, ...]] = ("images",)
+    blocks: Mapping[str, slice] = {}  # named parts of z, where a model has any: each one's coordinates
 
     def __init__(self, latent_dim: int, prior_scale: float, likelihood: nn.Module) -> None:
         super().__init__()
@@ -43,7 +45,11 @@ class LatentVariableModel(nn.Module, ABC):
     def observe(self, x: Tensor, z: Tensor) -> None:
         """Quantities estimated from data without a gradient: the `optimal` scale. Called once per update."""
         if self.likelihood.scale == "optimal":
-            self.likelihood.observe(x, self.decode(z))
+            self.likelihood.observe(*self.compared(x, z))
+
+    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What the likelihood explains of x, and its mean."""
+        return x, self.decode(z)
 
 
 class Encoder(nn.Module):

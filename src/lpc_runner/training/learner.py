@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
 from lpc_runner.inference.objectives import Objective
 from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.models.sequence_encoders import FreeTable
+from lpc_runner.randomness import generator
 from lpc_runner.training.optimizers import Adam
-from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients
+from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients, encoder_gradients
 
 
 class Learner:
@@ -28,14 +31,35 @@ class Learner:
     ) -> None:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
         self.theta_optimizer = optimizer.build(model.parameters())
-        self.phi_optimizer = optimizer.build(encoder.parameters()) if encoder is not None else None
+        self.phi_optimizer = None
+        if isinstance(encoder, FreeTable):
+            self.phi_optimizer = optimizer.build_by_row(encoder.parameters(), encoder.learning_rate)
+        elif encoder is not None:
+            self.phi_optimizer = optimizer.build(encoder.parameters())
 
-    def gradients(self, batch: Batch, seed: int, update: int, start_from_prior: bool, observe=None) -> Gradients:
-        """Algorithm 1 for one batch; the random numbers are those of (seed, update)."""
+    def gradients(
+        self, batch: Batch, seed: int, update: int, start_from_prior: bool, observe=None, judge: bool = False
+    ) -> Gradients:
+        """Algorithm 1 for one batch; the random numbers are those of (seed, update).
+
+        The E-steps that variational EM makes on φ alone come first, as long as they are finite.
+        """
         like = next(self.model.parameters())
         noise = UpdateNoise(seed, update, (len(batch.x), self.model.latent_dim), like.device, like.dtype)
-        return compute_gradients(
-            self.model, self.encoder, self.sampler, self.objective, batch, noise, start_from_prior, observe
+        num_evaluations, finite = 0, True
+        for step in range(self.objective.num_encoder_steps):
+            own = replace(noise, seed=generator(seed, "encoder_steps", step).initial_seed())
+            step_finite, spent = encoder_gradients(self.model, self.encoder, batch, own, self.objective.num_samples)
+            num_evaluations += spent
+            finite = bool(step_finite)
+            if not finite:
+                break
+            self.phi_optimizer.step()
+        gradients = compute_gradients(
+            self.model, self.encoder, self.sampler, self.objective, batch, noise, start_from_prior, observe, judge
+        )
+        return replace(
+            gradients, finite=gradients.finite & finite, num_evaluations=gradients.num_evaluations + num_evaluations
         )
 
     def apply(self, batch: Batch, gradients: Gradients) -> None:

@@ -28,3 +28,37 @@ class Adam:
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """A fresh optimiser over `parameters`."""
         return torch.optim.Adam(parameters, lr=self.learning_rate, betas=tuple(self.betas), eps=self.eps)
+
+    def build_by_row(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+        """The same for tables, every row of which belongs to one example; learning_rate: the tables' own."""
+        return RowAdam(parameters, learning_rate, tuple(self.betas), self.eps)
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam on each row of a table by itself: a row whose gradient is 0 keeps still, with its moments and its count.
+
+    torch's Adam moves every row at every step by its momentum, and its SparseAdam corrects the bias of all rows by
+    one common count of steps. Here a row takes the path of an Adam that sees this row's batches only.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for table in group["params"]:
+                self._step(table, self.state[table], group["lr"], *group["betas"], group["eps"])
+
+    @staticmethod
+    def _step(table: Tensor, state: dict[str, Tensor], lr: float, beta: float, beta_square: float, eps: float) -> None:
+        if not state:
+            state["count"] = table.new_zeros(len(table), *[1] * (table.ndim - 1))
+            state["mean"], state["mean_square"] = torch.zeros_like(table), torch.zeros_like(table)
+        rows = table.grad.flatten(1).any(1).nonzero().squeeze(1)
+        gradient, count = table.grad[rows], state["count"][rows] + 1
+        mean = torch.lerp(gradient, state["mean"][rows], beta)
+        square = torch.lerp(gradient.square(), state["mean_square"][rows], beta_square)
+        state["count"][rows], state["mean"][rows], state["mean_square"][rows] = count, mean, square
+        scale = (square / (1 - beta_square**count)).sqrt() + eps
+        table[rows] -= lr * mean / (1 - beta**count) / scale

@@ -98,7 +98,9 @@ class Trainer:
                 epoch, position = divmod(counters.update, batches.num_batches)
                 batch = batches.batch(epoch, position)
                 from_prior = counters.update < self.num_prior_batches
-                gradients = learner.gradients(batch, seed, counters.update, from_prior)
+                number = counters.update + 1
+                logged = number in (1, total) or number % self.log_every == 0
+                gradients = learner.gradients(batch, seed, counters.update, from_prior, judge=logged)
                 if not bool(gradients.finite):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
                     self._save(learner, folder, counters, tracker.metrics)
@@ -111,7 +113,7 @@ class Trainer:
                 done, rest = divmod(counters.update, batches.num_batches)
                 values = {"epoch": counters.update / batches.num_batches}
                 last = counters.update == total
-                if last or counters.update == 1 or counters.update % self.log_every == 0:
+                if logged:
                     row = _read(gradients.scalars) | _times(counters)
                     tracker.log(counters.update, values["epoch"], row)
                     values |= row

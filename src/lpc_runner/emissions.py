@@ -1,0 +1,64 @@
+"""Emissions of sequences beside the Gaussian: spike counts given a predictor η = C f + d per neuron and bin."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lpc_runner.schema import PositiveFloat, at_least, checked
+
+SERIES_START = -15.0  # below it log softplus(η) = η - exp(η)/2 to float64's rounding of exp(2η)
+
+
+class Poisson(nn.Module):
+    """p(x | η) = Poisson(x; rate(η)) of counts per bin, with its normaliser log x!.
+
+    link `exp`: rate = exp(η), from tail_start = c on continued by its tangent exp(c) (1 + η - c): once continuously
+    differentiable and without a bound, so that no gradient vanishes as under a clamp. link `softplus`: log(1 + exp(η)).
+    tail_start: in log counts per bin, for exp alone. initial_rate: counts per bin at which every neuron starts.
+    """
+
+    data_kinds: ClassVar[tuple[str, ...]] = ("spike counts",)
+    is_discrete = True
+    scale = None  # the variance of a Poisson variable is its mean
+
+    @checked
+    def __init__(
+        self,
+        link: Literal["exp", "softplus"],
+        tail_start: Annotated[float, at_least(0)],
+        initial_rate: PositiveFloat,
+    ) -> None:
+        super().__init__()
+        self.link, self.tail_start = link, tail_start
+        self.initial_predictor = math.log(initial_rate if link == "exp" else math.expm1(initial_rate))
+
+    def log_rate(self, predictor: Tensor) -> Tensor:
+        """log rate(η), elementwise, finite wherever η is."""
+        if self.link == "exp":
+            excess = F.relu(predictor - self.tail_start)
+            return predictor.clamp(max=self.tail_start) + torch.log1p(excess)
+        low = predictor.clamp(max=SERIES_START)
+        high = F.softplus(predictor.clamp(min=SERIES_START))
+        return torch.where(predictor < SERIES_START, low - low.exp() / 2, high.log())
+
+    def mean(self, predictor: Tensor) -> Tensor:
+        """Expected counts per bin, elementwise."""
+        return self.log_rate(predictor).exp()
+
+    def density(self, x: Tensor, predictor: Tensor) -> Tensor:
+        """log p(x | η) = x log rate - rate - log x!, elementwise, nats; x: counts in a floating dtype."""
+        log_rate = self.log_rate(predictor)
+        return x * log_rate - log_rate.exp() - torch.lgamma(x + 1)
+
+    def forward(self, x: Tensor, predictor: Tensor) -> Tensor:
+        """log p(x | η) in nats, (B,), summed over all dimensions; x and η are (B, ...)."""
+        return self.density(x, predictor).flatten(1).sum(1)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Nothing of its own to log."""
+        return {}

@@ -1,0 +1,98 @@
+"""q(z|x; φ) of sequential models: a bidirectional network, a network per time bin, or a free table by trial.
+
+Every q is a DiagonalGaussian over the flat z, factorised over coordinates; variance = softplus(raw, beta).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lpc_runner.data.dataset import Batch
+from lpc_runner.distributions import DiagonalGaussian
+
+
+@dataclass(frozen=True)
+class RawVariance:
+    """variance = softplus(raw, beta), which starts at `initial`."""
+
+    beta: float
+    initial: float
+
+    @property
+    def start(self) -> float:
+        """The raw value at which the variance is `initial`."""
+        scaled = self.beta * self.initial
+        return (scaled + math.log(-math.expm1(-scaled))) / self.beta
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        return F.softplus(raw, beta=self.beta)
+
+    def head(self, num_features: int, size: int) -> nn.Linear:
+        """A layer to (mean, raw) of `size` coordinates."""
+        layer = nn.Linear(num_features, 2 * size)
+        with torch.no_grad():
+            layer.weight[size:].mul_(0.1)
+            layer.bias[size:] = self.start
+        return layer
+
+
+def _flat(heads: list[Tensor], variance: RawVariance) -> DiagonalGaussian:
+    """Outputs (B, 2 size) or (B, T, 2 size), in the order of the blocks, to q over the flat z."""
+    pairs = [head.chunk(2, dim=-1) for head in heads]
+    mean, raw = (torch.cat([pair[part].flatten(1) for pair in pairs], 1) for part in (0, 1))
+    return DiagonalGaussian(mean, variance(raw))
+
+
+class BiRNN(nn.Module):
+    """A bidirectional GRU over the held-in neurons: its last states give x_0, its outputs at t give u_t.
+
+    shapes: (size,) or (T, size) of every block of z, in order.
+    """
+
+    def __init__(self, num_neurons: int, hidden_dim: int, shapes: list[tuple[int, ...]], variance: RawVariance) -> None:
+        super().__init__()
+        self.num_neurons, self.variance = num_neurons, variance
+        self.over_time = [len(shape) == 2 for shape in shapes]
+        self.network = nn.GRU(num_neurons, hidden_dim, batch_first=True, bidirectional=True)
+        self.heads = nn.ModuleList(variance.head(2 * hidden_dim, shape[-1]) for shape in shapes)
+
+    def forward(self, batch: Batch) -> DiagonalGaussian:
+        outputs, last = self.network(batch.x[..., : self.num_neurons])
+        summary = torch.cat([last[0], last[1]], 1)
+        features = [outputs if over_time else summary for over_time in self.over_time]
+        return _flat([head(feature) for head, feature in zip(self.heads, features)], self.variance)
+
+
+class PerBin(nn.Module):
+    """A fully connected network from x_t to q(z_t | x_t), for models whose time bins are independent."""
+
+    def __init__(self, num_neurons: int, hidden_dim: int, size: int, variance: RawVariance) -> None:
+        super().__init__()
+        self.num_neurons, self.variance = num_neurons, variance
+        self.network = nn.Sequential(nn.Linear(num_neurons, hidden_dim), nn.SiLU(), variance.head(hidden_dim, size))
+
+    def forward(self, batch: Batch) -> DiagonalGaussian:
+        return _flat([self.network(batch.x[..., : self.num_neurons])], self.variance)
+
+
+class FreeTable(nn.Module):
+    """Variational EM: every training trial has its own mean and raw variance, row batch.index of two tables.
+
+    It starts at mean 0. learning_rate: Adam's for the rows, each of which moves only with its own trial. A trial that
+    was not trained on has no row: its q must be fitted.
+    """
+
+    def __init__(self, num_train: int, latent_dim: int, variance: RawVariance, learning_rate: float) -> None:
+        super().__init__()
+        self.variance, self.learning_rate = variance, learning_rate
+        self.mean = nn.Parameter(torch.zeros(num_train, latent_dim))
+        self.raw = nn.Parameter(torch.full((num_train, latent_dim), variance.start))
+
+    def forward(self, batch: Batch) -> DiagonalGaussian:
+        mean, raw = self.mean.index_select(0, batch.index), self.raw.index_select(0, batch.index)
+        return DiagonalGaussian(mean, self.variance(raw))

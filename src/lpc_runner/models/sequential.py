@@ -1,0 +1,244 @@
+"""Sequential models p(x, z; θ) of counts or real values (T, N): nonlinear factor analysis, linear systems, LFADS.
+
+Everything is noncentred: z is flat and N(0, I), and whatever prior the slides put on states and inputs is a map of z.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.nn import functional as F
+
+from lpc_runner.models.generators import build_generator, scan
+from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.models.sequence_encoders import BiRNN, FreeTable, PerBin, RawVariance
+from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
+
+
+class Run(NamedTuple):
+    """One pass of the decoder: states x_1 .. x_T (B, T, Dx), factors (B, T, F), inputs u_1 .. u_T (B, T, Du), if any."""
+
+    states: Tensor
+    factors: Tensor
+    inputs: Tensor | None
+
+
+class SequentialModel(LatentVariableModel):
+    """log p(x, z) = Σ_t Σ_n log p(x_tn | η_tn) + log N(z; 0, I), η = C f_t + d, over the held-in neurons.
+
+    The last num_held_out neurons are held out: they train their own rows of C and d from the factors, and neither z
+    nor any other parameter sees them. blocks: where each named part of z lies in the flat z.
+    """
+
+    data_kinds = ("spike counts", "real-valued series")
+
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        num_held_out: int,
+        likelihood: nn.Module,
+        shapes: dict[str, tuple[int, ...]],
+        num_factors: int,
+    ) -> None:
+        if len(data_shape) != 2:
+            raise ValueError(f"sequential models take trials of shape (time, neurons), got {tuple(data_shape)}")
+        ends = [0]
+        for shape in shapes.values():
+            ends.append(ends[-1] + math.prod(shape))
+        super().__init__(ends[-1], 1.0, likelihood)
+        self.shapes = shapes
+        self.blocks = {name: slice(*ends) for name, ends in zip(shapes, pairwise(ends))}
+        self.num_steps, self.num_neurons = data_shape
+        if num_held_out >= self.num_neurons:
+            raise ValueError(f"num_held_out must be less than the {self.num_neurons} neurons, got {num_held_out}")
+        self.held_in = slice(0, self.num_neurons - num_held_out)
+        self.held_out = slice(self.num_neurons - num_held_out, self.num_neurons)
+        self.readout = nn.Linear(num_factors, self.num_neurons)  # C and d
+        nn.init.constant_(self.readout.bias, likelihood.initial_predictor)
+
+    @abstractmethod
+    def run(self, z: Tensor) -> Run:
+        """States, factors and inputs from z (B, latent_dim)."""
+
+    def named(self, z: Tensor) -> dict[str, Tensor]:
+        """Views of z (B, latent_dim) by block, (B, Dx) or (B, T, Du)."""
+        return {name: z[:, block].unflatten(1, self.shapes[name]) for name, block in self.blocks.items()}
+
+    def predictor(self, factors: Tensor, neurons: slice = slice(None)) -> Tensor:
+        """η = C f + d of those neurons, (B, T, n), from factors (B, T, F)."""
+        return F.linear(factors, self.readout.weight[neurons], self.readout.bias[neurons])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Expected counts per bin, or the mean, of all neurons, (B, T, N)."""
+        return self.likelihood.mean(self.predictor(self.run(z).factors))
+
+    def log_likelihood(self, x: Tensor, z: Tensor, neurons: slice) -> Tensor:
+        """log p(x | z) of those neurons in nats, (B,); x (B, T, N), whose other neurons are not read."""
+        return self.likelihood(x[..., neurons], self.predictor(self.run(z).factors, neurons))
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z; θ) of the held-in neurons in nats, (B,).
+
+        In training mode a term of value 0 is added, whose gradient is that of the held-out neurons' log-likelihood in
+        their own readout alone. In evaluation mode the held-out neurons of x are not read.
+        """
+        factors = self.run(z).factors
+        value = self.likelihood(x[..., self.held_in], self.predictor(factors, self.held_in))
+        if self.training and self.held_out.start < self.num_neurons:
+            constants = {name: parameter.detach() for name, parameter in self.likelihood.named_parameters()}
+            predictor = self.predictor(factors.detach(), self.held_out)
+            held_out = functional_call(self.likelihood, constants, (x[..., self.held_out], predictor))
+            value = value + (held_out - held_out.detach())
+        return value + self.prior.log_prob(z)
+
+    def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., self.held_in], self.decode(z)[..., self.held_in]
+
+
+class FactorAnalysis(SequentialModel):
+    """Nonlinear factor analysis, a VAE per time bin: x_t = z_t, f_t a fully connected network of x_t, no dynamics.
+
+    hidden: widths of its layers, SiLU after each; with none f_t = x_t, linear factor analysis. encoder: `mlp`, a
+    network of one hidden layer per time bin, or as in LFADS. The other arguments are LFADS's.
+    """
+
+    @checked
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        num_train: PositiveInt,
+        num_held_out: NonNegativeInt,
+        likelihood: nn.Module,
+        state_dim: PositiveInt,
+        hidden: list[PositiveInt],
+        encoder: Literal["mlp", "birnn", "free"],
+        encoder_dim: PositiveInt,
+        variance_beta: PositiveFloat,
+        initial_variance: PositiveFloat,
+        table_learning_rate: PositiveFloat,
+    ) -> None:
+        widths = [state_dim, *hidden]
+        super().__init__(data_shape, num_held_out, likelihood, {"states": (data_shape[0], state_dim)}, widths[-1])
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+        self.features = nn.Sequential(*layers)
+        self.encoder, self.encoder_dim, self.num_train = encoder, encoder_dim, num_train
+        self.variance, self.table_learning_rate = RawVariance(variance_beta, initial_variance), table_learning_rate
+
+    def run(self, z: Tensor) -> Run:
+        states = self.named(z)["states"]
+        return Run(states, self.features(states), None)
+
+    def build_encoder(self) -> nn.Module:
+        if self.encoder == "mlp":
+            return PerBin(self.held_in.stop, self.encoder_dim, self.shapes["states"][1], self.variance)
+        return _encoder(self)
+
+
+class LFADS(SequentialModel):
+    """x_0 = m_0 + L_0 z_0, x_t = generator(u_t, x_{t-1}), f_t = F x_t + e, η_t = C f_t + d; p(z) = N(0, I).
+
+    generator: `linear`, `additive` (x_t = h(x_{t-1}) + L u_t), `vanilla`, `gru`, `lstm`; the linear one with identity
+    factors is the linear dynamical system, with Poisson emission the Poisson LDS. nonlinearity: of vanilla and
+    additive. hidden_dim: width of additive's h. initial_dim: size of z_0, null for that of x_0. inputs: `inferred`
+    u_t of size input_dim, or `none`. input_prior: `white`, u_t = z_t; `ar1`, see AR1. num_factors: null for f_t = x_t.
+    encoder: `birnn` of encoder_dim units each way, or `free`, a table of num_train rows that learns at
+    table_learning_rate. variance_beta, initial_variance: see RawVariance.
+    """
+
+    @checked
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        num_train: PositiveInt,
+        num_held_out: NonNegativeInt,
+        likelihood: nn.Module,
+        generator: Literal["linear", "additive", "vanilla", "gru", "lstm"],
+        nonlinearity: Literal["tanh", "relu"],
+        hidden_dim: PositiveInt,
+        state_dim: PositiveInt,
+        initial_dim: PositiveInt | None,
+        inputs: Literal["inferred", "none"],
+        input_dim: PositiveInt,
+        input_prior: Literal["white", "ar1"],
+        num_factors: PositiveInt | None,
+        encoder: Literal["birnn", "free"],
+        encoder_dim: PositiveInt,
+        variance_beta: PositiveFloat,
+        initial_variance: PositiveFloat,
+        table_learning_rate: PositiveFloat,
+    ) -> None:
+        input_dim = input_dim if inputs == "inferred" else 0
+        network = build_generator(generator, state_dim, input_dim, hidden_dim, nonlinearity)
+        shapes = {"initial_condition": (initial_dim or network.initial_size,)}
+        if input_dim:
+            shapes["inputs"] = (data_shape[0], input_dim)
+        super().__init__(data_shape, num_held_out, likelihood, shapes, num_factors or state_dim)
+        self.generator = network
+        self.initial_map = nn.Linear(*shapes["initial_condition"], network.initial_size)  # m_0 and L_0
+        nn.init.zeros_(self.initial_map.bias)
+        if generator in ("linear", "additive"):
+            nn.init.orthogonal_(self.initial_map.weight)
+        self.factor_map = nn.Identity() if num_factors is None else nn.Linear(state_dim, num_factors)
+        self.input_prior = AR1(input_dim) if input_dim and input_prior == "ar1" else None
+        self.encoder, self.encoder_dim, self.num_train = encoder, encoder_dim, num_train
+        self.variance, self.table_learning_rate = RawVariance(variance_beta, initial_variance), table_learning_rate
+
+    def initial_and_inputs(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x_0 (B, initial size) and u_1 .. u_T (B, T, Du), or None, from z (B, latent_dim)."""
+        parts = self.named(z)
+        inputs = parts.get("inputs")
+        if self.input_prior is not None:
+            inputs = self.input_prior(inputs)
+        return self.initial_map(parts["initial_condition"]), inputs
+
+    def run(self, z: Tensor) -> Run:
+        initial, inputs = self.initial_and_inputs(z)
+        states = self.generator(initial, inputs, self.num_steps)
+        return Run(states, self.factor_map(states), inputs)
+
+    def build_encoder(self) -> nn.Module:
+        return _encoder(self)
+
+    @torch.no_grad()
+    def state_sensitivity(self, z: Tensor) -> Tensor:
+        """Largest singular value of ∂x_t/∂x_0 for t = 1 .. T, (B, T): how fast gradients through time vanish or grow.
+
+        The product of the steps' Jacobians along the path of z (B, latent_dim); an lstm's x is hidden state and cell.
+        """
+        state, inputs = self.initial_and_inputs(z)
+        jacobian_of = vmap(jacrev(self.generator.step), in_dims=(0, None if inputs is None else 0))
+        product = torch.eye(state.shape[1], dtype=z.dtype, device=z.device)
+        norms = []
+        for t in range(self.num_steps):
+            now = None if inputs is None else inputs[:, t]
+            product = jacobian_of(state, now) @ product
+            state = self.generator.step(state, now)
+            norms.append(torch.linalg.matrix_norm(product, 2))
+        return torch.stack(norms, 1)
+
+
+class AR1(nn.Module):
+    """u_1 = s z_1, u_t = ρ u_{t-1} + s sqrt(1 - ρ²) z_t: stationary with variance s², ρ and s learned per input."""
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.full((input_dim,), 2.0))  # ρ = sigmoid(logit), .88: a time constant of 8 bins
+        self.log_scale = nn.Parameter(torch.zeros(input_dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """u (B, T, Du) from white z of that shape."""
+        correlation = torch.sigmoid(self.logit)
+        fresh = (1 - correlation.square()).sqrt() * z[:, 1:]
+        return self.log_scale.exp() * scan(torch.cat([z[:, :1], fresh], 1), torch.diag(correlation))
+
+
+def _encoder(model: FactorAnalysis | LFADS) -> nn.Module:
+    if model.encoder == "free":
+        return FreeTable(model.num_train, model.latent_dim, model.variance, model.table_learning_rate)
+    return BiRNN(model.held_in.stop, model.encoder_dim, list(model.shapes.values()), model.variance)
