@@ -26,6 +26,9 @@ class PoissonCounts(nn.Module):
     def forward(self, x: Tensor, rates: Tensor) -> Tensor:
         return (torch.xlogy(x, rates) - rates - torch.lgamma(x + 1)).flatten(1).sum(1)
 
+    def scalars(self):
+        return {}
+
 
 class FactorModel(LatentVariableModel):
     """x_tn = Σ_f C_nf (B_t z)_f + d_n + σ ε, or Poisson of exp of that: z (B, D) drives factors linearly in time."""

@@ -18,6 +18,7 @@ from lpc_runner.evaluation.gaps import fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
 from lpc_runner.evaluation.sequence_quality import SequenceQuality, notes_on
+from lpc_runner.models.sequence_encoders import FreeTable
 
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
 
@@ -76,9 +77,7 @@ class SequenceEvaluator(Evaluator):
             numbers |= self._of_means(inferred.index, inferred.means)
             if trained.sampler.num_steps > 0:
                 numbers |= self._of_chain(trained, inferred)
-        scale = getattr(trained.model.likelihood, "log_scale", None)
-        if scale is not None:
-            numbers["sigma"] = float(scale.detach().exp())
+            numbers |= {name: float(value) for name, value in trained.model.likelihood.scalars().items()}
         return numbers, self._facts(trained, inferred, numbers)
 
     def draw_data(self, folder: Path) -> None:
@@ -273,7 +272,7 @@ class SequenceEvaluator(Evaluator):
 
 def is_amortised(encoder: nn.Module | None) -> bool:
     """Whether an encoder answers for trials that it was not trained on."""
-    return encoder is not None and type(encoder).__name__ != "FreeTable"
+    return encoder is not None and not isinstance(encoder, FreeTable)
 
 
 def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
