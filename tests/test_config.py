@@ -14,6 +14,7 @@ import pytest
 from conftest import TINY, cell_of, cells_of, environment, plan_of, result_of, write_images
 from omegaconf import OmegaConf
 from PIL import Image
+from series import config_dir
 
 from lpc_runner.config.build import LATER, build
 from lpc_runner.config.compose import CONF_DIR
@@ -31,6 +32,13 @@ BESIDE = {
     ("sampler", "none"): ("objective=reverse",),
     ("model/likelihood", "gaussian"): ("model=mlp",),
     ("model/likelihood", "discretised_gaussian"): ("model=mlp",),
+    ("model/likelihood", "poisson"): ("model=lfads", "dataset=test_spikes"),
+    ("model", "factor_analysis"): ("dataset=test_spikes",),
+    ("model", "lds"): ("dataset=test_series",),
+    ("model", "lfads"): ("dataset=test_spikes",),
+    ("model", "nonlinear"): ("dataset=test_spikes",),
+    ("model", "poisson_lds"): ("dataset=test_spikes",),
+    ("step_size", "blocks"): ("model=lfads", "dataset=test_spikes"),
 }
 # Given by the run at the start, beside what a partial must wait for.
 RUNTIME = {"resume_step", "more_tags"}
@@ -52,12 +60,13 @@ def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
         ("dataset", "arrays"): (f"dataset.train={data}/images.npz",),
         ("dataset", "image_folder"): (f"dataset.path={data}/pictures",),
     }
-    return BESIDE.get((group, option), ()) + needs.get((group, option), ())
+    found = BESIDE.get((group, option), ()) + needs.get((group, option), ())
+    return (config_dir(data / "config"), *found) if any("=test_" in item for item in found) else found
 
 
 @functools.cache
 def cells_with(group: str, option: str, data: Path):
-    return cells_of(f"{group}={option}", *beside(group, option, data))
+    return cells_of(*beside(group, option, data), f"{group}={option}")
 
 
 @pytest.mark.parametrize("group, option", OPTIONS)
@@ -68,7 +77,9 @@ def test_every_option_composes_and_builds(group, option, data, workplace):
         assert cell.choices[group] == option
         experiment = build(cell.cfg, cell.choices)
         assert experiment.sampler.num_steps == cell.cfg.sampler.get("num_steps", 0)
-        assert experiment.model.latent_dim == cell.cfg.model.latent_dim
+        blocks = experiment.model.blocks
+        sizes = [block.stop - block.start for block in blocks.values()] if blocks else [cell.cfg.model.latent_dim]
+        assert experiment.model.latent_dim == sum(sizes)
 
 
 @pytest.mark.parametrize("group, option", [pair for pair in OPTIONS if pair[0] not in (*STUDIES, "tuned")])

@@ -41,10 +41,11 @@ class Poisson(nn.Module):
         """log rate(η), elementwise, finite wherever η is."""
         if self.link == "exp":
             excess = F.relu(predictor - self.tail_start)
-            return predictor.clamp(max=self.tail_start) + torch.log1p(excess)
-        low = predictor.clamp(max=SERIES_START)
-        high = F.softplus(predictor.clamp(min=SERIES_START))
-        return torch.where(predictor < SERIES_START, low - low.exp() / 2, high.log())
+            return torch.where(predictor > self.tail_start, self.tail_start + torch.log1p(excess), predictor)
+        is_low = predictor < SERIES_START
+        low = torch.where(is_low, predictor, SERIES_START)  # the branch not taken must stay finite for its gradient
+        high = torch.where(is_low, SERIES_START, predictor)
+        return torch.where(is_low, low - low.exp() / 2, F.softplus(high).log())
 
     def mean(self, predictor: Tensor) -> Tensor:
         """Expected counts per bin, elementwise."""

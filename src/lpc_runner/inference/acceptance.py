@@ -9,10 +9,10 @@ from lpc_runner.inference.samplers import Info, State
 
 
 def log_acceptance(start: tuple[Tensor, Info], end: tuple[Tensor, Info]) -> Tensor:
-    """log of p(x, z') q(z|z') / (p(x, z) q(z'|z)) of a Langevin proposal from z to z', nats, (B,); MALA's log ratio.
+    """log of p(x, z') q(z|z') / (p(x, z) q(z'|z)), MALA's log ratio of a proposal from z to z', nats, (B,).
 
-    q(z'|z) = N(z'; z + v g/2, v), v = 2γG at z and g = ∇z log p(x, z); q(z|z') has v' and g' of z'. start, end: z (B, d)
-    and what the step that left it saw.
+    q(z'|z) = N(z'; z + v g/2, v), v = 2γG at z and g = ∇z log p(x, z); q(z|z') has v' and g' of z'. start, end: z
+    (B, d) and what the step that left it saw.
     """
     (z, info), (moved, after) = start, end
     forward, back = (torch.as_tensor(of.noise_variance, dtype=z.dtype, device=z.device) for of in (info, after))
@@ -23,7 +23,7 @@ def log_acceptance(start: tuple[Tensor, Info], end: tuple[Tensor, Info]) -> Tens
 
 
 class ShadowMetropolis:
-    """Mean over a chain's steps of min(1, exp(log_acceptance)): the acceptance of MALA at the unadjusted chain's states.
+    """Mean over a chain's steps of min(1, exp(log_acceptance)): MALA's acceptance at the unadjusted chain's states.
 
     Called after every step with the chain's state and info, it needs no decoder pass: density and drift at z(t) are
     known one step later, so the last step is not judged. Exact as MALA's probability where G and γ are constant along

@@ -123,7 +123,8 @@ def run_chain(
     """Run `sampler` from z(0) = z on log p(x, z) and gather what Algorithm 1 needs from its states.
 
     log_joint: z (B, d) -> (B,) nats. noise: t -> ξ(t), (B, d). parameters: θ, empty for sampling only. centre: about
-    which the moments are taken (the encoder's mean; zero without one). q: for preconditioning=encoder. observe: called after every step, for pictures.
+    which the moments are taken (the encoder's mean; zero without one). q: the encoder's, for preconditioning=encoder.
+    observe: called after every step, for pictures.
     """
     potential = FusedPotential(log_joint, parameters)
     along = sampler.theta_states == "all" and bool(parameters)

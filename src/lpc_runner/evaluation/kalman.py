@@ -1,0 +1,146 @@
+"""Exact answers for linear dynamical systems with Gaussian emission, in float64.
+
+x_0 ~ N(m_0, P_0), x_t = A x_{t-1} + b + N(0, Q), y_t = C x_t + d + N(0, R), t = 1 .. T: the Kalman filter's
+log-likelihood, the Rauch-Tung-Striebel smoother's moments, and the posterior of the flat z of `models.sequential`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+from torch.func import jacrev
+
+from lpc_runner.distributions import LOG_2PI, Gaussian
+from lpc_runner.models.generators import Linear
+from lpc_runner.models.sequential import LFADS
+
+
+class LinearGaussian(NamedTuple):
+    """The system above for the held-in neurons; variance: R = variance · I."""
+
+    initial_mean: Tensor
+    initial_covariance: Tensor
+    transition: Tensor
+    offset: Tensor
+    noise_covariance: Tensor
+    readout: Tensor
+    bias: Tensor
+    variance: Tensor
+
+
+class Filtered(NamedTuple):
+    """log p(y) (B,) in nats; of x_t given y_1 .. y_{t-1} and y_1 .. y_t: means (B, T, D), covariances (T, D, D)."""
+
+    log_likelihood: Tensor
+    predicted_mean: Tensor
+    predicted_covariance: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+def is_linear_gaussian(model: torch.nn.Module) -> bool:
+    """Whether the functions below have an answer for this model."""
+    if not (isinstance(model, LFADS) and isinstance(model.generator, Linear)):
+        return False
+    return isinstance(model.likelihood, Gaussian) and model.input_prior is None
+
+
+@torch.no_grad()
+def linear_gaussian(model: LFADS) -> LinearGaussian:
+    """The system that model=lds is, in float64 on the CPU."""
+    assert is_linear_gaussian(model)
+    read = lambda tensor: tensor.detach().double().cpu()
+    spread, transition = read(model.initial_map.weight), read(model.generator.transition.weight)
+    inputs = model.generator.input_map
+    noise = torch.zeros_like(transition) if inputs is None else read(inputs.weight) @ read(inputs.weight).T
+    readout, bias = read(model.readout.weight)[model.held_in], read(model.readout.bias)[model.held_in]
+    if isinstance(model.factor_map, torch.nn.Linear):
+        bias = bias + readout @ read(model.factor_map.bias)
+        readout = readout @ read(model.factor_map.weight)
+    return LinearGaussian(
+        initial_mean=read(model.initial_map.bias),
+        initial_covariance=spread @ spread.T,
+        transition=transition,
+        offset=read(model.generator.transition.bias),
+        noise_covariance=noise,
+        readout=readout,
+        bias=bias,
+        variance=torch.exp(2 * read(model.likelihood.log_scale)),
+    )
+
+
+def kalman_filter(system: LinearGaussian, y: Tensor) -> Filtered:
+    """Filter y (B, T, N), float64, the system's neurons only."""
+    a, c = system.transition, system.readout
+    identity = torch.eye(len(a), dtype=a.dtype)
+    noise = system.variance * torch.eye(len(c), dtype=a.dtype)
+    mean, covariance = system.initial_mean.expand(len(y), -1), system.initial_covariance
+    total, kept = torch.zeros(len(y), dtype=a.dtype), []
+    for observed in y.unbind(1):
+        predicted, spread = mean @ a.T + system.offset, a @ covariance @ a.T + system.noise_covariance
+        factor = torch.linalg.cholesky(c @ spread @ c.T + noise)
+        innovation = observed - predicted @ c.T - system.bias
+        white = torch.linalg.solve_triangular(factor, innovation.T, upper=False)
+        log_det = 2 * factor.diagonal().log().sum()
+        total = total - 0.5 * (white.square().sum(0) + log_det + len(c) * LOG_2PI)
+        gain = torch.cholesky_solve(c @ spread, factor).T
+        mean = predicted + innovation @ gain.T
+        rest = identity - gain @ c
+        covariance = rest @ spread @ rest.T + gain @ noise @ gain.T  # Joseph's form stays symmetric
+        kept.append((predicted, spread, mean, covariance))
+    predicted, spread, mean, covariance = zip(*kept)
+    return Filtered(
+        total, torch.stack(predicted, 1), torch.stack(spread), torch.stack(mean, 1), torch.stack(covariance)
+    )
+
+
+def smooth(system: LinearGaussian, filtered: Filtered) -> tuple[Tensor, Tensor]:
+    """Means (B, T, D) and covariances (T, D, D) of x_t given all of y (Rauch, Tung and Striebel 1965)."""
+    mean, covariance = filtered.mean[:, -1], filtered.covariance[-1]
+    means, covariances = [mean], [covariance]
+    for t in range(len(filtered.covariance) - 2, -1, -1):
+        ahead = filtered.predicted_covariance[t + 1]
+        gain = torch.linalg.solve(ahead, system.transition @ filtered.covariance[t]).T
+        mean = filtered.mean[:, t] + (mean - filtered.predicted_mean[:, t + 1]) @ gain.T
+        covariance = filtered.covariance[t] + gain @ (covariance - ahead) @ gain.T
+        means.append(mean)
+        covariances.append(covariance)
+    return torch.stack(means[::-1], 1), torch.stack(covariances[::-1])
+
+
+def log_likelihood(model: LFADS, x: Tensor) -> Tensor:
+    """Exact log p(x; θ) of the held-in neurons in nats, (B,) float64; x (B, T, N)."""
+    return kalman_filter(linear_gaussian(model), x[..., model.held_in].double().cpu()).log_likelihood
+
+
+def posterior(model: LFADS, x: Tensor) -> MultivariateNormal:
+    """p(z | x; θ) over the flat z, float64: Λ = I + MᵀM/σ², M = ∂(mean of x)/∂z; batch (B,), event (latent_dim,).
+
+    Dense in latent_dim: for systems of some hundred coordinates.
+    """
+    assert is_linear_gaussian(model)
+    like = next(model.parameters())
+    zero = torch.zeros(1, model.latent_dim, dtype=like.dtype, device=like.device)
+    output = lambda z: model.decode(z)[..., model.held_in].flatten()
+    map_ = jacrev(output)(zero)[:, 0].detach().double().cpu()
+    centred = x[..., model.held_in].flatten(1).double().cpu() - output(zero).detach().double().cpu()
+    variance = torch.exp(2 * model.likelihood.log_scale.detach().double().cpu())
+    precision = torch.eye(model.latent_dim, dtype=torch.float64) + map_.T @ map_ / variance
+    mean = torch.linalg.solve(precision, (centred @ map_ / variance).T).T
+    return MultivariateNormal(mean, precision_matrix=precision.expand(len(x), -1, -1))
+
+
+def approximation_gap(model: LFADS) -> float:
+    """log p(x) - max over factorised q of the ELBO, nats: ½ (Σ log Λ_ii - log det Λ), the same for every trial.
+
+    KL(N(μ, diag(1/Λ_ii)) ‖ N(μ, Λ⁻¹)): the best diagonal q has the posterior's mean and the precisions Λ_ii.
+    """
+    empty = torch.zeros(1, model.num_steps, model.num_neurons, dtype=next(model.parameters()).dtype)
+    precision = posterior(model, empty).precision_matrix[0]
+    gap = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
+    assert math.isfinite(gap)
+    return float(gap)
