@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.sequences import COUNTS
 from lpc_runner.distributions import DiagonalGaussian
-from lpc_runner.evaluation import spikes
+from lpc_runner.evaluation import kalman, spikes
 from lpc_runner.evaluation.evaluator import Evaluator, Trained
 from lpc_runner.evaluation.gaps import fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound
@@ -165,9 +165,9 @@ class SequenceEvaluator(Evaluator):
             numbers[f"{name}_effective_samples"] = float(found.effective_samples.median())
         numbers["free_drift"] = float(fitted.drift.mean())
         best = max(numbers[f"{name}_iwae"] for name in proposals)
-        if hasattr(model, "log_evidence"):
-            with torch.no_grad():
-                best = numbers["log_evidence"] = float(model.log_evidence(x[..., self.held_in]).double().mean())
+        exact = _exact_log_evidence(model, x[..., self.held_in])
+        if exact is not None:
+            best = numbers["log_evidence"] = float(exact.mean())
         numbers["approximation_gap"] = best - numbers["free_elbo"]
         if "encoder" in proposals:
             numbers["amortisation_gap"] = numbers["free_elbo"] - numbers["encoder_elbo"]
@@ -273,6 +273,14 @@ class SequenceEvaluator(Evaluator):
 def is_amortised(encoder: nn.Module | None) -> bool:
     """Whether an encoder answers for trials that it was not trained on."""
     return encoder is not None and not isinstance(encoder, FreeTable)
+
+
+@torch.no_grad()
+def _exact_log_evidence(model: nn.Module, x: Tensor) -> Tensor | None:
+    """log p(x; θ) of held-in neurons in nats, (B,) float64, where it is known in closed form."""
+    if kalman.is_linear_gaussian(model):
+        return kalman.log_likelihood(model, x)
+    return model.log_evidence(x).double() if hasattr(model, "log_evidence") else None
 
 
 def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
