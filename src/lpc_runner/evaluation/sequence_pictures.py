@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     pass
 
 # Okabe and Ito's colours, told apart by colour-blind eyes and in grey.
-BLUE, ORANGE, GREEN, PINK, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+BLUE, ORANGE = COLOURS[:2]
 TRUTH, DATA = "#000000", "#8c8c8c"
 DPI = 130
 STYLE = {
@@ -33,13 +34,14 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 2.2,
 }
-NUM_TRIALS, NUM_NEURONS, NUM_PATHS = 3, 4, 6
+NUM_TRIALS, NUM_NEURONS, NUM_PATHS = 3, 4, 3
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Some trials and what was inferred of them: x (n, T, N) as the model sees it, extras of the same trials."""
+    """Some trials and what was inferred of them: their numbers, x (n, T, N) as the model sees it, their extras."""
 
+    index: list[int]
     means: Means
     x: Tensor
     extras: dict[str, Tensor]
@@ -63,10 +65,9 @@ def data_picture(split: Split, dataset: SequenceDataset, path: Path) -> None:
     are_counts = dataset.kind == COUNTS
     with _figure(path, (13, 4.6)) as figure:
         axes = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
-        low, high = (0, max(v.max() for v in values)) if are_counts else (-1, 1)
-        if not are_counts:
-            high = max(abs(v).max() for v in values)
-            low = -high
+        # Most bins hold no spike and few more than two: without a ceiling, single ones would be too pale to see.
+        high = 3 if are_counts else max(abs(trial).max() for trial in values)
+        low = 0 if are_counts else -high
         extent = (0, dataset.bin_seconds * dataset.shape[0], -0.5, dataset.shape[1] - 0.5)
         for axis, trial, number in zip(axes, values, chosen):
             image = axis.imshow(
@@ -75,7 +76,8 @@ def data_picture(split: Split, dataset: SequenceDataset, path: Path) -> None:
             )  # fmt: skip
             axis.set(title=f"training trial {number}", xlabel="time (s)")
         axes[0].set_ylabel("neuron" if are_counts else "dimension")
-        figure.colorbar(image, ax=axes, label="spikes per bin" if are_counts else "value")
+        label = "spikes per bin (black: 3 or more)" if are_counts else "value"
+        figure.colorbar(image, ax=axes, label=label, extend="max" if are_counts else "neither")
 
 
 def rates_picture(trials: Trials, path: Path) -> None:
@@ -98,7 +100,7 @@ def rates_picture(trials: Trials, path: Path) -> None:
                 axis.plot(trials.seconds, rates[trial, :, neuron], color=BLUE, label="inferred")
             row[0].set_ylabel(f"neuron {neuron}\n(Hz)" if trials.are_counts else f"dimension {neuron}")
         for axis, trial in zip(axes[0], chosen):
-            axis.set_title(f"trial {trial}")
+            axis.set_title(f"trial {trials.index[trial]}")
         for axis in axes[-1]:
             axis.set_xlabel("time (s)")
         _legend(figure, axes[0, 0])
@@ -117,38 +119,40 @@ def _observed(axis: Any, trials: Trials, values: np.ndarray, highest: float) -> 
 
 
 def factors_picture(trials: Trials, path: Path) -> None:
-    """Factors along their first principal components, and a linear readout of the true latents where they are known."""
+    """Factors along their first principal components; the true latents, where known, beside a linear readout."""
     factors = _array(trials.means.factors).astype(np.float64)
     centred = factors - factors.mean((0, 1))
-    axes3 = np.linalg.svd(centred.reshape(-1, centred.shape[2]), full_matrices=False)[2][:2]
-    paths = centred @ axes3.T
-    latents = trials.extras.get("latents")
-    colours = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER)
-    with _figure(path, (13, 5.4)) as figure:
-        left, right = figure.subplots(1, 2)
-        for colour, trial in zip(colours, trials.chosen(NUM_PATHS)):
-            x, y = paths[trial, :, 0], paths[trial, :, 1] if paths.shape[2] > 1 else trials.seconds
-            left.plot(x, y, color=colour, linewidth=1.8, label=f"trial {trial}")
-            left.plot(x[0], y[0], "o", color=colour, markersize=8)
-        left.set(
-            xlabel="factors, principal component 1", ylabel="principal component 2", title="trials from their dots"
-        )
-        left.legend(ncols=2, fontsize=11)
-        trial = trials.chosen(3)[1 if len(trials.x) > 2 else 0]
-        if latents is None:
-            for colour, component in zip(colours, range(paths.shape[2])):
-                right.plot(trials.seconds, paths[trial, :, component], color=colour, label=f"component {component + 1}")
-            right.set(title=f"factors of trial {trial}", ylabel="principal components of factors")
-        else:
-            predicted = linear_readout(trials.means.factors, latents)(trials.means.factors[trial : trial + 1])
-            for dimension, colour in zip(range(min(3, latents.shape[2])), (BLUE, ORANGE, GREEN)):
-                right.plot(trials.seconds, _array(latents)[trial, :, dimension], color=TRUTH, linewidth=1.6)
-                right.plot(
-                    trials.seconds, predicted[0, :, dimension].cpu(), color=colour, label=f"latent {dimension + 1}"
-                )
-            right.set(title=f"trial {trial}: true latents black, read from factors coloured", ylabel="latents")
-        right.set_xlabel("time (s)")
-        right.legend(fontsize=11, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    components = np.linalg.svd(centred.reshape(-1, centred.shape[2]), full_matrices=False)[2][:3]
+    paths = centred @ components.T
+    chosen = trials.chosen(NUM_PATHS)
+    trial = chosen[len(chosen) // 2]
+    shown, names = paths[trial], [f"component {number + 1}" for number in range(paths.shape[2])]
+    truth, what = None, "principal components of factors"
+    if "latents" in trials.extras:
+        latents = trials.extras["latents"]
+        truth, what = _array(latents[trial]), "latents read from factors"
+        readout = linear_readout(trials.means.factors, latents)
+        shown = _array(readout(trials.means.factors[trial]))
+        names = [f"latent {number + 1}" for number in range(min(3, latents.shape[2]))]
+    with _figure(path, (13, 6)) as figure:
+        left, right = figure.subfigures(1, 2)
+        axis = left.subplots()
+        for colour, number in zip(COLOURS, chosen):
+            x, y = paths[number, :, 0], paths[number, :, 1] if paths.shape[2] > 1 else trials.seconds
+            axis.plot(x, y, color=colour, linewidth=1.4)
+            axis.plot(x[0], y[0], "o", color=colour, markersize=9)
+        axis.set(xlabel="factors, principal component 1", ylabel="principal component 2")
+        axis.set_title(f"{len(chosen)} trials, each from its dot")
+        rows = right.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+        for dimension, (row, name) in enumerate(zip(rows, names)):
+            if truth is not None:
+                row.plot(trials.seconds, truth[:, dimension], color=TRUTH, linewidth=1.6, label="truth")
+            row.plot(trials.seconds, shown[:, dimension], color=BLUE, label="inferred")
+            row.set_ylabel(name)
+        rows[0].set_title(f"trial {trials.index[trial]}: {what}")
+        rows[-1].set_xlabel("time (s)")
+        if truth is not None:
+            _legend(right, rows[0])
 
 
 def inputs_picture(trials: Trials, path: Path) -> None:
@@ -157,16 +161,15 @@ def inputs_picture(trials: Trials, path: Path) -> None:
     inputs = _array(trials.means.inputs)
     pulse = trials.extras["pulse_bin"].cpu().numpy() if "pulse_bin" in trials.extras else None
     aligned = None if pulse is None else _around(np.linalg.norm(inputs, axis=2), pulse, min(20, inputs.shape[1] // 4))
-    colours = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER)
     with _figure(path, (13, 4.4 if aligned is None else 7.6)) as figure:
         panels = figure.subfigures(1 if aligned is None else 2, 1, squeeze=False)[:, 0]
         axes = panels[0].subplots(1, len(chosen), sharey=True, squeeze=False)[0]
         for axis, trial in zip(axes, chosen):
-            for dimension, colour in zip(range(inputs.shape[2]), colours):
+            for dimension, colour in zip(range(inputs.shape[2]), COLOURS):
                 axis.plot(trials.seconds, inputs[trial, :, dimension], color=colour, label=f"input {dimension + 1}")
             if pulse is not None:
                 axis.axvline(trials.seconds[pulse[trial]], color=TRUTH, linestyle="--", label="pulse")
-            axis.set(title=f"trial {trial}", xlabel="time (s)")
+            axis.set(title=f"trial {trials.index[trial]}", xlabel="time (s)")
         axes[0].set_ylabel("inferred input (prior std 1)")
         _legend(panels[0], axes[0])
         if aligned is not None:

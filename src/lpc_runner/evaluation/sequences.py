@@ -97,6 +97,7 @@ class SequenceEvaluator(Evaluator):
                 q = self._encoded(trained, self.gap_index)
                 inferred = Inferred(self.gap_index, q, self._means(trained, q, self.settings.num_posterior_samples))
         trials = pictures.Trials(
+            inferred.index.tolist(),
             inferred.means,
             self.dataset.to_model(self.values[inferred.index]),
             {name: values[inferred.index] for name, values in self.extras.items()},
