@@ -102,9 +102,30 @@ def print_results(planned: list[Planned]) -> None:
 
 
 def print_measurement(name: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
-    """Metrics as a table, with N, k, extractor and split above those they belong to."""
+    """Metrics as a table, with what they were measured on."""
     console = Console()
     console.print(f"\n[bold]{name}[/bold]", highlight=False, soft_wrap=True)
+    if facts.get("kind") == "sequences":
+        _print_sequences(console, metrics, facts)
+    else:
+        _print_images(console, metrics, facts)
+
+
+def _print_sequences(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+    """Every number beside that of the true rates, where there is one, and its unit."""
+    table = Table(box=None, padding=(0, 2))
+    for column in ("", "model", "true rates", ""):
+        table.add_column(column, justify="left" if not column else "right", header_style="dim")
+    for metric in _ordered(metrics):
+        ceiling = facts["ceilings"].get(metric)
+        truth = "" if ceiling is None else f"{ceiling:.4g}"
+        table.add_row(metric, f"{metrics[metric]:.4g}", truth, facts["notes"].get(metric, ""))
+    console.print(table)
+    console.print(f"  {facts['sources']}", highlight=False, soft_wrap=True)
+
+
+def _print_images(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+    """Sample quality first, with N, k, extractor and split of those it belongs to."""
     suffix = "_" + facts["extractor"]
     table = Table(show_header=False, box=None, padding=(0, 2))
     quality = [metric for metric in _ordered(metrics) if metric.removesuffix(suffix) in _SHOWN]

@@ -1,0 +1,153 @@
+"""Trials of a known linear dynamical system, whose parameters are kept: the truth is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, random_source, smallest_counts
+from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
+
+_SYSTEM = "system_"
+_NOISE = 0.3  # standard deviation of the process noise in every direction
+_BASE = 0.15  # expected count per bin of a Poisson neuron at the origin of the latent space
+
+
+@dataclass(frozen=True)
+class LinearSystem:
+    """x_0 = m0 + L0 z_0; x_t = A x_{t-1} + b + L u_t, t = 1..T; mean of y_t is C x_t + d, or exp of it (Poisson).
+
+    z_0, u_t ~ N(0, I) of dimension D; A, L, L0 (D, D); b, m0 (D,); C (N, D); d (N,); scale: σ of Gaussian noise.
+    """
+
+    A: np.ndarray
+    b: np.ndarray
+    L: np.ndarray
+    m0: np.ndarray
+    L0: np.ndarray
+    C: np.ndarray
+    d: np.ndarray
+    scale: float
+
+    def mean_and_covariance(self, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+        """Moments of a whole trial of Gaussian emission, y_1..y_T as one vector: (T N,), (T N, T N), float64."""
+        dim = len(self.b)
+        mean = self.m0
+        maps = np.concatenate([self.L0, np.zeros((dim, num_bins * dim))], axis=1)  # of (z_0, u_1, ..., u_T) to x_t
+        means, rows = [], []
+        for step in range(num_bins):
+            mean, maps = self.A @ mean + self.b, self.A @ maps
+            maps[:, (step + 1) * dim : (step + 2) * dim] = self.L
+            means.append(self.C @ mean + self.d)
+            rows.append(self.C @ maps)
+        joint = np.concatenate(rows)
+        return np.concatenate(means), joint @ joint.T + self.scale**2 * np.eye(len(joint))
+
+    def log_evidence(self, y: np.ndarray) -> np.ndarray:
+        """log p(y) of trials y (B, T, N) of Gaussian emission in nats, (B,): one dense Gaussian, exact."""
+        mean, covariance = self.mean_and_covariance(y.shape[1])
+        factor = np.linalg.cholesky(covariance)
+        white = np.linalg.solve(factor, (y.reshape(len(y), -1).astype(np.float64) - mean).T)
+        return -0.5 * (white**2).sum(0) - np.log(np.diag(factor)).sum() - len(mean) / 2 * np.log(2 * np.pi)
+
+    def without(self, num_held_out: int) -> LinearSystem:
+        """The system of the first N - num_held_out neurons."""
+        kept = slice(len(self.d) - num_held_out)
+        return LinearSystem(self.A, self.b, self.L, self.m0, self.L0, self.C[kept], self.d[kept], self.scale)
+
+
+class SampledLinearSystem(SimulatedDataset):
+    """Trials drawn from a `LinearSystem` of slow, weakly damped rotations with random loadings.
+
+    A: rotations of 0.1 to 0.4 rad per bin, moduli .95 to .99. L = 0.3 I; x_0 starts at the stationary law. C: N(0, 1/D)
+    for Gaussian emission with σ = 0.5, half of that for Poisson, whose counts have mean exp(C x + d), d = log .15.
+    emission: poisson (spike counts) or gaussian (real-valued series).
+    """
+
+    name = "lds"
+    bin_seconds = 0.02
+
+    @checked
+    def __init__(
+        self,
+        data_dir: str,
+        seed: NonNegativeInt,
+        emission: Literal["gaussian", "poisson"],
+        num_train: PositiveInt,
+        num_test: PositiveInt,
+        num_bins: PositiveInt,
+        num_neurons: PositiveInt,
+        latent_dim: PositiveInt,
+        num_held_out: NonNegativeInt,
+    ) -> None:
+        self.seed, self.emission, self._num_train, self.num_test = seed, emission, num_train, num_test
+        self.num_bins, self.num_neurons, self.latent_dim = num_bins, num_neurons, latent_dim
+        self.kind = SERIES if emission == "gaussian" else COUNTS
+        names = ("seed", "emission", "num_train", "num_test", "num_bins", "num_neurons", "latent_dim")
+        super().__init__(data_dir, num_held_out, {name: getattr(self, name) for name in names})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, N)."""
+        return (self.num_bins, self.num_neurons)
+
+    @property
+    def num_train(self) -> int:
+        """As chosen."""
+        return self._num_train
+
+    def system(self) -> LinearSystem:
+        """The parameters that the trials were drawn from. Raises UserError if the file is missing or damaged."""
+        arrays = {key.removeprefix(_SYSTEM): value for key, value in self.arrays().items() if key.startswith(_SYSTEM)}
+        return LinearSystem(**(arrays | {"scale": float(arrays["scale"])}))
+
+    def log_evidence(self, values: np.ndarray) -> np.ndarray | None:
+        """log p of trials (B, T, N) of held-in neurons under the true system in nats, (B,); None for Poisson."""
+        if self.emission == "poisson":
+            return None
+        held_in = self.num_neurons - self.num_held_out
+        return self.system().without(self.num_held_out).log_evidence(values[..., :held_in])
+
+    def simulate(self) -> dict[str, np.ndarray]:
+        """values (trials, T, N), rates: means or expected counts per bin, latents x_t, and the system itself."""
+        draw = random_source(self.seed, "lds")
+        system = random_system(draw, self.latent_dim, self.num_neurons, self.emission)
+        count, dim = self._num_train + self.num_test, self.latent_dim
+        state = system.m0 + draw.standard_normal((count, dim)) @ system.L0.T
+        states = np.empty((count, self.num_bins, dim))
+        for step in range(self.num_bins):
+            state = state @ system.A.T + system.b + draw.standard_normal((count, dim)) @ system.L.T
+            states[:, step] = state
+        means = states @ system.C.T + system.d
+        if self.emission == "poisson":
+            means = np.exp(means)
+            values = smallest_counts(draw.poisson(means))
+        else:
+            values = (means + system.scale * draw.standard_normal(means.shape)).astype(np.float32)
+        arrays = {"values": values, "rates": means.astype(np.float32), "latents": states.astype(np.float32)}
+        parts = {"train": slice(self._num_train), "test": slice(self._num_train, None)}
+        simulated = {f"{part}_{name}": array[rows] for part, rows in parts.items() for name, array in arrays.items()}
+        return simulated | {f"{_SYSTEM}{name}": np.asarray(value) for name, value in vars(system).items()}
+
+
+def random_system(draw: np.random.Generator, dim: int, num_neurons: int, emission: str) -> LinearSystem:
+    """A stable system of dim // 2 rotations (and one decay where dim is odd) in a random orthogonal basis."""
+    blocks = np.zeros((dim, dim))
+    for start in range(0, dim - 1, 2):
+        angle, modulus = draw.uniform(0.1, 0.4), draw.uniform(0.95, 0.99)
+        cos, sin = np.cos(angle), np.sin(angle)
+        blocks[start : start + 2, start : start + 2] = modulus * np.array([[cos, -sin], [sin, cos]])
+    if dim % 2:
+        blocks[-1, -1] = draw.uniform(0.95, 0.99)
+    basis = np.linalg.qr(draw.standard_normal((dim, dim)))[0]
+    transition = basis @ blocks @ basis.T
+    noise = _NOISE * np.eye(dim)
+    # Each block is a multiple of a rotation, so that the stationary covariance is _NOISE² / (1 - modulus²) along it.
+    moduli = np.sqrt((blocks**2).sum(1))
+    stationary = basis @ np.diag(_NOISE / np.sqrt(1 - moduli**2))
+    scale = 1.0 if emission == "gaussian" else 0.5
+    loadings = scale * draw.standard_normal((num_neurons, dim)) / np.sqrt(dim)
+    offsets = np.zeros(num_neurons) if emission == "gaussian" else np.full(num_neurons, np.log(_BASE))
+    return LinearSystem(transition, np.zeros(dim), noise, np.zeros(dim), stationary, loadings, offsets, 0.5)

@@ -1,0 +1,145 @@
+"""What all sources of sequences share, and the cache of those that are simulated."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from lpc_runner.data.dataset import Data, Dataset, Split
+from lpc_runner.errors import UserError
+from lpc_runner.files import sha256_of, write_atomically
+from lpc_runner.randomness import generator
+
+log = logging.getLogger(__name__)
+
+COUNTS, SERIES = "spike counts", "real-valued series"
+
+
+class SequenceDataset(Dataset):
+    """Trials of T bins and N neurons; values (trials, T, N) as stored, held-in neurons first.
+
+    bin_seconds: length of a bin in seconds. Known of a trial, where it is: extras `rates` (trials, T, N), expected
+    counts per bin or means; `latents`, `inputs`, `behaviour` (trials, T, D); `pulse_bin` (trials,).
+    """
+
+    kind = COUNTS
+    bin_seconds: float
+
+    def to_model(self, values: Tensor) -> Tensor:
+        """The same numbers as float32 (B, T, N)."""
+        return values.float()
+
+
+class SimulatedDataset(SequenceDataset):
+    """Trials drawn from a recipe once, kept below data_dir/sequences and verified whenever they are read.
+
+    A file's name holds a hash of the recipe and one of the content, so that settings never share a file.
+    """
+
+    version: ClassVar[int] = 1  # of the recipe: raise it when it changes, for runs then see other data
+
+    def __init__(self, data_dir: str, num_held_out: int, settings: dict[str, object]) -> None:
+        self._folder = Path(data_dir).expanduser() / "sequences"
+        self._settings = settings
+        self.num_held_out = num_held_out
+        if num_held_out >= self.shape[1]:
+            raise ValueError(f"num_held_out must be below the {self.shape[1]} neurons, got {num_held_out}")
+
+    @abstractmethod
+    def simulate(self) -> dict[str, np.ndarray]:
+        """All arrays of both splits: `train_values`, `test_values` and one pair per extra; a function of settings."""
+
+    def identity(self) -> dict[str, object]:
+        """Name, version of the recipe, every setting."""
+        return self._recipe() | {"num_held_out": self.num_held_out}
+
+    def _recipe(self) -> dict[str, object]:
+        return {"name": self.name, "version": self.version, **self._settings}
+
+    def prepare(self) -> None:
+        """Simulate and write the file if it is not there. Raises UserError if it cannot be written."""
+        if self._path() is not None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._folder / f".{self._stem()}.lock"):  # jobs of a sweep start together
+                if self._path() is None:
+                    content = _archive(self.simulate())
+                    digest = hashlib.sha256(content).hexdigest()[:16]
+                    write_atomically(self._folder / f"{self._stem()}-{digest}.npz", content)
+                    log.info("%s: simulated to %s", self.name, self._folder)
+        except OSError as error:
+            raise UserError(f"{self.name}: cannot be written to {self._folder} ({error.strerror})") from error
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `simulate` gave, read from the file. Raises UserError if it is missing or no longer fits its hash."""
+        path = self._path()
+        if path is None:
+            raise UserError(f"{self.name}: no file in {self._folder}, the run's own command simulates it")
+        if not path.stem.endswith(f"-{sha256_of(path)[:16]}"):
+            raise UserError(f"{path}: content differs from the hash in its name, delete this file")
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file}
+
+    def load(self) -> Data:
+        """Both splits with their extras. Raises UserError if the file is missing or damaged."""
+        arrays = self.arrays()
+        return Data(*(sequence_split(arrays, part) for part in ("train", "test")))
+
+    def _stem(self) -> str:
+        text = json.dumps(self._recipe(), sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def _path(self) -> Path | None:
+        return min(self._folder.glob(f"{self._stem()}-*.npz"), default=None)
+
+
+def sequence_split(arrays: dict[str, np.ndarray], part: str) -> Split:
+    """`<part>_values` and, as extras, every other `<part>_*`."""
+    tensors = {key.removeprefix(f"{part}_"): torch.from_numpy(array) for key, array in _of(arrays, part).items()}
+    return Split(tensors.pop("values"), extras=tensors)
+
+
+def _of(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
+    return {key: array for key, array in arrays.items() if key.startswith(f"{part}_")}
+
+
+def _archive(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def random_source(seed: int, stream: str) -> np.random.Generator:
+    """NumPy's generator for one named draw."""
+    return np.random.default_rng(generator(seed, stream).initial_seed())
+
+
+def smallest_counts(counts: np.ndarray) -> np.ndarray:
+    """The same counts as uint8, int16 or int32, whichever is the first to hold them."""
+    largest = counts.max(initial=0)
+    fitting = (dtype for dtype in (np.uint8, np.int16, np.int32) if largest <= np.iinfo(dtype).max)
+    return counts.astype(next(fitting))
+
+
+def split_trials(
+    arrays: dict[str, np.ndarray], num_conditions: int, num_trials: int, num_test: int
+) -> dict[str, np.ndarray]:
+    """Arrays (conditions x trials, ...), condition by condition, to `train_*` and `test_*`.
+
+    The last num_test trials of every condition are the test split; trials of a condition are drawn independently, so
+    which ones does not matter.
+    """
+    is_test = np.tile(np.arange(num_trials) >= num_trials - num_test, num_conditions)
+    parts = {"train": ~is_test, "test": is_test}
+    return {f"{part}_{name}": array[rows] for part, rows in parts.items() for name, array in arrays.items()}

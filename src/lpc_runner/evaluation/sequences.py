@@ -1,0 +1,289 @@
+"""Sequences measured and drawn: bounds and their gaps, rates against spikes and truth, held-out neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lpc_runner.data.dataset import Batch, Data, Dataset
+from lpc_runner.data.sequences import COUNTS
+from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.evaluation import kalman, spikes
+from lpc_runner.evaluation.evaluator import Evaluator, Trained
+from lpc_runner.evaluation.gaps import fit_free_posterior
+from lpc_runner.evaluation.importance import importance_bound
+from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
+from lpc_runner.evaluation.sequence_quality import SequenceQuality, notes_on
+from lpc_runner.models.sequence_encoders import FreeTable
+
+CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """Posterior of some test trials. index: (n,) which ones. q: over z. means: averaged over draws of q."""
+
+    index: Tensor
+    q: DiagonalGaussian
+    means: Means
+
+
+class SequenceEvaluator(Evaluator):
+    """Measures on the test split; seed names every draw, so that runs of one seed share their noise."""
+
+    def __init__(
+        self, dataset: Dataset, data: Data, settings: SequenceQuality, device: torch.device | str, seed: int
+    ) -> None:
+        self.dataset, self.data, self.settings, self.seed = dataset, data, settings, seed
+        self.held_out = dataset.num_held_out
+        self.held_in = slice(0, dataset.shape[1] - self.held_out)
+        self.values = data.test.values.to(device)
+        self.extras = {name: values.to(device) for name, values in data.test.extras.items()}
+        self.x = dataset.to_model(self.values)
+        if self.held_out:
+            self.x = self.x.clone()
+            self.x[..., self.held_in.stop :] = torch.nan  # whoever reads a held-out neuron will not go unnoticed
+        count = len(self.x) if settings.num_gap_trials is None else min(settings.num_gap_trials, len(self.x))
+        self.gap_index = torch.linspace(0, len(self.x) - 1, count, device=device).round().long()
+        self.last: Inferred | None = None  # of the last final measurement, for the pictures
+        self.gaps: dict[str, float] = {}
+
+    # What the runner asks for -------------------------------------------------------------------------------
+
+    def during(self, trained: Trained) -> dict[str, float]:
+        if not is_amortised(trained.encoder):
+            return {}
+        with evaluating(trained.model, trained.encoder):
+            numbers = {}
+            index = torch.arange(len(self.x), device=self.x.device)
+            q = self._encoded(trained, index)
+            numbers["elbo"] = float(importance_bound(trained.model, self.x, q, 1, self.seed).elbo.mean())
+            if "rates" in self.extras:
+                means = self._means(trained, q, min(8, self.settings.num_posterior_samples))
+                numbers["rates_r2"] = spikes.r_squared(means.rates, self.extras["rates"])
+            return numbers
+
+    def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
+        with evaluating(trained.model, trained.encoder):
+            numbers, free = self._bounds(trained)
+            self.gaps = dict(numbers)
+            inferred = self._infer(trained, free)
+            self.last = inferred
+            numbers |= self._divergences(trained.model, inferred.q)
+            numbers |= self._of_means(inferred.index, inferred.means)
+            if trained.sampler.num_steps > 0:
+                numbers |= self._of_chain(trained, inferred)
+            numbers |= {name: float(value) for name, value in trained.model.likelihood.scalars().items()}
+        return numbers, self._facts(trained, inferred, numbers)
+
+    def draw_data(self, folder: Path) -> None:
+        from lpc_runner.evaluation.sequence_pictures import data_picture
+
+        data_picture(self.data.train, self.dataset, folder / "data.png")
+
+    def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
+        """Rates of single trials, at the end also factors, inputs and gaps; nothing during training of a free table."""
+        from lpc_runner.evaluation import sequence_pictures as pictures
+
+        inferred = self.last if update is None else None
+        if inferred is None:
+            if not is_amortised(trained.encoder):
+                return {}
+            with evaluating(trained.model, trained.encoder):
+                q = self._encoded(trained, self.gap_index)
+                inferred = Inferred(self.gap_index, q, self._means(trained, q, self.settings.num_posterior_samples))
+        trials = pictures.Trials(
+            inferred.index.tolist(),
+            inferred.means,
+            self.dataset.to_model(self.values[inferred.index]),
+            {name: values[inferred.index] for name, values in self.extras.items()},
+            self.dataset.bin_seconds,
+            self.dataset.kind == COUNTS,
+        )
+        paths = {"rates": folder / ("final.png" if update is None else f"update-{update:09d}.png")}
+        pictures.rates_picture(trials, paths["rates"])
+        if update is not None:
+            return paths
+        paths["factors"] = folder / "factors.png"
+        pictures.factors_picture(trials, paths["factors"])
+        if inferred.means.inputs is not None:
+            paths["inputs"] = folder / "inputs.png"
+            pictures.inputs_picture(trials, paths["inputs"])
+        if self.gaps:
+            paths["gaps"] = folder / "gaps.png"
+            pictures.gaps_picture(self.gaps, paths["gaps"])
+        return paths
+
+    # Posteriors ---------------------------------------------------------------------------------------------
+
+    def _encoded(self, trained: Trained, index: Tensor) -> DiagonalGaussian:
+        with torch.no_grad():
+            parts = [trained.encoder(Batch(self.x[rows], rows)) for rows in index.split(CHUNK)]
+        return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.variance for q in parts]))
+
+    def _means(self, trained: Trained, q: DiagonalGaussian, num_samples: int) -> Means:
+        parts = [posterior_means(trained.model, part, num_samples, self.seed, i) for i, part in _chunks(q)]
+        return joined(parts)
+
+    def _infer(self, trained: Trained, free: DiagonalGaussian) -> Inferred:
+        """The encoder's posterior of every test trial; without an amortised one, the free q of the gap trials."""
+        index, q = self.gap_index, free
+        if is_amortised(trained.encoder):
+            index = torch.arange(len(self.x), device=self.x.device)
+            q = self._encoded(trained, index)
+        return Inferred(index, q, self._means(trained, q, self.settings.num_posterior_samples))
+
+    # Numbers ------------------------------------------------------------------------------------------------
+
+    def _bounds(self, trained: Trained) -> tuple[dict[str, float], DiagonalGaussian]:
+        """Bounds on the gap trials, from the encoder's q where there is one and from a free q; both gaps."""
+        model, settings, x = trained.model, self.settings, self.x[self.gap_index]
+        numbers, proposals = {}, {}
+        if is_amortised(trained.encoder):
+            start = self._encoded(trained, self.gap_index)
+            proposals["encoder"] = start
+        else:
+            ones = torch.ones(len(x), model.latent_dim, dtype=x.dtype, device=x.device)
+            start = DiagonalGaussian(0 * ones, model.prior.scale**2 * ones)
+        fitted = fit_free_posterior(
+            model,
+            x,
+            start,
+            self.seed,
+            num_steps=settings.free_steps,
+            num_samples=settings.free_samples,
+            learning_rate=settings.free_learning_rate,
+        )
+        proposals["free"] = fitted.q
+        for name, q in proposals.items():
+            found = importance_bound(model, x, q, settings.num_importance_samples, self.seed)
+            numbers[f"{name}_elbo"] = float(found.elbo.mean())
+            numbers[f"{name}_iwae"] = float(found.iwae.mean())
+            numbers[f"{name}_effective_samples"] = float(found.effective_samples.median())
+        numbers["free_drift"] = float(fitted.drift.mean())
+        best = max(numbers[f"{name}_iwae"] for name in proposals)
+        exact = _exact_log_evidence(model, x[..., self.held_in])
+        if exact is not None:
+            best = numbers["log_evidence"] = float(exact.mean())
+        numbers["approximation_gap"] = best - numbers["free_elbo"]
+        if "encoder" in proposals:
+            numbers["amortisation_gap"] = numbers["free_elbo"] - numbers["encoder_elbo"]
+            every = torch.arange(len(self.x), device=self.x.device)
+            whole = importance_bound(model, self.x, self._encoded(trained, every), 10, self.seed)
+            numbers["elbo"] = float(whole.elbo.mean())
+        return numbers, fitted.q
+
+    def _divergences(self, model: nn.Module, q: DiagonalGaussian) -> dict[str, float]:
+        """KL(q ‖ p) in all and of every named block, means over trials."""
+        kl = q.kl_per_dimension(model.prior).double().mean(0)
+        blocks = {f"kl_{name}": float(kl[part].sum()) for name, part in model.blocks.items()}
+        return {"kl": float(kl.sum())} | (blocks if len(blocks) > 1 else {})
+
+    def _of_means(self, index: Tensor, means: Means) -> dict[str, float]:
+        """What posterior means say of rates, spikes, latents, pulses and behaviour of these trials."""
+        numbers, extras = {}, {name: values[index] for name, values in self.extras.items()}
+        if "rates" in extras:
+            numbers["rates_r2"] = spikes.r_squared(means.rates, extras["rates"])
+        if self.dataset.kind == COUNTS:
+            numbers |= self._of_spikes(index, means.rates)
+            if "rates" in extras:
+                truth = self._of_spikes(index, extras["rates"])["spike_log_likelihood"]
+                numbers["identity_overfit"] = float(numbers["spike_log_likelihood"] > truth)
+        if "latents" in extras:
+            numbers["latents_r2"] = spikes.linear_r_squared(means.factors, extras["latents"])
+        if "behaviour" in extras:
+            numbers["behaviour_r2"] = spikes.linear_r_squared(means.factors, extras["behaviour"])
+        if "pulse_bin" in extras and means.inputs is not None:
+            numbers["pulse_timing"] = spikes.pulse_timing(means.inputs, extras["pulse_bin"])
+        return numbers
+
+    def _of_spikes(self, index: Tensor, rates: Tensor) -> dict[str, float]:
+        """Bits per spike and log-likelihood of held-in spikes, and bits per spike of held-out ones, under rates."""
+        counts, held_in, held_out = self.values[index], self.held_in, slice(self.held_in.stop, None)
+        likelihood = spikes.poisson_log_likelihood(counts[..., held_in], rates[..., held_in])
+        numbers = {
+            "bits_per_spike": spikes.bits_per_spike(counts[..., held_in], rates[..., held_in]),
+            "spike_log_likelihood": float(likelihood.mean()),
+        }
+        if self.held_out:
+            numbers["cosmoothing_bits_per_spike"] = spikes.bits_per_spike(counts[..., held_out], rates[..., held_out])
+        return numbers
+
+    def _of_chain(self, trained: Trained, inferred: Inferred) -> dict[str, float]:
+        """Rates averaged over the run's own chain from q, given held-in neurons."""
+        model, count = trained.model, self.settings.num_posterior_samples
+        x = self.x[inferred.index]
+        parts = zip(x.split(CHUNK), _chunks(inferred.q))
+        means = joined(chain_means(model, rows, q, trained.sampler, count, self.seed, i) for rows, (i, q) in parts)
+        found = self._of_means(inferred.index, means)
+        kept = ("rates_r2", "bits_per_spike", "cosmoothing_bits_per_spike")
+        return {f"chain_{name}": found[name] for name in kept if name in found}
+
+    # Facts --------------------------------------------------------------------------------------------------
+
+    def _facts(self, trained: Trained, inferred: Inferred, numbers: dict[str, float]) -> dict[str, object]:
+        """What was measured on what, the true rates' value of every number that has one, and units."""
+        settings, num_gap = self.settings, len(self.gap_index)
+        ceilings = self._ceilings(inferred.index)
+        by = "the encoder" if is_amortised(trained.encoder) else "the free q"
+        sources = (
+            f"{len(inferred.index):,} validation trials with posteriors from {by}, "
+            f"{settings.num_posterior_samples} draws each; free q ({settings.free_steps} steps), IWAE with "
+            f"K = {settings.num_importance_samples:,} and gaps on {num_gap:,} of them"
+        )
+        return {
+            "kind": "sequences",
+            "split": "test",
+            "num_trials": len(inferred.index),
+            "num_gap_trials": num_gap,
+            "num_importance_samples": settings.num_importance_samples,
+            "ceilings": {name: value for name, value in ceilings.items() if name in numbers},
+            "notes": {
+                name: note
+                for name, note in notes_on(numbers, settings.num_importance_samples).items()
+                if name in numbers
+            },
+            "sources": sources,
+        }
+
+    def _ceilings(self, index: Tensor) -> dict[str, float]:
+        """The same numbers for the truth: the true system's log p(x) where it is exact, else the true rates'."""
+        found: dict[str, float] = {}
+        exact = getattr(self.dataset, "log_evidence", lambda values: None)(self.data.test.values.numpy())
+        rates = self.extras.get("rates")
+        log_p = None
+        if exact is not None:
+            log_p = torch.from_numpy(exact).to(index.device)
+        elif rates is not None and self.dataset.kind == COUNTS:
+            log_p = spikes.poisson_log_likelihood(self.values[..., self.held_in], rates[..., self.held_in])
+        if log_p is not None:
+            names = ("encoder_elbo", "encoder_iwae", "free_elbo", "free_iwae", "log_evidence")
+            found |= dict.fromkeys(names, float(log_p[self.gap_index].mean())) | {"elbo": float(log_p.mean())}
+        if rates is not None:
+            found["rates_r2"] = 1.0
+            if self.dataset.kind == COUNTS:
+                found |= self._of_spikes(index, rates[index])
+        found |= {f"chain_{name}": value for name, value in found.items()}
+        return found
+
+
+def is_amortised(encoder: nn.Module | None) -> bool:
+    """Whether an encoder answers for trials that it was not trained on."""
+    return encoder is not None and not isinstance(encoder, FreeTable)
+
+
+@torch.no_grad()
+def _exact_log_evidence(model: nn.Module, x: Tensor) -> Tensor | None:
+    """log p(x; θ) of held-in neurons in nats, (B,) float64, where it is known in closed form."""
+    if kalman.is_linear_gaussian(model):
+        return kalman.log_likelihood(model, x)
+    return model.log_evidence(x).double() if hasattr(model, "log_evidence") else None
+
+
+def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
+    parts = zip(q.mean.split(CHUNK), q.variance.split(CHUNK))
+    return ((number, DiagonalGaussian(*part)) for number, part in enumerate(parts))
