@@ -45,6 +45,22 @@ class Evaluator(ABC):
         """Pictures of what the model generates after `update` (None: at the end), by name."""
 
 
+class Idle(Evaluator):
+    """What a rank other than 0 has to do where rank 0 measures alone: nothing."""
+
+    def during(self, trained: Trained) -> dict[str, float]:
+        return {}
+
+    def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
+        return {}, {}
+
+    def draw_data(self, folder: Path) -> None:
+        """Nothing."""
+
+    def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
+        return {}
+
+
 class Metrics(ABC):
     """What a user chooses to measure (the group `metrics`); constructing it loads nothing.
 

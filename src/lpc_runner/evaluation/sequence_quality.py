@@ -10,8 +10,9 @@ import torch
 from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.data.sequences import COUNTS, SERIES
 from lpc_runner.errors import UserError
-from lpc_runner.evaluation.evaluator import Evaluator, Metrics
+from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics
 from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
+from lpc_runner.training.distributed import SINGLE, Ranks
 
 PER_TRIAL = "nats per trial"
 
@@ -48,10 +49,18 @@ class SequenceQuality(Metrics):
         """Nothing to fetch."""
 
     def evaluator(
-        self, dataset: Dataset, data: Data, cache_dir: Path, device: torch.device | str, seed: int
+        self,
+        dataset: Dataset,
+        data: Data,
+        cache_dir: Path,
+        device: torch.device | str,
+        seed: int,
+        ranks: Ranks = SINGLE,
     ) -> Evaluator:
         if len(data.test) < 2:
             raise UserError(f"{dataset.name} has {len(data.test)} validation trial, metrics=sequences needs at least 2")
+        if not ranks.is_main:
+            return Idle()
         from lpc_runner.evaluation.sequences import SequenceEvaluator
 
         return SequenceEvaluator(dataset, data, self, device, seed)
