@@ -40,6 +40,8 @@ BESIDE = {
     ("model", "nonlinear"): ("dataset=test_spikes",),
     ("model", "poisson_lds"): ("dataset=test_spikes",),
     ("step_size", "blocks"): ("model=lfads", "dataset=test_spikes"),
+    ("metrics", "sequences"): ("model=lfads", "dataset=test_spikes"),
+    ("method", "vem"): ("model=lfads", "dataset=test_spikes"),
 }
 # Given by the run at the start, beside what a partial must wait for.
 RUNTIME = {"resume_step", "more_tags"}
@@ -47,9 +49,12 @@ RUNTIME = {"resume_step", "more_tags"}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Ten images as an .npz and as a folder."""
+    """Ten images as an .npz and as a folder, sequences of both kinds."""
     folder = tmp_path_factory.mktemp("data")
     write_images(folder / "images.npz", count=10)
+    counts = np.ones((40, 6, 5), np.uint8)
+    np.savez(folder / "spikes.npz", train_spikes=counts, valid_spikes=counts)
+    np.savez(folder / "series.npz", train_series=counts, valid_series=counts)
     (folder / "pictures").mkdir()
     for number in range(4):
         Image.fromarray(np.full((70, 80, 3), 60 * number, np.uint8)).save(folder / f"pictures/{number}.png")
@@ -60,6 +65,8 @@ def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
     needs = {
         ("dataset", "arrays"): (f"dataset.train={data}/images.npz",),
         ("dataset", "image_folder"): (f"dataset.path={data}/pictures",),
+        ("dataset", "spikes"): (f"dataset.path={data}/spikes.npz",),
+        ("dataset", "series"): (f"dataset.path={data}/series.npz",),
     }
     found = BESIDE.get((group, option), ()) + needs.get((group, option), ())
     return (config_dir(data / "config"), *found) if any("=test_" in item for item in found) else found

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 GROUPS = ("dataset", "model", "sampler", "objective", "preconditioning")
 CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_steps", "theta_states")
 ORDER = ("model", "preconditioning", "step_size", "beta", "num_steps", "learning_rate", "num_epochs")
-METHODS = ("VAE", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys")
+METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys")
 SYMBOLS = {"step_size": "γ", "beta": "β", "num_steps": "T", "learning_rate": "α"}
 # Parts of config.yaml in which repetitions may differ: where things lie, who watches, how fast.
 _FREE = (
@@ -63,7 +63,7 @@ class Group:
 def method_of(sampler: str, objective: str) -> str:
     """The name of a method: VAE, PC (no noise), LPC with its objective; other samplers by their own names."""
     if sampler == "none":
-        return {"reverse": "VAE", "iwae": "IWAE"}.get(objective, f"no chain {objective}")
+        return {"reverse": "VAE", "iwae": "IWAE", "variational_em": "VEM"}.get(objective, f"no chain {objective}")
     if sampler == "map":
         return "PC" if objective == "prior" else f"PC {objective}"
     return f"{'LPC' if sampler == 'langevin' else sampler} {objective}"
