@@ -444,6 +444,15 @@ def test_a_mean_ends_where_its_first_seed_ends(disk):
     assert curve.std == pytest.approx([math.sqrt(2)] * 2)
 
 
+def test_updates_stand_in_for_epochs_that_nobody_recorded(disk):
+    disk.run("a", VAE, rows=[measured(u, u / 10, 5.0 + u) for u in (20, 40)], metrics={"fd_random_conv": 2.0})
+    rows = [{**measured(u, u / 10, 5.0 + u), "epoch": None} for u in (20, 40)]
+    disk.run("b", LPC, rows=rows, metrics={"fd_random_conv": 2.0})
+    axis = figures_of(read_study(disk.study))["digits-fd_random_conv.png"].axes[0]
+    assert axis.get_xlabel() == "updates"
+    assert [list(line.get_xdata()) for line in axis.lines] == [[20, 40, 100], [20, 40, 100]]
+
+
 def test_seconds_are_linear_within_a_decade(disk):
     rows = [measured(u, u / 10, 5.0 + u) for u in (20, 40)]
     disk.run("a", VAE, rows=rows, metrics={"fd_random_conv": 2.0})

@@ -103,7 +103,11 @@ def test_other_epochs_do_not_answer_on_the_papers_datasets_but_do_on_others(disk
 def test_a_run_cut_short_has_not_reached_its_epochs(disk):
     disk.run("lpc", CHAIN, dataset="cifar10", metrics=quality(3.0), num_epochs=2.0)
     disk.run("vae", VAE | {"num_epochs": 50}, dataset="cifar10", metrics=quality(9.0), num_epochs=50.0)
-    assert "LPC jeffreys after 15 epochs" in answer(disk, "table1-fid").numbers
+    assert "LPC jeffreys after 15 epochs" in answer(disk, "table1-fid", dataset="cifar10").numbers
+    disk.run("other", CHAIN, metrics=quality(3.0), num_epochs=2.5)
+    disk.run("others_vae", VAE | {"num_epochs": 50}, metrics=quality(9.0), num_epochs=50.0)
+    found = answer(disk, "table1-fid", dataset="digits").numbers
+    assert "LPC jeffreys, 15 epochs (trained 2.50 epochs)" in found and "VAE, 50 epochs 9.00" in found
 
 
 @pytest.mark.parametrize(("claim", "dataset"), [("table1-fid", "celeba64"), ("table1-density-coverage", "svhn")])
@@ -295,7 +299,10 @@ def test_figure_5b_counts_epochs_until_the_final_value(disk, lpc, verdict):
         disk.run(name, keys, rows=rows, metrics={FD: 10.0 if name == "lpc" else 20.0})
     found = answer(disk, "fig5-fast")
     assert found.verdict == verdict
-    assert f"LPC jeffreys (15 epochs) {4 if verdict == HOLDS else 6}.00 (n = 1), VAE (15 epochs) 6.00" in found.numbers
+    assert (
+        f"LPC jeffreys (trained 15 epochs) {4 if verdict == HOLDS else 6}.00 (n = 1), VAE (trained 15 epochs) 6.00"
+        in found.numbers
+    )
     assert "is below the VAE's final: 4.00 (n = 1)" in found.numbers
 
 
@@ -314,12 +321,15 @@ def times(disk, batch, device="GPU A", num_steps=300):
 
 def test_table_4_has_ratios_to_the_longest_vae_beside_the_papers(disk):
     times(disk, {"reverse": 96.0, "jeffreys": 120.0})
+    short = {"num_updates": 1500, "train_seconds": 12.0, "num_epochs": 15.0}
+    disk.run("short", VAE, dataset="cifar10", metrics=quality(9.0), device="GPU A", **short)
     rows, notes = table(disk, "Table 4")
     # 96 / 4 = 24; 1.5 × 96 / 20 = 7.2; 120 / 4 = 30; 1.5 × 120 / 20 = 9
     found = {name: (row["× VAE's batch"], row["× VAE end to end"], row["paper ×"]) for name, row in rows.items()}
     reverse, jeffreys, vae = "LPC reverse, 15 epochs", "LPC jeffreys, 15 epochs", "VAE, 50 epochs"
     assert found == {
         vae: ("1.00", "1.00", "–"),
+        "VAE, 15 epochs": ("2.00", "0.600", "–"),
         reverse: ("24.00", "7.20", "24"),
         jeffreys: ("30.00", "9.00", "36"),
     }

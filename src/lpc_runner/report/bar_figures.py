@@ -110,6 +110,7 @@ def _draw_bars(panel: Any, groups: Sequence[Group], values: Sequence[Sequence[fl
         label_decades(panel.xaxis, start, reach)
     else:
         panel.set_xlim(0, 1.28 * reach)
+        panel.locator_params(axis="x", nbins=4)
     for place, (mean, own) in enumerate(zip(means, values)):
         if mean is not None:  # beside the end of whatever reaches farthest right
             end = max([*own, mean + (statistics.stdev(own) if len(own) > 1 else 0)])

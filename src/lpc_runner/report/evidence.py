@@ -118,11 +118,14 @@ def epochs_of(group: Group) -> float:
 
 
 def named(group: Group) -> str:
-    """A group's label with the epochs that it trained."""
+    """A group's label with the epochs that it trained, where it does not say them or they are others."""
     reached = [value for run in group.counted if (value := run.cost("num_epochs")) is not None]
-    if not reached or ("epoch" in group.label and not group.diverged):
+    if not reached:
         return group.marked_label
-    return f"{group.marked_label} ({show(statistics.fmean(reached), 0 if min(reached) >= 10 else None)} epochs)"
+    mean, planned = statistics.fmean(reached), group.properties.get("num_epochs")
+    if "epoch" in group.label and planned is not None and math.isclose(mean, planned, abs_tol=0.5):
+        return group.marked_label
+    return f"{group.marked_label} (trained {show(mean, 0 if mean == int(mean) else None)} epochs)"
 
 
 def summary(values: Sequence[float]) -> str:
