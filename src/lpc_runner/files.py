@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 
@@ -11,6 +12,11 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain_name(text: str) -> str:
+    """`text` as one file name that stays in its folder: letters, digits, '_', '-' and '.', the first no dot."""
+    return re.sub(r"^\.", "_", re.sub(r"[^A-Za-z0-9_.-]", "_", text)) or "_"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -172,7 +172,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         tracker.summary({f"final/{name}": value for name, value in result["metrics"].items()})
         status = result["status"]
         return result
-    except Interrupted:
+    except (Interrupted, SystemExit):
         status = "interrupted"
         raise
     finally:

@@ -19,6 +19,10 @@ State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
 
 
+class Occupied(UserError):
+    """Another process is at work on this run."""
+
+
 class RunDirectory:
     """One run on disk: outputs/runs/<name>, linked from every study that uses it.
 
@@ -109,17 +113,28 @@ class RunDirectory:
                     raise UserError(f"{link} is in the way: it is not a link to a run; move it") from None
         return link
 
+    def owner(self) -> str | None:
+        """pid and host of the process that runs this run now, None if there is none (one that was killed is none)."""
+        try:
+            who = (self.path / ".owner").read_text().strip()
+            with FileLock(self.path / ".lock").acquire(timeout=0):
+                return None
+        except Timeout:
+            return who or "another process"
+        except OSError:
+            return None
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Sole use of the directory. Raises UserError with pid and host of whoever has it."""
+        """Sole use of the directory. Raises Occupied with pid and host of whoever has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         owner = self.path / ".owner"
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.2)  # whoever only looks (`owner`) has it for an instant
         except Timeout:
             who = owner.read_text().strip() if owner.exists() else "another process"
-            raise UserError(f"{self.path} is being run by {who}") from None
+            raise Occupied(f"{self.path} is being run by {who}") from None
         try:
             owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
             yield

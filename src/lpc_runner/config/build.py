@@ -21,6 +21,7 @@ ROOT = {
     "device": str,
     "deterministic": bool,
     "num_threads": PositiveInt | None,
+    "runs_per_gpu": PositiveInt,
     "study": str,
     "output_dir": str,
     "data_dir": str,
