@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, assert_same_run, environment, result_of, write_images
+from conftest import TINY, assert_same_run, cells_of, environment, result_of, write_images
 from omegaconf import OmegaConf
 
 from lpc_runner.leases import gpu_slot, visible_gpus
@@ -164,6 +164,7 @@ def test_jobs_run_what_was_planned_though_conf_was_edited(settings, tmp_path, co
 def test_a_launcher_whose_plugin_is_missing_is_one_line(command, monkeypatch):
     from hydra.core.config_store import ConfigStore
 
+    cells_of(*TINY)  # plugins register themselves when Hydra first composes
     for preset, option in (("parallel", "joblib"), ("slurm", "submitit_slurm")):
         launchers = ConfigStore.instance().repo["hydra"]["launcher"]
         with monkeypatch.context() as patch:
@@ -180,7 +181,7 @@ def test_slurm_jobs_are_requeued_after_their_time_limit():
 
 
 def _hold(folder: Path, slots: int) -> None:
-    """Leave a file that says which GPU was taken, and keep the slot until told to go; no lock that could die with it."""
+    """Leave a file that says which GPU was taken, keep the slot until told to go; no lock that could die with it."""
     with gpu_slot(["a", "b"], slots, folder / "slots") as index:
         (folder / f"took-{os.getpid()}-{index}").touch()
         deadline = time.monotonic() + 60

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from lpc_runner.errors import UserError
-from lpc_runner.files import write_atomically
+from lpc_runner.files import sha256_of, write_atomically
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
+
+
+class CheckpointFile(NamedTuple):
+    """A checkpoint by its name, update-<updates>-<SHA-256 of its content>.pt, unread."""
+
+    update: int
+    digest: str
+    path: Path
+
+    def is_whole(self) -> bool:
+        """Whether the content still has the hash in the name."""
+        return sha256_of(self.path) == self.digest
+
+
+_CHECKPOINT = re.compile(r"update-(\d{9})-([0-9a-f]{64})\.pt")
+
+
+def checkpoint_files(folder: Path) -> list[CheckpointFile]:
+    """The checkpoints in a folder, newest first."""
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("update-*.pt"))
+    return sorted((CheckpointFile(int(m[1]), m[2], path) for m, path in matches if m), reverse=True)
 
 
 class Occupied(UserError):
@@ -58,6 +80,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def checkpoint_files(self) -> list[CheckpointFile]:
+        """Its checkpoints, newest first."""
+        return checkpoint_files(self.checkpoints)
 
     @property
     def samples(self) -> Path:
