@@ -135,7 +135,8 @@ def test_submitit_requeues_a_preempted_job_which_goes_on(settings, tmp_path):
     assert out.count("finished: 160 updates") == 2
     assert len(sessions(victim)) == 2
     logs = "".join(path.read_text() for path in (broken / "outputs" / ".sweeps").rglob("*_log.*"))
-    assert "Requeued job" in logs and "resuming after update" in logs
+    assert "Requeued job" in logs, logs
+    assert "resuming after update" in logs, logs
     for one, two in zip(runs(tmp_path / "one"), runs(broken), strict=True):
         assert_same_run(one, two)
 

@@ -8,16 +8,14 @@ import shlex
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lpc_runner.errors import UserError
 from lpc_runner.main import one_line_errors
-from lpc_runner.runs import RunDirectory
+from lpc_runner.runs import RunDirectory, last_row
 
-_TAIL = 65536  # bytes of a metric log that are read from its end
 _METRICS = ("fid", "fd_", "elbo", "log_likelihood", "r2")  # shown, in this order; --json has all
 
 
@@ -53,8 +51,8 @@ def list_runs(folder: Path | str) -> list[Listed]:
 
 def _look(path: Path) -> Listed:
     run = RunDirectory(path.resolve())
-    session = _last_row(run.path / "sessions.jsonl")
-    row = _last_row(run.path / "metrics.jsonl")
+    session = run.last_session()
+    row = last_row(run.path / "metrics.jsonl")
     listed = Listed(
         name=run.name,
         state="interrupted",
@@ -97,18 +95,6 @@ def _look(path: Path) -> Listed:
         elif whole:
             listed.todo += f" (the newest checkpoint is damaged: goes on after update {checkpoints[whole].update})"
     return listed
-
-
-def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole line of a .jsonl file, {} if there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().split(b"\n")[:-1]
-        row = json.loads(lines[-1])
-        return row if isinstance(row, dict) else {}
-    except (OSError, ValueError, LookupError):
-        return {}
 
 
 def _age(path: Path) -> float | None:

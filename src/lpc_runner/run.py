@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from lpc_runner import __version__
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
 from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Batch, Data
-from lpc_runner.environment import describe_environment
+from lpc_runner.environment import describe_environment, git_commit
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.quality import Measurer
@@ -52,6 +55,7 @@ class Planned:
     def require(self) -> None:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
         dataset = self.experiment.dataset
+        _check_writable(Path(self.cell.cfg.output_dir))
         dataset.prepare()
         self.experiment.metrics.require(tuple(dataset.shape), feature_cache(self.cell.cfg))
         batch_size = self.experiment.trainer.batch_size
@@ -59,6 +63,14 @@ class Planned:
             raise UserError(f"trainer.batch_size={batch_size} is more than the {dataset.num_train} training examples")
         if self.experiment.metrics.reference == "train":
             self.experiment.metrics.check(dataset.num_train)
+
+
+def _check_writable(folder: Path) -> None:
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "is read-only" if nearest.is_dir() else "is a file"
+        raise UserError(f"output_dir={folder}: {nearest} {why}; give a folder that can be written, output_dir=...")
 
 
 def feature_cache(cfg: DictConfig) -> Path:
@@ -109,6 +121,12 @@ def execute(planned: Planned) -> dict[str, Any]:
         return {}
     with directory.locked():
         planned.ranks.agree(directory.state() == "done")
+        if directory.state() != "new" and directory.description()["hash"] != planned.digest:
+            raise UserError(
+                f"{directory.path} belongs to another configuration (its run.json says hash "
+                f"{directory.description()['hash'][:10]}, this run is {planned.digest[:10]}): renamed or edited; "
+                "move it away, or rerun=true starts beside it"
+            )
         if directory.state() == "done":
             _describe(planned)
             logger.info("already done: %s", directory.path)
@@ -119,7 +137,8 @@ def execute(planned: Planned) -> dict[str, Any]:
             result = _train_and_measure(planned)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
-            directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
+            with suppress(OSError):  # on a full disk there may be no room for the news of it either
+                directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             raise
         directory.write("result.json", result)
         planned.ranks.agree(True)
@@ -273,10 +292,20 @@ def _describe(planned: Planned) -> None:
         directory.write("run.json", description)
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
+        _compare_sessions(directory)
         session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
         directory.append_session(
             session | describe_environment(planned.experiment.device) | {"num_ranks": planned.ranks.size}
         )
+
+
+def _compare_sessions(directory: RunDirectory) -> None:
+    """Say so when the code is another than the one this run was begun with."""
+    last, commit = directory.last_session(), git_commit()
+    before = (last.get("lpc_runner"), last.get("git_commit"))
+    if last and before != (__version__, commit):
+        was, now = (f"{version} ({at or 'no commit'})" for version, at in (before, (__version__, commit)))
+        logger.warning("the code changed under this run: begun with lpc_runner %s, going on with %s", was, now)
 
 
 def _open_tracker(planned: Planned) -> Tracker:

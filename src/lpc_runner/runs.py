@@ -18,6 +18,7 @@ from lpc_runner.files import sha256_of, write_atomically
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
+_TAIL = 65536  # bytes of a log that are read from its end
 
 
 class CheckpointFile(NamedTuple):
@@ -39,6 +40,17 @@ def checkpoint_files(folder: Path) -> list[CheckpointFile]:
     """The checkpoints in a folder, newest first."""
     matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("update-*.pt"))
     return sorted((CheckpointFile(int(m[1]), m[2], path) for m, path in matches if m), reverse=True)
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """The last whole line of a .jsonl file, {} if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            row = json.loads(file.read().split(b"\n")[:-1][-1])
+        return row if isinstance(row, dict) else {}
+    except (OSError, ValueError, LookupError):
+        return {}
 
 
 class Occupied(UserError):
@@ -110,7 +122,7 @@ class RunDirectory:
         path = self.path / name
         try:
             return json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError:
             raise UserError(f"{path} is damaged (no JSON); restore it, or rerun=true starts again beside it") from None
@@ -122,9 +134,15 @@ class RunDirectory:
         write_atomically(path, json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
 
     def append_session(self, session: dict[str, Any]) -> None:
-        """One line about this start: command, versions, device."""
-        with open(self.path / "sessions.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(session, default=str) + "\n")
+        """One line about this start: command, versions, device; a line that a crash tore before it stays alone."""
+        with open(self.path / "sessions.jsonl", "a+b") as file:
+            size = file.tell()
+            torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            file.write(b"\n" * torn + json.dumps(session, default=str).encode() + b"\n")
+
+    def last_session(self) -> dict[str, Any]:
+        """What the latest start wrote of itself, {} before the first."""
+        return last_row(self.path / "sessions.jsonl")
 
     def link_into(self, output_dir: Path, study: str) -> Path:
         """outputs/<study>/<run>, a relative link, so that studies share runs; returns its path."""
