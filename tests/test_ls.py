@@ -22,7 +22,7 @@ def make(root: Path, name: str, result: dict | None = None, update: int = 12) ->
     """A run's records, as a session leaves them."""
     run = RunDirectory(root / "runs" / name)
     run.path.mkdir(parents=True)
-    run.write("run.json", {"studies": ["default"]})
+    run.write("run.json", {"studies": ["default"], "hash": "", "choices": {}, "keys": {}})
     run.append_session({"command": ["/x/__main__.py", "seed=3", "model.hidden=[1,2]"], "host": "here", "pid": 1})
     (run.path / "metrics.jsonl").write_text(json.dumps({"update": update, "epoch": 1.5}) + "\n" + '{"update": 13, "ep')
     if result is not None:

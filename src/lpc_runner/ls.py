@@ -81,12 +81,12 @@ def _look(path: Path) -> Listed:
     elif status == "finished":
         listed.state = "done"
     elif status == "diverged":
-        at = (result.get("diverged_at") or {}).get("update")
+        at = result["diverged_at"].get("update") if isinstance(result.get("diverged_at"), dict) else "?"
         listed.state, listed.todo = "diverged", f"not finite at update {at}: a smaller step_size.value may help"
     else:
         listed.todo = again
         if status == "failed":
-            listed.state, listed.todo = "failed", f"{result['error']}; {again}"
+            listed.state, listed.todo = "failed", f"{result.get('error')}; {again}"
         checkpoints = run.checkpoint_files()
         whole = next((number for number, found in enumerate(checkpoints) if found.is_whole()), None)
         if checkpoints and whole is None:

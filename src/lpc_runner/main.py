@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lpc_runner.errors import UserError
+from lpc_runner.masking import mask_logs, masked
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         if os.environ.get("LPC_TRACEBACK"):
             traceback.print_exception(error)
-        print(f"lpc_runner: {error}", file=sys.stderr)
+        print(f"lpc_runner: {masked(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -114,6 +115,7 @@ def job(cfg: DictConfig) -> None:
     from lpc_runner.training.distributed import Ranks
     from lpc_runner.training.interrupts import Interrupted
 
+    mask_logs()
     hydra_cfg = HydraConfig.get()
     ranks = Ranks.connect()
     if not ranks.is_main:

@@ -27,6 +27,7 @@ from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.quality import Measurer
 from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
 from lpc_runner.files import write_atomically
+from lpc_runner.masking import masked
 from lpc_runner.randomness import seeded_layers
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking.log import MetricLog
@@ -137,6 +138,7 @@ def execute(planned: Planned) -> dict[str, Any]:
             result = _train_and_measure(planned)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
+            reason = masked(reason)
             with suppress(OSError):  # on a full disk there may be no room for the news of it either
                 directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             raise
@@ -293,7 +295,7 @@ def _describe(planned: Planned) -> None:
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
         _compare_sessions(directory)
-        session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
+        session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": list(map(masked, sys.argv))}
         directory.append_session(
             session | describe_environment(planned.experiment.device) | {"num_ranks": planned.ranks.size}
         )

@@ -18,6 +18,11 @@ from lpc_runner.files import sha256_of, write_atomically
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
+# What every record holds, by type.
+_RECORDS = {
+    "result.json": {"status": str, "metrics": dict},
+    "run.json": {"hash": str, "studies": list, "choices": dict, "keys": dict},
+}
 _TAIL = 65536  # bytes of a log that are read from its end
 
 
@@ -121,11 +126,15 @@ class RunDirectory:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
-            raise UserError(f"{path} is damaged (no JSON); restore it, or rerun=true starts again beside it") from None
+        except (ValueError, RecursionError):
+            content = None
+        for key, kind in _RECORDS[name].items():
+            if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+                raise UserError(f"{path} is damaged (no {key}); restore it, or rerun=true starts again beside it")
+        return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of this run atomically."""

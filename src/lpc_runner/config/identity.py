@@ -71,5 +71,5 @@ def run_name(cell: Cell, digest: str) -> str:
     words = [choices["dataset"], choices["model"], choices["sampler"], choices["objective"]]
     if choices["sampler"] != "none":
         words.append(choices["preconditioning"])
-    text = "-".join([*words, f"s{cell.cfg.seed}", digest[:10]])
+    text = "-".join([*words, f"s{cell.cfg.seed}"[:24], digest[:10]])
     return plain_name(text)
