@@ -29,7 +29,7 @@ slow: .venv/.development
 # Known vulnerabilities of the pinned versions; needs a network that reaches pip-audit's database.
 audit: .venv/.development
 	$(BIN)/python -m pip install --quiet 'pip-audit>=2.9,<3'
-	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 .venv/.created:
 	@test -n "$(PYTHON)" || { echo "lpc_runner needs Python 3.11, 3.12 or 3.13 with venv; PYTHON=/path/to/python names one"; exit 1; }

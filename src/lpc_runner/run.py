@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from contextlib import suppress
@@ -13,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from lpc_runner import __version__
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
-from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Batch, Data
-from lpc_runner.environment import describe_environment, git_commit
+from lpc_runner.environment import describe_environment, warn_of_other_code
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.quality import Measurer
 from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
-from lpc_runner.files import write_atomically
+from lpc_runner.files import require_writable, write_atomically
 from lpc_runner.masking import masked
-from lpc_runner.randomness import seeded_layers
+from lpc_runner.parts import batches_of, build_learner, feature_cache, measurer_of, quality_of, work_for_main
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
@@ -56,7 +53,7 @@ class Planned:
     def require(self) -> None:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
         dataset = self.experiment.dataset
-        _check_writable(Path(self.cell.cfg.output_dir))
+        require_writable(Path(self.cell.cfg.output_dir))
         dataset.prepare()
         self.experiment.metrics.require(tuple(dataset.shape), feature_cache(self.cell.cfg))
         batch_size = self.experiment.trainer.batch_size
@@ -64,19 +61,6 @@ class Planned:
             raise UserError(f"trainer.batch_size={batch_size} is more than the {dataset.num_train} training examples")
         if self.experiment.metrics.reference == "train":
             self.experiment.metrics.check(dataset.num_train)
-
-
-def _check_writable(folder: Path) -> None:
-    folder = folder.absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        why = "is read-only" if nearest.is_dir() else "is a file"
-        raise UserError(f"output_dir={folder}: {nearest} {why}; give a folder that can be written, output_dir=...")
-
-
-def feature_cache(cfg: DictConfig) -> Path:
-    """Where extractors keep weights and reference features."""
-    return Path(cfg.data_dir) / "features"
 
 
 def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
@@ -89,15 +73,6 @@ def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
     if experiment.trainer.init_from is not None:
         RunDirectory.open(experiment.trainer.init_from)
     return Planned(cell, experiment, directory, digest, ranks)
-
-
-def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
-    """Model, encoder (where the objective uses one) and optimisers on the run's device."""
-    with seeded_layers(experiment.seed, "encoder"):
-        encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
-    for module in filter(None, (experiment.model, encoder)):
-        module.to(experiment.device)
-    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer, ranks)
 
 
 def set_up_torch(experiment: Experiment) -> None:
@@ -117,17 +92,12 @@ def execute(planned: Planned) -> dict[str, Any]:
     if not planned.ranks.is_main:
         if not planned.ranks.agree(False):
             set_up_torch(experiment)
-            _work_for_main(planned)
+            work_for_main(planned)
             planned.ranks.agree(False)  # rank 0 has measured
         return {}
     with directory.locked():
         planned.ranks.agree(directory.state() == "done")
-        if directory.state() != "new" and directory.description()["hash"] != planned.digest:
-            raise UserError(
-                f"{directory.path} belongs to another configuration (its run.json says hash "
-                f"{directory.description()['hash'][:10]}, this run is {planned.digest[:10]}): renamed or edited; "
-                "move it away, or rerun=true starts beside it"
-            )
+        directory.require_hash(planned.digest)
         if directory.state() == "done":
             _describe(planned)
             logger.info("already done: %s", directory.path)
@@ -151,7 +121,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
     experiment, directory = planned.experiment, planned.directory
     started = time.perf_counter()
     data = experiment.dataset.load()
-    batches = _batches(planned, data)
+    batches = batches_of(planned, data)
     learner = build_learner(experiment, planned.ranks)
     if experiment.trainer.init_from is not None:
         source = RunDirectory.open(experiment.trainer.init_from)
@@ -159,14 +129,14 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
-    measurer = _measurer(planned, data)
+    measurer = measurer_of(planned, data)
     tracker = _open_tracker(planned)
     status = "failed"
     try:
         save_grid(data.train.values[:GRID], directory.samples / "data.png")
 
         def measure(counters: Counters) -> dict[str, float]:
-            numbers = _quality(planned, learner, measurer, measurer.num_samples_during)
+            numbers = quality_of(planned, learner, measurer, measurer.num_samples_during)
             _draw(learner, planned, tracker, counters.update)
             spent = {
                 "time/train_seconds": counters.train_seconds,
@@ -198,46 +168,6 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         raise
     finally:
         tracker.close(status)
-
-
-def _batches(planned: Planned, data: Data) -> Batches:
-    experiment, size = planned.experiment, planned.experiment.trainer.batch_size
-    rows = planned.ranks.rows(size)
-    return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
-
-
-def _quality(planned: Planned, learner: Learner, measurer: Measurer, num: int) -> dict[str, float]:
-    """Sample quality of `num` images, which all ranks draw and rank 0 compares."""
-    images = sample_images(learner.model, num, planned.experiment.seed, planned.ranks)
-    return measurer.measure(images, num, planned.ranks)
-
-
-def _measurer(planned: Planned, data: Data) -> Measurer:
-    """Extractor and references; what has to be computed for them is rank 0's to compute and keep."""
-    experiment = planned.experiment
-    with planned.ranks.main_first():
-        cache = feature_cache(planned.cell.cfg)
-        return experiment.metrics.prepare(data, experiment.dataset.identity(), cache, experiment.device)
-
-
-def _work_for_main(planned: Planned) -> None:
-    """A rank other than 0: the same loop over its rows and its share of the samples; nothing is written."""
-    experiment = planned.experiment
-    data = experiment.dataset.load()
-    batches = _batches(planned, data)
-    learner = build_learner(experiment, planned.ranks)
-    measurer = _measurer(planned, data)
-    experiment.trainer.fit(
-        learner,
-        batches,
-        seed=experiment.seed,
-        folder=planned.directory.checkpoints,
-        tracker=Tracker(None),
-        progress=Progress(silent=True),
-        measure=lambda counters: _quality(planned, learner, measurer, measurer.num_samples_during),
-        measure_every=experiment.metrics.every_epochs,
-    )
-    _quality(planned, learner, measurer, measurer.num_samples)
 
 
 def measure_model(
@@ -294,20 +224,11 @@ def _describe(planned: Planned) -> None:
         directory.write("run.json", description)
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
-        _compare_sessions(directory)
+        warn_of_other_code(directory.last_session())
         session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": list(map(masked, sys.argv))}
         directory.append_session(
             session | describe_environment(planned.experiment.device) | {"num_ranks": planned.ranks.size}
         )
-
-
-def _compare_sessions(directory: RunDirectory) -> None:
-    """Say so when the code is another than the one this run was begun with."""
-    last, commit = directory.last_session(), git_commit()
-    before = (last.get("lpc_runner"), last.get("git_commit"))
-    if last and before != (__version__, commit):
-        was, now = (f"{version} ({at or 'no commit'})" for version, at in (before, (__version__, commit)))
-        logger.warning("the code changed under this run: begun with lpc_runner %s, going on with %s", was, now)
 
 
 def _open_tracker(planned: Planned) -> Tracker:

@@ -123,6 +123,14 @@ class RunDirectory:
         assert found is not None
         return found
 
+    def require_hash(self, digest: str) -> None:
+        """Raises UserError if the directory was begun by a run of another hash: it was renamed or edited."""
+        if self.state() != "new" and self.description()["hash"] != digest:
+            raise UserError(
+                f"{self.path} belongs to another configuration (hash {self.description()['hash'][:10]} in its run.json, "
+                f"{digest[:10]} of this run): renamed or edited; move it away, or rerun=true starts beside it"
+            )
+
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
