@@ -127,7 +127,7 @@ class RunDirectory:
         """Raises UserError if the directory was begun by a run of another hash: it was renamed or edited."""
         if self.state() != "new" and self.description()["hash"] != digest:
             raise UserError(
-                f"{self.path} belongs to another configuration (hash {self.description()['hash'][:10]} in its run.json, "
+                f"{self.path} belongs to another configuration (hash {self.description()['hash'][:10]} in run.json, "
                 f"{digest[:10]} of this run): renamed or edited; move it away, or rerun=true starts beside it"
             )
 
