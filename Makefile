@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: run test lint bench mutants faults slow clean
+.PHONY: run test lint bench mutants faults slow audit clean
 run: .venv/.runtime
 	$(BIN)/python -m lpc_runner
 
@@ -25,6 +25,11 @@ faults: .venv/.development
 
 slow: .venv/.development
 	$(BIN)/python -m pytest -m slow
+
+# Known vulnerabilities of the pinned versions; needs a network that reaches pip-audit's database.
+audit: .venv/.development
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.9,<3'
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 .venv/.created:
 	@test -n "$(PYTHON)" || { echo "lpc_runner needs Python 3.11, 3.12 or 3.13 with venv; PYTHON=/path/to/python names one"; exit 1; }

@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lpc_runner"
 # Each part may import itself and those before it.
-BASE = ("errors", "schema", "randomness", "files", "runs", "environment")
+BASE = ("errors", "masking", "schema", "randomness", "files", "runs", "environment")
 ORDER = ("data", "distributions", "emissions", "models", "inference", "training", "evaluation", "tracking", "report")
 # These put the parts together and may import all of them.
 ROOT = (
@@ -24,6 +24,10 @@ ROOT = (
     "evaluate",
     "sample",
     "benchmark",
+    "scaling",
+    "leases",
+    "parts",
+    "ls",
 )
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(path.relative_to(SOURCE)) for path in FILES]
@@ -90,7 +94,7 @@ def test_run_directories_need_no_torch():
 
 def test_heavy_packages_have_one_door():
     assert all(part_of(SOURCE / name) in ("main", "config") for name in importers_of("hydra"))
-    omegaconf = {"main", "config", "planning", "pace", "run", "loading", "evaluate"}
+    omegaconf = {"main", "config", "planning", "pace", "run", "parts", "loading", "evaluate"}
     assert {part_of(SOURCE / name) for name in importers_of("omegaconf")} <= omegaconf
     assert {part_of(SOURCE / name) for name in importers_of("wandb")} == {"tracking"}
     assert importers_of("torch_fidelity") == {"evaluation/features.py"}
@@ -117,12 +121,12 @@ def test_only_commands_print(path):
     prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
     if prints:
         name = str(path.relative_to(SOURCE))
-        assert name in ("main.py", "evaluate.py", "sample.py", "benchmark.py", "report/__main__.py")
+        assert name in ("main.py", "evaluate.py", "sample.py", "benchmark.py", "ls.py", "report/__main__.py")
 
 
 @each_file
 def test_the_configuration_does_not_travel_below_the_root(path):
-    if part_of(path) in ("main", "config", "planning", "run", "loading", "evaluate"):
+    if part_of(path) in ("main", "config", "planning", "run", "parts", "loading", "evaluate"):
         return
     for function in functions_of(path):
         arguments = function.args

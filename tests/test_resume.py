@@ -110,7 +110,7 @@ def test_dying_again_and_again(settings, monkeypatch):
     assert_same_run(straight, broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_ends_the_update_saves_and_leaves(number, settings, monkeypatch):
     handler = signal.getsignal(number)
     monkeypatch.setattr(signal, "default_int_handler", handler if number == signal.SIGINT else None)
@@ -130,14 +130,20 @@ def test_signals_become_exit_codes_and_second_ones_act_at_once():
 
 
 def test_a_signal_reaches_the_handler_that_was_there_before():
+    """As a cluster launcher's, which asks for the job again and leaves: not before the state was saved."""
     heard = []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
     try:
         with Interrupts() as interrupts:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert interrupts.received == signal.SIGUSR1 and heard == [signal.SIGUSR1]
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert interrupts.received == signal.SIGUSR2 and heard == []
+            os.kill(os.getpid(), signal.SIGUSR1)  # another signal on its way does not cut the update short
+            assert interrupts.received == signal.SIGUSR2
+            with pytest.raises(Interrupted, match="SIGUSR2"):
+                interrupts.leave()
+            assert heard == [signal.SIGUSR2]
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR2, before)
 
 
 def _truncate(path: Path) -> None:

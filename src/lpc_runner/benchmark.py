@@ -29,6 +29,7 @@ from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.conv import Conv
+from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.update import UpdateNoise
@@ -57,11 +58,12 @@ class Variant:
         return statistics.median(self.times)
 
 
-def _learner(side: int, sampler: Any, objective: Objective, device: torch.device) -> Learner:
+def learner_for(side: int, sampler: Any, objective: Objective, device: torch.device, ranks: Ranks = SINGLE) -> Learner:
+    """The paper's convolutional model and encoder, of fixed random weights."""
     torch.manual_seed(0)
     model = Conv((CHANNELS, side, side), LATENT_DIM, 1.0, DiscretisedGaussian("learned", 0.1, 0.99), 0.3)
     optimizer = Adam(1e-4, [0.9, 0.999], 1e-8)
-    return Learner(model.to(device), model.build_encoder().to(device), sampler, objective, optimizer)
+    return Learner(model.to(device), model.build_encoder().to(device), sampler, objective, optimizer, ranks)
 
 
 def _ours(learner: Learner, batch: Batch, update: int) -> None:
@@ -92,10 +94,10 @@ def build_variants(side: int, num_steps: int, batch: int, device: torch.device) 
     }
 
     def variant(name: str, make: Callable, metric: str, objective: str, baseline: str) -> Variant:
-        learner = _learner(side, chains[metric], objectives[objective], device)
+        learner = learner_for(side, chains[metric], objectives[objective], device)
         return Variant(name, num_steps, partial(make, learner, data), baseline)
 
-    vae = _learner(side, NoSteps(None, None), objectives["reverse"], device)
+    vae = learner_for(side, NoSteps(None, None), objectives["reverse"], device)
     return [
         variant("literal, jeffreys", _literally, "adam", "jeffreys", "literal, jeffreys"),
         variant("ours, jeffreys", _ours, "adam", "jeffreys", "literal, jeffreys"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import socket
@@ -14,6 +15,7 @@ import torch
 
 from lpc_runner import __version__
 
+logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "wandb", "torch-fidelity", "scikit-learn")
 
 
@@ -32,6 +34,15 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
+
+
+def warn_of_other_code(last: dict[str, Any]) -> None:
+    """Say so when a run goes on with other code than its latest session had."""
+    now = (__version__, git_commit())
+    before = (last.get("lpc_runner"), last.get("git_commit"))
+    if last and before != now:
+        words = [f"{version} ({commit or 'no commit'})" for version, commit in (before, now)]
+        logger.warning("the code changed under this run: begun with lpc_runner %s, going on with %s", *words)
 
 
 def git_commit() -> str | None:

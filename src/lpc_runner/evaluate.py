@@ -10,8 +10,8 @@ from pathlib import Path
 from lpc_runner.environment import describe_environment
 from lpc_runner.loading import load
 from lpc_runner.main import one_line_errors
+from lpc_runner.parts import feature_cache
 from lpc_runner.planning import print_measurement
-from lpc_runner.run import feature_cache
 
 
 def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
+
+from lpc_runner.errors import UserError
 
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain_name(text: str) -> str:
+    """`text` as one file name that stays in its folder: letters, digits, '_', '-' and '.', the first no dot."""
+    return re.sub(r"^\.", "_", re.sub(r"[^A-Za-z0-9_.-]", "_", text)) or "_"
+
+
+def require_writable(folder: Path) -> None:
+    """Raise UserError (one line) if `output_dir` cannot be made or written."""
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "is read-only" if nearest.is_dir() else "is a file"
+        raise UserError(f"output_dir={folder}: {nearest} {why}; give a folder that can be written, output_dir=...")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -15,7 +15,8 @@ from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.errors import UserError
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.run import build_learner, set_up_torch
+from lpc_runner.parts import build_learner
+from lpc_runner.run import set_up_torch
 from lpc_runner.runs import RunDirectory
 from lpc_runner.training.checkpoints import load_checkpoint
 

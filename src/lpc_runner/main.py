@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lpc_runner.errors import UserError
+from lpc_runner.masking import mask_logs, masked
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +34,20 @@ def main() -> None:
         if looking or args.cfg:
             _hydra(args)
             return
-        from lpc_runner.planning import check_plan, print_plan, print_results, unfinished
+        from lpc_runner.planning import check_plan, frozen, print_plan, print_results, unfinished
 
         with _first(ranks):
             planned = check_plan(cells, *([ranks] if ranks else []))
         if ranks and not ranks.is_main:
             if not cells[0].cfg.check:
-                _hydra(args)
+                with frozen(cells, write=False):
+                    _hydra(args)
             return
         if cells[0].cfg.check:
             print_plan(planned)
             return
-        _hydra(args)
+        with frozen(cells):
+            _hydra(args)
         print_results(planned)
         left = unfinished(planned)
         if left:
@@ -79,7 +82,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         if os.environ.get("LPC_TRACEBACK"):
             traceback.print_exception(error)
-        print(f"lpc_runner: {error}", file=sys.stderr)
+        print(f"lpc_runner: {masked(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -89,26 +92,44 @@ def _hydra(args: argparse.Namespace) -> None:
 
     from lpc_runner.config.compose import CONF_DIR, CONFIG_NAME
 
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
+    shown = os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own account and leaves
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
+    except UserError:
+        raise
+    except Exception as error:  # jobs let nothing through: it is the launcher's, as when one of its workers is killed
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"the launcher failed; the same command goes on with what is left ({reason})") from error
+    finally:
+        if shown == "1":
+            os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def job(cfg: DictConfig) -> None:
     """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lpc_runner.planning import cell_of_job
+    from lpc_runner.planning import cell_of_job, leased
     from lpc_runner.run import execute, plan
+    from lpc_runner.runs import Occupied
     from lpc_runner.training.distributed import Ranks
     from lpc_runner.training.interrupts import Interrupted
 
+    mask_logs()
     hydra_cfg = HydraConfig.get()
     ranks = Ranks.connect()
     if not ranks.is_main:
         logging.getLogger("lpc_runner").setLevel(logging.WARNING)
     try:
-        execute(plan(cell_of_job(cfg, hydra_cfg), ranks))
+        planned = plan(cell_of_job(cfg, hydra_cfg), ranks)
+        with leased(planned, hydra_cfg):
+            execute(planned)
     except Interrupted as signal:
         raise SystemExit(signal.exit_code) from None
+    except Occupied as error:
+        logger.info("%s: left to it, going on with the next", error)
+        if ranks.size > 1:
+            raise SystemExit(1) from None
     except UserError as error:
         logger.error("%s", error)
         if ranks.size > 1:

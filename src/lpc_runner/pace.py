@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from lpc_runner.data.dataset import Batch
-from lpc_runner.run import Planned, build_learner, set_up_torch
+from lpc_runner.parts import build_learner
+from lpc_runner.run import Planned, set_up_torch
 from lpc_runner.tracking.log import MetricLog
 
 _TIMED_STEPS = (2, 6)  # lengths of the chains that are timed; longer ones cost in proportion

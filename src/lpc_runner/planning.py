@@ -2,28 +2,91 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from lpc_runner.config.compose import Cell, choices_of
 from lpc_runner.errors import UserError
+from lpc_runner.files import write_atomically
+from lpc_runner.leases import gpu_slot, visible_gpus
 from lpc_runner.run import Planned, plan
 from lpc_runner.runs import DONE
 from lpc_runner.training.distributed import SINGLE, Ranks
 
+logger = logging.getLogger(__name__)
+
 # Shown first in the closing table, in this order; metrics carry the extractor's name behind these.
 _SHOWN = ("fid", "fd", "kid", "precision", "recall", "density", "coverage")
+_PLAN = "LPC_RUNNER_PLAN"  # environment variable with the path of the sweep's plan, which launchers pass on
 _BOUND = ("elbo", "kl", "bits_per_dim", "active_units", "sigma")
 
 
+@contextmanager
+def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
+    """Keep a sweep's cells in a file that its jobs read, today or when a cluster starts them: what was checked is run.
+
+    Without it a job composes its configuration again from conf/, which may have been edited meanwhile.
+    """
+    if len(cells) == 1:
+        yield
+        return
+    plan = [
+        {"overrides": cell.overrides, "choices": cell.choices, "cfg": OmegaConf.to_container(cell.cfg, resolve=True)}
+        for cell in cells
+    ]
+    content = json.dumps(plan, indent=1)
+    folder = Path(cells[0].cfg.output_dir).absolute() / ".sweeps"
+    path = folder / f"plan-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    os.environ[_PLAN] = str(path)
+    try:
+        yield
+    finally:
+        os.environ.pop(_PLAN, None)
+
+
 def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
-    """The cell that Hydra hands to a job."""
-    OmegaConf.resolve(cfg)
-    return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
+    """The cell that Hydra hands to a job: of a sweep, as it was planned. Raises UserError if the plan is lost."""
+    path = os.environ.get(_PLAN)
+    if path is None:
+        OmegaConf.resolve(cfg)
+        return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
+    try:
+        cell = json.loads(Path(path).read_text())[hydra_cfg.job.num]
+    except (OSError, ValueError, LookupError):
+        raise UserError(
+            f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
+        ) from None
+    assert cell["overrides"] == list(hydra_cfg.overrides.task), (cell["overrides"], hydra_cfg.overrides.task)
+    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
+
+
+@contextmanager
+def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
+    """A GPU slot for a run that shares this machine with others of its sweep; nothing on a CPU or under a scheduler."""
+    device = planned.experiment.device
+    alone = "joblib" not in hydra_cfg.launcher._target_ or device.type != "cuda" or device.index is not None
+    if alone or planned.directory.state() == "done":
+        yield
+        return
+    with gpu_slot(visible_gpus(torch.cuda.device_count()), planned.cell.cfg.runs_per_gpu) as index:
+        logger.info("%s takes GPU %d", planned.directory.name, index)
+        torch.cuda.set_device(index)
+        planned.experiment.device = torch.device("cuda", index)
+        yield
 
 
 def check_plan(cells: list[Cell], ranks: Ranks = SINGLE) -> list[Planned]:
@@ -48,7 +111,9 @@ def unfinished(planned: list[Planned]) -> list[str]:
     for run in planned:
         result = run.directory.result()
         if result is None or result["status"] not in DONE:
-            lines.append(f"{run.directory.path}: {result['error'] if result else 'no result'}")
+            owner = run.directory.owner()
+            why = f"is being run by {owner}" if owner else (result["error"] if result else "no result")
+            lines.append(f"{run.directory.path}: {why}")
     return lines
 
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
 from lpc_runner.data.batches import Batches
-from lpc_runner.data.dataset import Data
-from lpc_runner.environment import describe_environment
+from lpc_runner.environment import describe_environment, warn_of_other_code
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator
-from lpc_runner.files import write_atomically
-from lpc_runner.randomness import seeded_layers
+from lpc_runner.files import require_writable, write_atomically
+from lpc_runner.masking import masked
+from lpc_runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
@@ -49,16 +50,12 @@ class Planned:
     def require(self) -> None:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
         dataset = self.experiment.dataset
+        require_writable(Path(self.cell.cfg.output_dir))
         dataset.prepare()
         batch_size = self.experiment.trainer.batch_size
         if dataset.num_train < batch_size:
             raise UserError(f"trainer.batch_size={batch_size} is more than the {dataset.num_train} training examples")
         self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
-
-
-def feature_cache(cfg: DictConfig) -> Path:
-    """Where extractors keep weights and reference features."""
-    return Path(cfg.data_dir) / "features"
 
 
 def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
@@ -71,15 +68,6 @@ def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
     if experiment.trainer.init_from is not None:
         RunDirectory.open(experiment.trainer.init_from)
     return Planned(cell, experiment, directory, digest, ranks)
-
-
-def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
-    """Model, encoder (where the objective uses one) and optimisers on the run's device."""
-    with seeded_layers(experiment.seed, "encoder"):
-        encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
-    for module in filter(None, (experiment.model, encoder)):
-        module.to(experiment.device)
-    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer, ranks)
 
 
 def set_up_torch(experiment: Experiment) -> None:
@@ -99,11 +87,12 @@ def execute(planned: Planned) -> dict[str, Any]:
     if not planned.ranks.is_main:
         if not planned.ranks.agree(False):
             set_up_torch(experiment)
-            _work_for_main(planned)
+            work_for_main(planned)
             planned.ranks.agree(False)  # rank 0 has measured
         return {}
     with directory.locked():
         planned.ranks.agree(directory.state() == "done")
+        directory.require_hash(planned.digest)
         if directory.state() == "done":
             _describe(planned)
             logger.info("already done: %s", directory.path)
@@ -114,7 +103,9 @@ def execute(planned: Planned) -> dict[str, Any]:
             result = _train_and_measure(planned)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
-            directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
+            reason = masked(reason)
+            with suppress(OSError):  # on a full disk there may be no room for the news of it either
+                directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             raise
         directory.write("result.json", result)
         planned.ranks.agree(True)
@@ -125,7 +116,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
     experiment, directory = planned.experiment, planned.directory
     started = time.perf_counter()
     data = experiment.dataset.load()
-    batches = _batches(planned, data)
+    batches = batches_of(planned, data)
     learner = build_learner(experiment, planned.ranks)
     if experiment.trainer.init_from is not None:
         source = RunDirectory.open(experiment.trainer.init_from)
@@ -133,7 +124,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
-    evaluator = _evaluator(planned, data)
+    evaluator = evaluator_of(planned, data)
     tracker = _open_tracker(planned)
     status = "failed"
     try:
@@ -172,48 +163,11 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         tracker.summary({f"final/{name}": value for name, value in result["metrics"].items()})
         status = result["status"]
         return result
-    except Interrupted:
+    except (Interrupted, SystemExit):
         status = "interrupted"
         raise
     finally:
         tracker.close(status)
-
-
-def _batches(planned: Planned, data: Data) -> Batches:
-    experiment, size = planned.experiment, planned.experiment.trainer.batch_size
-    rows = planned.ranks.rows(size)
-    return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
-
-
-def _evaluator(planned: Planned, data: Data) -> Evaluator:
-    """References and what they need; what has to be computed for them is rank 0's to compute and keep."""
-    experiment = planned.experiment
-    with planned.ranks.main_first():
-        cache = feature_cache(planned.cell.cfg)
-        return experiment.metrics.evaluator(
-            experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks
-        )
-
-
-def _work_for_main(planned: Planned) -> None:
-    """A rank other than 0: the same loop over its rows and its share of the measuring; nothing is written."""
-    experiment = planned.experiment
-    data = experiment.dataset.load()
-    batches = _batches(planned, data)
-    learner = build_learner(experiment, planned.ranks)
-    evaluator = _evaluator(planned, data)
-    experiment.trainer.fit(
-        learner,
-        batches,
-        seed=experiment.seed,
-        folder=planned.directory.path,
-        tracker=Tracker(None),
-        progress=Progress(silent=True),
-        traces=experiment.traces,
-        measure=lambda counters: evaluator.during(learner),
-        measure_every=experiment.metrics.every_epochs,
-    )
-    evaluator.final(learner)
 
 
 def _final(evaluator: Evaluator, learner: Learner, outcome: Outcome, device: str) -> dict[str, Any]:
@@ -256,7 +210,8 @@ def _describe(planned: Planned) -> None:
         directory.write("run.json", description)
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
-        session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
+        warn_of_other_code(directory.last_session())
+        session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": list(map(masked, sys.argv))}
         directory.append_session(
             session | describe_environment(planned.experiment.device) | {"num_ranks": planned.ranks.size}
         )

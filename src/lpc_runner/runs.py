@@ -4,19 +4,62 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from lpc_runner.errors import UserError
-from lpc_runner.files import write_atomically
+from lpc_runner.files import sha256_of, write_atomically
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
+# What every record holds, by type.
+_RECORDS = {
+    "result.json": {"status": str, "metrics": dict},
+    "run.json": {"hash": str, "studies": list, "choices": dict, "keys": dict},
+}
+_TAIL = 65536  # bytes of a log that are read from its end
+
+
+class CheckpointFile(NamedTuple):
+    """A checkpoint by its name, update-<updates>-<SHA-256 of its content>.pt, unread."""
+
+    update: int
+    digest: str
+    path: Path
+
+    def is_whole(self) -> bool:
+        """Whether the content still has the hash in the name."""
+        return sha256_of(self.path) == self.digest
+
+
+_CHECKPOINT = re.compile(r"update-(\d{9})-([0-9a-f]{64})\.pt")
+
+
+def checkpoint_files(folder: Path) -> list[CheckpointFile]:
+    """The checkpoints in a folder, newest first."""
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("update-*.pt"))
+    return sorted((CheckpointFile(int(m[1]), m[2], path) for m, path in matches if m), reverse=True)
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """The last whole line of a .jsonl file, {} if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            row = json.loads(file.read().split(b"\n")[:-1][-1])
+        return row if isinstance(row, dict) else {}
+    except (OSError, ValueError, LookupError):
+        return {}
+
+
+class Occupied(UserError):
+    """Another process is at work on this run."""
 
 
 class RunDirectory:
@@ -55,6 +98,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def checkpoint_files(self) -> list[CheckpointFile]:
+        """Its checkpoints, newest first."""
+        return checkpoint_files(self.checkpoints)
+
     @property
     def samples(self) -> Path:
         return self.path / "samples"
@@ -76,14 +123,26 @@ class RunDirectory:
         assert found is not None
         return found
 
+    def require_hash(self, digest: str) -> None:
+        """Raises UserError if the directory was begun by a run of another hash: it was renamed or edited."""
+        if self.state() != "new" and self.description()["hash"] != digest:
+            raise UserError(
+                f"{self.path} belongs to another configuration (hash {self.description()['hash'][:10]} in run.json, "
+                f"{digest[:10]} of this run): renamed or edited; move it away, or rerun=true starts beside it"
+            )
+
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
-        except FileNotFoundError:
+            content = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
-            raise UserError(f"{path} is damaged (no JSON); restore it, or rerun=true starts again beside it") from None
+        except (ValueError, RecursionError):
+            content = None
+        for key, kind in _RECORDS[name].items():
+            if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+                raise UserError(f"{path} is damaged (no {key}); restore it, or rerun=true starts again beside it")
+        return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of this run atomically."""
@@ -92,9 +151,15 @@ class RunDirectory:
         write_atomically(path, json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
 
     def append_session(self, session: dict[str, Any]) -> None:
-        """One line about this start: command, versions, device."""
-        with open(self.path / "sessions.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(session, default=str) + "\n")
+        """One line about this start: command, versions, device; a line that a crash tore before it stays alone."""
+        with open(self.path / "sessions.jsonl", "a+b") as file:
+            size = file.tell()
+            torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            file.write(b"\n" * torn + json.dumps(session, default=str).encode() + b"\n")
+
+    def last_session(self) -> dict[str, Any]:
+        """What the latest start wrote of itself, {} before the first."""
+        return last_row(self.path / "sessions.jsonl")
 
     def link_into(self, output_dir: Path, study: str) -> Path:
         """outputs/<study>/<run>, a relative link, so that studies share runs; returns its path."""
@@ -109,17 +174,28 @@ class RunDirectory:
                     raise UserError(f"{link} is in the way: it is not a link to a run; move it") from None
         return link
 
+    def owner(self) -> str | None:
+        """pid and host of the process that runs this run now, None if there is none (one that was killed is none)."""
+        try:
+            who = (self.path / ".owner").read_text().strip()
+            with FileLock(self.path / ".lock").acquire(timeout=0):
+                return None
+        except Timeout:
+            return who or "another process"
+        except OSError:
+            return None
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Sole use of the directory. Raises UserError with pid and host of whoever has it."""
+        """Sole use of the directory. Raises Occupied with pid and host of whoever has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         owner = self.path / ".owner"
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0.2)  # whoever only looks (`owner`) has it for an instant
         except Timeout:
             who = owner.read_text().strip() if owner.exists() else "another process"
-            raise UserError(f"{self.path} is being run by {who}") from None
+            raise Occupied(f"{self.path} is being run by {who}") from None
         try:
             owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ ROOT = {
     "device": str,
     "deterministic": bool,
     "num_threads": PositiveInt | None,
+    "runs_per_gpu": PositiveInt,
     "study": str,
     "output_dir": str,
     "data_dir": str,
@@ -169,9 +171,14 @@ def _is_object(value: Any) -> bool:
 
 def _locate(target: str, path: str) -> Any:
     try:
-        return get_object(target)
+        found = get_object(target)
     except Exception as error:
-        raise UserError(f"{path}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}._target_={target} cannot be imported: {reason}") from None
+    # A folder from elsewhere must not be able to have a command of the system called by naming it.
+    if not inspect.isclass(found) or found.__module__.split(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"{path}._target_={target} must name a class, and none of Python's own")
+    return found
 
 
 def _naming(path: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +206,8 @@ def _check_root(values: dict[str, Any]) -> None:
         except ValueError as error:
             raise UserError(str(error)) from None
     study = values["study"]
-    if not study or "/" in study or study.startswith(".") or study == "runs":
+    plain = study.isprintable() and not set(study) & set("/\\") and not study.startswith(".") and len(study) <= 100
+    if not study or not plain or study == "runs":
         raise UserError(f"study must be a plain folder name other than 'runs', got {study!r}")
 
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from lpc_runner.config.compose import Cell
+from lpc_runner.files import plain_name
 
 # Where things lie, who watches, and how fast: none of it changes what is computed.
-_OUTSIDE = ("study", "tracker", "device", "check", "rerun", "output_dir", "data_dir", "num_threads", "tuned")
+_OUTSIDE = (
+    "study",
+    "tracker",
+    "device",
+    "check",
+    "rerun",
+    "output_dir",
+    "data_dir",
+    "num_threads",
+    "runs_per_gpu",
+    "tuned",
+)
 
 
 def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:
@@ -61,5 +72,5 @@ def run_name(cell: Cell, digest: str) -> str:
     words = [choices["dataset"], choices["model"], choices["sampler"], choices["objective"]]
     if choices["sampler"] != "none":
         words.append(choices["preconditioning"])
-    text = "-".join([*words, f"s{cell.cfg.seed}", digest[:10]])
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
+    text = "-".join([*words, f"s{cell.cfg.seed}"[:24], digest[:10]])
+    return plain_name(text)

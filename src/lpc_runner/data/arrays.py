@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ from lpc_runner.schema import checked
 
 _MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
 # What zipfile, zlib and numpy raise on a file whose bytes are not what they were.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def _header(archive: zipfile.ZipFile, key: str) -> _Header:
         if version not in layouts:
             raise ValueError(f"{key}.npy has format version {version}")
         shape, _, dtype = layouts[version](file)
+    if math.prod(shape) * dtype.itemsize > archive.getinfo(f"{key}.npy").file_size:
+        raise ValueError(f"{key}.npy is shorter than its header says")
     return _Header(dtype, shape)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ import torch
 
 from lpc_runner.errors import UserError
 from lpc_runner.files import write_atomically
+from lpc_runner.runs import checkpoint_files
 
 logger = logging.getLogger(__name__)
 KEPT = 2
-_NAME = re.compile(r"update-(\d{9})-([0-9a-f]{64})\.pt")
-
-
-def _all(folder: Path) -> list[tuple[int, str, Path]]:
-    """(update, hash, path) of the checkpoints in a folder, newest first."""
-    matches = ((_NAME.fullmatch(path.name), path) for path in folder.glob("update-*.pt"))
-    return sorted(((int(m[1]), m[2], path) for m, path in matches if m), reverse=True)
 
 
 def save_checkpoint(folder: Path, update: int, state: dict[str, Any]) -> Path:
@@ -34,8 +27,8 @@ def save_checkpoint(folder: Path, update: int, state: dict[str, Any]) -> Path:
     path = folder / f"update-{update:09d}-{hashlib.sha256(content).hexdigest()}.pt"
     write_atomically(path, content)
     # The one just written counts as the newest: after a fall back, damaged files of later updates may lie beside it.
-    others = [old for old in _all(folder) if old[2] != path]
-    others.sort(key=lambda old: (old[0] < update, old[0]), reverse=True)
+    others = [old for old in checkpoint_files(folder) if old.path != path]
+    others.sort(key=lambda old: (old.update < update, old.update), reverse=True)
     for _, _, stale in others[KEPT - 1 :]:
         stale.unlink(missing_ok=True)
     return path
@@ -47,7 +40,7 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
     torch.load does not notice a flipped bit, so the hash is compared first. Raises UserError when checkpoints exist
     and none is whole: starting again from nothing must be the user's decision.
     """
-    found = _all(folder)
+    found = checkpoint_files(folder)
     for update, expected, path in found:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() == expected:

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from types import FrameType
+from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -20,11 +21,16 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While active, the first signal sets `received`; a second one acts at once, as it did before."""
+    """While active, the first signal sets `received`; the same one again acts at once, as it did before.
+
+    A handler that was there before (a cluster launcher's, which asks for its job again and leaves) is called by
+    `leave`, that is after the state was saved.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, object] = {}
+        self._waiting: list[tuple[Any, int, FrameType | None]] = []
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -35,12 +41,18 @@ class Interrupts:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        previous = self._previous.get(number)
-        self._restore()
+        self.received = self.received or number
+        previous = self._previous.pop(number)
+        signal.signal(number, previous)
         logger.info("%s: saving after this update (again: stop at once)", signal.Signals(number).name)
         if callable(previous) and previous is not signal.default_int_handler:
-            previous(number, frame)  # a handler installed by a cluster launcher asks for its job again
+            self._waiting.append((previous, number, frame))
+
+    def leave(self) -> NoReturn:
+        """Saved: raise Interrupted, unless a handler that was there before leaves in its own way."""
+        for handler, number, frame in self._waiting:
+            handler(number, frame)
+        raise Interrupted(self.received or signal.SIGTERM)  # another rank's signal counts as SIGTERM
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from lpc_runner.data.batches import Batches
 from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
-from lpc_runner.training.interrupts import Interrupted, Interrupts
+from lpc_runner.training.interrupts import Interrupts
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.traces import Traces
 
@@ -143,7 +142,7 @@ class Trainer:
                     saved_at = time.monotonic()
                 if stop:
                     ranks.agree(True)  # a rank that leaves has the others killed: not before rank 0 has saved
-                    raise Interrupted(interrupts.received or signal.SIGTERM)
+                    interrupts.leave()
         return Outcome("finished", counters, counters.update / batches.num_batches)
 
     @staticmethod

@@ -1,0 +1,147 @@
+"""`python -m lpc_runner.ls outputs/`: every run with its state, and what to do about it. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lpc_runner.errors import UserError
+from lpc_runner.main import one_line_errors
+from lpc_runner.runs import RunDirectory, last_row
+
+_METRICS = ("fid", "fd_", "elbo", "log_likelihood", "r2")  # shown, in this order; --json has all
+
+
+@dataclass
+class Listed:
+    """A run as it lies on disk. age: seconds since it last wrote. todo: what a person can do about it."""
+
+    name: str
+    state: str
+    epoch: float | None
+    update: int | None
+    metrics: dict[str, float]
+    age: float | None
+    host: str | None
+    todo: str
+    studies: list[str] = field(default_factory=list)
+
+
+def list_runs(folder: Path | str) -> list[Listed]:
+    """The runs of an output folder, of a study in it, or one run. Raises UserError if `folder` holds none."""
+    folder = Path(folder)
+    if (folder / "run.json").is_file():
+        return [_look(folder)]
+    root = folder / "runs" if (folder / "runs").is_dir() else folder
+    if not root.is_dir():
+        raise UserError(f"{folder}: no such folder; runs lie in outputs/ unless output_dir says otherwise")
+    found = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = [path for path in found if (path / "run.json").exists() or (path / ".owner").exists()]
+    if not found:
+        raise UserError(f"{folder} holds no runs; runs lie in outputs/ unless output_dir says otherwise")
+    return [_look(path) for path in found]
+
+
+def _look(path: Path) -> Listed:
+    run = RunDirectory(path.resolve())
+    session = run.last_session()
+    row = last_row(run.path / "metrics.jsonl")
+    listed = Listed(
+        name=run.name,
+        state="interrupted",
+        epoch=row.get("epoch"),
+        update=row.get("update"),
+        metrics={},
+        age=_age(run.path),
+        host=session.get("host"),
+        todo="",
+    )
+    words = session.get("command", [])[1:]
+    again = "rerun its command" if not words else "rerun: python -m lpc_runner " + shlex.join(map(str, words))
+    try:
+        listed.studies = (run.description() if (run.path / "run.json").exists() else {}).get("studies", [])
+        result = run.result()
+    except UserError as error:
+        listed.state, listed.todo = "damaged", str(error)
+        return listed
+    owner = run.owner()
+    status = result["status"] if result else None
+    if result:
+        listed.metrics = result["metrics"]
+        listed.epoch, listed.update = result.get("num_epochs", listed.epoch), result.get("num_updates", listed.update)
+    if owner:
+        listed.state, listed.todo = "running", f"leave it to {owner}"
+    elif status == "finished":
+        listed.state = "done"
+    elif status == "diverged":
+        at = result["diverged_at"].get("update") if isinstance(result.get("diverged_at"), dict) else "?"
+        listed.state, listed.todo = "diverged", f"not finite at update {at}: a smaller step_size.value may help"
+    else:
+        listed.todo = again
+        if status == "failed":
+            listed.state, listed.todo = "failed", f"{result.get('error')}; {again}"
+        checkpoints = run.checkpoint_files()
+        whole = next((number for number, found in enumerate(checkpoints) if found.is_whole()), None)
+        if checkpoints and whole is None:
+            listed.state = "damaged"
+            listed.todo = f"all {len(checkpoints)} checkpoints are damaged; {again} rerun=true starts it anew"
+        elif whole:
+            listed.todo += f" (the newest checkpoint is damaged: goes on after update {checkpoints[whole].update})"
+    return listed
+
+
+def _age(path: Path) -> float | None:
+    times = [file.stat().st_mtime for name in ("metrics.jsonl", "result.json") if (file := path / name).exists()]
+    return time.time() - max(times) if times else None
+
+
+def _ago(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def _table(runs: list[Listed]) -> Table:
+    table = Table("run", "state", "epoch", "metrics", "age", "host", "what to do", box=None)
+    colours = {"done": "green", "running": "cyan", "interrupted": "yellow"}
+    for run in runs:
+        shown = [key for start in _METRICS for key in run.metrics if key.startswith(start)][:2]
+        numbers = "  ".join(f"{key} {run.metrics[key]:.4g}" for key in shown)
+        epoch = "" if run.epoch is None else f"{float(run.epoch):.1f}"
+        state = f"[{colours.get(run.state, 'red')}]{run.state}[/]"
+        table.add_row(run.name, state, epoch, numbers, _ago(run.age), run.host or "", run.todo.replace("[", "\\["))
+    return table
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m lpc_runner.ls", description=__doc__)
+    parser.add_argument("folder", nargs="?", default="outputs", help="outputs/, outputs/<study> or a run")
+    parser.add_argument("--json", action="store_true", help="one JSON object per run and line")
+    given = parser.parse_args()
+    with one_line_errors():
+        runs = list_runs(given.folder)
+        if given.json:
+            for run in runs:
+                print(json.dumps(asdict(run)))
+            return
+        console = Console()
+        console.print(_table(runs))
+        states = [run.state for run in runs]
+        console.print(
+            f"{len(runs)} runs: " + ", ".join(f"{states.count(state)} {state}" for state in sorted({*states}))
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Weak and strong scaling of one run over ranks: time per update, and what the ranks send one another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from lpc_runner.benchmark import CHANNELS, LATENT_DIM, learner_for
+from lpc_runner.data.dataset import Batch
+from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.preconditioning import Adam, SharedAdam
+from lpc_runner.inference.samplers import Langevin
+from lpc_runner.inference.step_sizes import Constant
+from lpc_runner.training.distributed import Ranks, bytes_per_update
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: conv on CHANNELS x side x side images, T steps, Jeffreys; batch: of all ranks together."""
+
+    side: int
+    num_steps: int
+    batch: int
+    shared: bool
+    rounds: int
+
+
+def measure(size: int, work: Work) -> tuple[float, int]:
+    """Median seconds per update (the slowest rank's) of `size` one-thread processes; numbers in θ and φ."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    processes = [context.Process(target=_rank, args=(rank, size, port, work, answers)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, "a rank failed; its traceback is above"
+    found = [answers.get() for _ in processes]
+    return max(seconds for seconds, _ in found), found[0][1]
+
+
+def _rank(rank: int, size: int, port: int, work: Work, answers: Any) -> None:
+    torch.set_num_threads(1)
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    ranks = Ranks.connect()
+    metric = (SharedAdam if work.shared else Adam)(0.25, 1e-8, None)
+    sampler = Langevin(work.num_steps, "all", Constant(1e-3), metric)
+    learner = learner_for(work.side, sampler, Objective(0.5, 0.5), torch.device("cpu"), ranks)
+    levels = torch.randint(
+        256, (work.batch, CHANNELS, work.side, work.side), generator=torch.Generator().manual_seed(0)
+    )
+    rows = ranks.rows(work.batch)
+    batch = Batch((levels.float() / 127.5 - 1)[rows], torch.arange(work.batch)[rows])
+    times = []
+    for update in range(work.rounds + 2):  # two to warm up
+        start = time.perf_counter()
+        learner.apply(batch, learner.gradients(batch, 0, update, False))
+        times.append(time.perf_counter() - start)
+    parameters = [*learner.model.parameters(), *learner.encoder.parameters()]
+    answers.put((statistics.median(times[2:]), sum(parameter.numel() for parameter in parameters)))
+    ranks.close()
+
+
+def tabulate(sizes: list[int], side: int, num_steps: int, batch: int, rounds: int, shared: bool) -> Table:
+    """Weak scaling: `batch` images per rank; strong: `batch` images in all. Efficiency against one rank."""
+    table = Table()
+    for column in ("scaling", "ranks", "batch", "ms / update", "images / s", "efficiency", "MB sent / update, rank"):
+        table.add_column(column, justify="right")
+    first: dict[str, float] = {}
+    for name in ("weak", "strong"):
+        for size in sizes:
+            total = batch * size if name == "weak" else batch
+            seconds, num_parameters = measure(size, Work(side, num_steps, total, shared, rounds))
+            speed = total / seconds
+            first.setdefault(name, speed / size)
+            dim = LATENT_DIM if shared else 0
+            sent = bytes_per_update(num_parameters, size, num_steps=num_steps, shared_dim=dim) / 1e6
+            numbers = (f"{1e3 * seconds:.0f}", f"{speed:.1f}", f"{speed / size / first[name]:.2f}", f"{sent:.1f}")
+            table.add_row(name, str(size), str(total), *numbers)
+    return table

@@ -1,0 +1,109 @@
+"""`python -m lpc_runner.ls`: every state a run can be in, told apart, with the right advice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, environment, only_run
+
+from lpc_runner.errors import UserError
+from lpc_runner.ls import list_runs, main
+from lpc_runner.runs import RunDirectory
+from lpc_runner.training.checkpoints import save_checkpoint
+
+
+def make(root: Path, name: str, result: dict | None = None, update: int = 12) -> RunDirectory:
+    """A run's records, as a session leaves them."""
+    run = RunDirectory(root / "runs" / name)
+    run.path.mkdir(parents=True)
+    run.write("run.json", {"studies": ["default"], "hash": "", "choices": {}, "keys": {}})
+    run.append_session({"command": ["/x/__main__.py", "seed=3", "model.hidden=[1,2]"], "host": "here", "pid": 1})
+    (run.path / "metrics.jsonl").write_text(json.dumps({"update": update, "epoch": 1.5}) + "\n" + '{"update": 13, "ep')
+    if result is not None:
+        run.write("result.json", {"metrics": {}, "error": None, **result})
+    return run
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    root = tmp_path / "outputs"
+    make(root, "a-done", {"status": "finished", "metrics": {"fid": 12.5}, "num_epochs": 15.0, "num_updates": 99})
+    make(root, "b-diverged", {"status": "diverged", "diverged_at": {"update": 7}})
+    make(root, "c-failed", {"status": "failed", "error": "OSError: No space left on device"})
+    stopped = make(root, "d-interrupted")
+    save_checkpoint(stopped.checkpoints, 12, {"n": 1})
+    worn = make(root, "e-worn")
+    for update in (5, 12):
+        save_checkpoint(worn.checkpoints, update, {"n": update})
+    damage(worn.checkpoint_files()[0].path)
+    broken = make(root, "f-broken")
+    damage(save_checkpoint(broken.checkpoints, 12, {"n": 1}))
+    (make(root, "g-torn").path / "result.json").write_text('{"sta')
+    return root
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_every_state_and_what_to_do_about_it(outputs):
+    running = RunDirectory(outputs / "runs" / "h-running")
+    make(outputs, "h-running")
+    with running.locked():
+        found = {run.name[0]: run for run in list_runs(outputs)}
+    command = "python -m lpc_runner seed=3 'model.hidden=[1,2]'"
+    assert [found[key].state for key in "abcdefgh"] == [
+        "done", "diverged", "failed", "interrupted", "interrupted", "damaged", "damaged", "running",
+    ]  # fmt: skip
+    assert (found["a"].epoch, found["a"].update, found["a"].metrics, found["a"].todo) == (15.0, 99, {"fid": 12.5}, "")
+    assert "update 7" in found["b"].todo
+    assert found["c"].todo == f"OSError: No space left on device; rerun: {command}"
+    assert found["d"].todo == f"rerun: {command}"
+    assert (found["d"].epoch, found["d"].update, found["d"].host) == (1.5, 12, "here")  # the last whole line
+    assert "damaged: goes on after update 5" in found["e"].todo
+    assert "all 1 checkpoints are damaged" in found["f"].todo and "rerun=true" in found["f"].todo
+    assert "result.json is damaged" in found["g"].todo
+    assert found["h"].todo.startswith(f"leave it to pid {os.getpid()} on ")
+
+
+def test_one_line_of_json_per_run(outputs, command):
+    answer = command(str(outputs), "--json", entry=main)
+    found = [json.loads(line) for line in answer.out.splitlines()]
+    assert len(found) == 7 and found[0]["metrics"] == {"fid": 12.5} and found[0]["studies"] == ["default"]
+
+
+def test_a_table_of_real_runs_by_folder_study_and_run(command, outputs):
+    assert command(*TINY).code == 0
+    for where in ("outputs", "outputs/default", str(only_run())):
+        answer = command(where, entry=main)
+        assert answer.code == 0 and "1 runs: 1 done" in answer.out and "fd_random_conv" in " ".join(answer.out.split())
+    answer = command(str(outputs), entry=main)
+    assert "7 runs: 2 damaged, 1 diverged, 1 done, 1 failed, 2 interrupted" in answer.out
+
+
+def test_no_runs_is_one_line(tmp_path, command):
+    for where in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match="runs lie in outputs/"):
+            list_runs(where)
+        answer = command(str(where), entry=main)
+        assert answer.code == 1 and len(answer.lines) == 1
+
+
+def test_five_hundred_runs_are_listed_without_torch(tmp_path):
+    root = tmp_path / "outputs"
+    for number in range(500):
+        make(root, f"run-{number:03}", {"status": "finished"} if number % 2 else None)
+    code = (
+        "import sys; from lpc_runner.ls import list_runs; "
+        f"print(len(list_runs({str(root)!r}))); assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout == "500\n", done.stderr
+    assert time.monotonic() - started < 15  # some 1.5 s when nothing else runs

@@ -1,0 +1,234 @@
+"""Sweeps on several processes: launchers, leases, two commands in one study, a plan that conf/ cannot change."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, assert_same_run, cells_of, environment, result_of, write_images
+from omegaconf import OmegaConf
+
+from lpc_runner.leases import gpu_slot, visible_gpus
+from lpc_runner.runs import RunDirectory
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def settings(tmp_path) -> tuple[str, ...]:
+    """A run of some 150 updates, fast to compose."""
+    images = write_images(tmp_path / "images.npz", count=45)
+    keep = [item for item in TINY if not item.startswith(("trainer.", "metrics."))]
+    return (
+        *keep,
+        "dataset=arrays",
+        f"dataset.train={images}",
+        f"data_dir={tmp_path}/data",
+        "trainer.batch_size=10",
+        "trainer.num_epochs=40",
+        "trainer.checkpoint_seconds=0.05",
+        "metrics.num_samples=12",
+        "metrics.num_samples_during=8",
+    )
+
+
+def start(cwd: Path, *arguments: str) -> subprocess.Popen:
+    cwd.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "lpc_runner", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **pipes)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == code, out
+    return out
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for 90 seconds"
+        time.sleep(0.01)
+
+
+def rows(folder: Path) -> list[int]:
+    """Lines of every metric log."""
+    return [path.read_bytes().count(b"\n") for path in folder.glob("outputs/runs/*/metrics.jsonl")]
+
+
+def runs(folder: Path, study: str = "default") -> list[Path]:
+    return sorted((folder / "outputs" / study).iterdir())
+
+
+def sessions(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "sessions.jsonl").read_text().splitlines()]
+
+
+def owner_pid(run: Path) -> int:
+    return int((run / ".owner").read_text().split()[1])
+
+
+def test_two_workers_run_a_sweep_and_each_run_is_that_of_one_process(settings, tmp_path, command):
+    sweep = ("-m", "seed=0,1", *settings)
+    assert command(*sweep).code == 0
+    out = finish(start(tmp_path / "two", *sweep, "hydra/launcher=parallel"))
+    assert out.count("finished: 160 updates") == 2
+    for one, two in zip(runs(Path()), runs(tmp_path / "two"), strict=True):
+        assert_same_run(one, two)
+    pids = {session["pid"] for run in runs(tmp_path / "two") for session in sessions(run)}
+    assert len(pids) == 2  # in two processes
+
+
+@pytest.mark.faults
+def test_a_killed_worker_is_said_in_one_line_and_the_same_command_goes_on(settings, tmp_path):
+    sweep = ("-m", "seed=0,1,2", *settings)
+    finish(start(tmp_path / "one", *sweep))
+    broken = tmp_path / "broken"
+    process = start(broken, *sweep, "hydra/launcher=parallel")
+    until(lambda: rows(broken) and max(rows(broken)) >= 3)
+    alive = [path for path in (broken / "outputs" / "runs").iterdir() if (path / ".owner").exists()]
+    os.kill(owner_pid(alive[0]), signal.SIGKILL)
+    out = finish(process, code=1)
+    assert "the launcher failed; the same command goes on with what is left" in out.splitlines()[-1]
+    assert "Traceback" not in out
+    finish(start(broken, *sweep, "hydra/launcher=parallel"))
+    for one, two in zip(runs(tmp_path / "one"), runs(broken), strict=True):
+        assert_same_run(one, two)
+
+
+def test_two_commands_share_a_study_and_run_nothing_twice(settings, tmp_path):
+    sweep = ("-m", "seed=0,1,2,3", *settings, "trainer.num_epochs=300")
+    folder = tmp_path / "shared"
+    first, second = start(folder, *sweep), start(folder, *sweep)
+    said = [process.communicate(timeout=180)[0] for process in (first, second)]
+    finished = runs(folder)
+    assert [result_of(run)["status"] for run in finished] == ["finished"] * 4
+    by_pid = [[session["pid"] for session in sessions(run)] for run in finished]
+    assert all(len(pids) == 1 for pids in by_pid), by_pid  # no run was started twice
+    assert {first.pid, second.pid} == {pids[0] for pids in by_pid}
+    assert any("left to it, going on with the next" in out for out in said)
+    for process, out in zip((first, second), said):  # whoever ends while the other is at work says so
+        assert process.returncode == 0 or f"is being run by pid {first.pid}" in out or str(second.pid) in out, out
+
+
+@pytest.mark.faults
+def test_submitit_requeues_a_preempted_job_which_goes_on(settings, tmp_path):
+    """submitit's own handler, controller and signal (SIGUSR2), with its local executor in the place of SLURM."""
+    sweep = ("-m", "seed=0,1", *settings, "trainer.checkpoint_seconds=1000")
+    finish(start(tmp_path / "one", *sweep))
+    broken = tmp_path / "broken"
+    process = start(broken, *sweep, "hydra/launcher=submitit_local")
+    until(lambda: rows(broken) and max(rows(broken)) >= 3)
+    (log, *_) = (path for path in broken.glob("outputs/runs/*/metrics.jsonl") if path.read_bytes().count(b"\n") >= 3)
+    victim = log.parent  # one that trains; a signal before that requeues a job that has nothing to save
+    os.kill(owner_pid(victim), signal.SIGUSR2)
+    out = finish(process)
+    assert out.count("finished: 160 updates") == 2
+    assert len(sessions(victim)) == 2
+    logs = "".join(path.read_text() for path in (broken / "outputs" / ".sweeps").rglob("*_log.*"))
+    assert "Requeued job" in logs, logs
+    assert "resuming after update" in logs, logs
+    for one, two in zip(runs(tmp_path / "one"), runs(broken), strict=True):
+        assert_same_run(one, two)
+
+
+def test_jobs_run_what_was_planned_though_conf_was_edited(settings, tmp_path, command, monkeypatch):
+    own = tmp_path / "own"
+    (own / "method").mkdir(parents=True)
+    method = own / "method" / "mine.yaml"
+    method.write_text("# @package _global_\noptimizer:\n  learning_rate: 1e-3\n")
+    from lpc_runner import run
+
+    real = run.execute
+
+    def edit(planned):
+        method.write_text("# @package _global_\noptimizer:\n  learning_rate: 0.5\n")
+        return real(planned)
+
+    monkeypatch.setattr(run, "execute", edit)
+    sweep = (f"--config-dir={own}", "-m", "method=mine", "seed=0,1", *TINY)
+    answer = command(*sweep)
+    assert answer.code == 0, answer.err
+    found = [OmegaConf.load(path / "config.yaml").optimizer.learning_rate for path in runs(Path())]
+    assert found == [1e-3, 1e-3]
+
+
+def test_a_launcher_whose_plugin_is_missing_is_one_line(command, monkeypatch):
+    from hydra.core.config_store import ConfigStore
+
+    cells_of(*TINY)  # plugins register themselves when Hydra first composes
+    for preset, option in (("parallel", "joblib"), ("slurm", "submitit_slurm")):
+        launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+        with monkeypatch.context() as patch:
+            patch.delitem(launchers, f"{option}.yaml")
+            answer = command("-m", f"hydra/launcher={preset}", "seed=0,1", *TINY)
+        assert answer.code == 1 and len(answer.lines) == 1
+        assert f"pip install 'lpc-runner[{preset}]'" in answer.err
+
+
+def test_slurm_jobs_are_requeued_after_their_time_limit():
+    """The plugin's own value of max_num_timeout, 0, would end a run at its first time limit."""
+    preset = OmegaConf.load(ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml")
+    assert preset.max_num_timeout >= 10 and 30 <= preset.signal_delay_s < 60 * preset.timeout_min
+
+
+def _hold(folder: Path, slots: int) -> None:
+    """Leave a file that says which GPU was taken, keep the slot until told to go; no lock that could die with it."""
+    with gpu_slot(["a", "b"], slots, folder / "slots") as index:
+        (folder / f"took-{os.getpid()}-{index}").touch()
+        deadline = time.monotonic() + 60
+        while not (folder / "go").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def test_slots_of_gpus_are_leased_once_and_come_back_from_the_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr("lpc_runner.leases.INTERVAL", 0.02)
+    context = multiprocessing.get_context("fork")
+    taken = lambda: {(int(pid), int(gpu)) for _, pid, gpu in (path.name.split("-") for path in tmp_path.glob("took-*"))}
+    holders = [context.Process(target=_hold, args=(tmp_path, 2)) for _ in range(5)]
+    for holder in holders:
+        holder.start()
+    until(lambda: len(taken()) == 4)
+    time.sleep(0.3)
+    before = taken()
+    assert sorted(gpu for _, gpu in before) == [0, 0, 1, 1]  # four slots, and a fifth process that waits
+    pid, gpu = min(before)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: len(taken()) == 5)
+    ((_, heir),) = taken() - before
+    assert heir == gpu
+    (tmp_path / "go").touch()
+    for holder in holders:
+        holder.join(20)
+
+
+def test_an_empty_gpu_goes_before_a_second_run_on_one(tmp_path):
+    with gpu_slot(["a", "b"], 2, tmp_path) as one, gpu_slot(["a", "b"], 2, tmp_path) as two:
+        assert (one, two) == (0, 1)
+
+
+def test_slots_mean_the_gpu_not_its_number_in_one_process(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_gpus(2) == ["3", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus(2) == ["0", "1"]
+
+
+def test_looking_at_a_run_does_not_disturb_it(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert run.owner() is None
+    with run.locked():
+        assert RunDirectory(run.path).owner().startswith(f"pid {os.getpid()} on ")
+    assert run.owner() is None
+    run.path.joinpath(".owner").write_text("pid 1 on elsewhere")  # what a killed process leaves behind
+    assert run.owner() is None
+    shutil.rmtree(run.path)
