@@ -24,7 +24,7 @@ def main() -> None:
             for name, done in publish(study, arguments.entity, arguments.project):
                 print(f"{name}: {done}", flush=True)
     except UserError as error:
-        sys.exit(f"publish: {error}")
+        sys.exit(f"lpc_runner: {error}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lpc_runner.runs import DONE, RunDirectory
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.published import destination, note_published, read_published
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
-from lpc_runner.tracking.wandb_service import online, one_line, tear_down
+from lpc_runner.tracking.wandb_service import one_line, online, tear_down
 
 _PATIENCE = 15  # seconds until a server must show what it has taken
 _PAUSE = 1.0
@@ -119,9 +119,8 @@ def rows_of(run: RunDirectory) -> dict[int, Row]:
         row = rows.setdefault(int(line.pop("update")), Row())
         row.epoch = line.pop("epoch")
         row.values |= line
-    result = run.result()
-    assert result is not None
-    last = int(result["num_updates"])
+    result = run.result() or {}
+    last = int(result.get("num_updates", max(rows, default=0)))
     for path in sorted(run.samples.glob("update-*.png")):
         rows.setdefault(int(path.stem.removeprefix("update-")), Row()).pictures["samples"] = path
     for name, picture in (("samples", "final.png"), ("reconstructions", "reconstructions.png")):

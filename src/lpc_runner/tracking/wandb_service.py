@@ -36,7 +36,9 @@ def requested_mode(mode: str) -> str:
 def start_service() -> None:
     """Start W&B's client without a word on the terminal; whatever wandb raises."""
     import wandb
+    from wandb.analytics.opentelemetry import opentelemetry_proxy
 
+    opentelemetry_proxy.disable()  # W&B's telemetry of itself would hold up the exit when a server hangs
     wandb.setup(settings=wandb.Settings(silent=True))
 
 
@@ -110,8 +112,6 @@ def online(purpose: str) -> Iterator[None]:
 
     Raises UserError (one line) without a key or a server, and for what W&B raises within.
     """
-    import wandb
-
     mode = requested_mode("online")
     if mode != "online":
         raise UserError(f"{purpose} needs W&B online, but WANDB_MODE={mode}: unset it")
@@ -124,7 +124,9 @@ def online(purpose: str) -> Iterator[None]:
             except Exception as error:  # of many kinds: pydantic's, the system's, W&B's
                 raise UserError(f"{purpose}: {one_line(error)}") from error
             yield
-        except wandb.errors.Error as error:
+        except Exception as error:
+            if not type(error).__module__.startswith("wandb"):
+                raise
             raise UserError(f"{purpose}: {one_line(error)}") from error
         finally:
             tear_down()
