@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lpc_runner.errors import UserError
-from lpc_runner.tracking import wandb_run as wandb_run_module
+from lpc_runner.tracking import wandb_service
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.tracking.wandb_run import WandbTracker
@@ -43,10 +43,10 @@ def home(tmp_path, monkeypatch):
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     if "wandb" in sys.modules:
-        wandb_run_module._tear_down()
+        wandb_service.tear_down()
     yield home
     if "wandb" in sys.modules:
-        wandb_run_module._tear_down()
+        wandb_service.tear_down()
 
 
 def start(folder, mode="auto", tags=(), **more):
@@ -166,7 +166,7 @@ def test_a_wandb_service_that_does_not_end_delays_the_fallback_only_so_long(home
     released, real = threading.Event(), wandb.teardown
     monkeypatch.setattr(wandb, "login", refuse)
     monkeypatch.setattr(wandb, "teardown", lambda: (real(), released.wait(30)))
-    monkeypatch.setattr(wandb_run_module, "_TEARDOWN_SECONDS", 1)
+    monkeypatch.setattr(wandb_service, "_TEARDOWN_SECONDS", 1)
     try:
         began = time.monotonic()
         sink = start(tmp_path / "run")

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lpc_runner.errors import UserError
+from lpc_runner.runs import DONE
 from lpc_runner.schema import NonNegativeInt, checked
+from lpc_runner.tracking.published import destination, note_published
 from lpc_runner.tracking.tracker import Status
+from lpc_runner.tracking.wandb_service import Places, one_line, reachable_mode, requested_mode, start_service, tear_down
 
 _logger = logging.getLogger("lpc_runner")
 
-_OLD_NAMES = {"dryrun": "offline", "run": "online"}
-_MODES = ("online", "offline", "disabled")
-_TEARDOWN_SECONDS = 5
-_SETTINGS = {
+SETTINGS = {
     "silent": True,
     "console": "off",  # the terminal belongs to Progress and logging
     "init_timeout": 20,
     "finish_timeout": 60,  # seconds; W&B's default waits for the network for ever
+    "finish_timeout_raises": True,
     "x_transaction_log_flush_interval": 2,  # seconds of rows that a kill may cost; W&B's default is 15
 }
 
@@ -35,6 +35,9 @@ class WandbTracker:
     the update that training continues from (0: a new run). The attributes `mode` and `folder` (of the W&B
     files) tell what came of it: "disabled" and None when nothing is recorded.
     """
+
+    settings: ClassVar[dict[str, Any]] = SETTINGS
+    keeps_service: ClassVar[bool] = False  # whether W&B's service process may outlive a run that ended well
 
     @checked
     def __init__(
@@ -53,9 +56,9 @@ class WandbTracker:
         more_tags: tuple[str, ...] = (),
     ) -> None:
         self._run: Any = None
-        self._environment: dict[str, str | None] = {}
+        self._directory, self._studies = Path(folder), [*filter(None, [group]), *more_tags]
         self.folder: Path | None = None
-        self.mode = _requested(mode)
+        self.mode = requested_mode(mode)
         if self.mode == "disabled":
             return
         what = {
@@ -66,14 +69,14 @@ class WandbTracker:
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # an agent has chosen these three itself
             what |= {"id": run_id, "resume": "allow", "project": project, "entity": entity}
-        self._redirect(folder)
+        self._places = Places(folder)
         try:
             self._start(what)
         except BaseException:
-            self._restore()
+            self._places.restore()
             raise
         if self._run is None:
-            self._restore()
+            self._places.restore()
         elif resume_step:
             self._run.summary["resumed_at"] = resume_step
 
@@ -95,37 +98,48 @@ class WandbTracker:
             self._run.summary.update(dict(values))
 
     def close(self, status: Status) -> None:
-        """Save what is left and end the run; waits up to 60 s for the network."""
+        """Save what is left and end the run; waits up to 60 s for the network, and says so if that was too short.
+
+        What W&B lacks then, `python scripts/publish.py` adds when the run is finished.
+        """
         if self._run is None:
             return
         run, self._run = self._run, None
         suspect = True
         try:
             run.summary["status"] = status
-            run.finish(exit_code=0 if status in ("finished", "diverged") else 1)
-            suspect = self.mode == "online"
+            run.finish(exit_code=0 if status in DONE else 1)
+            suspect = self.mode == "online" and not self.keeps_service
+        except TimeoutError:
+            self._say_unfinished(run.settings.finish_timeout)
         finally:
             if suspect:  # a dead service or one that waits for a network would trip or block W&B's exit hook
-                _tear_down()
-            self._restore()
+                tear_down()
+            self._places.restore()
+
+    def _say_unfinished(self, seconds: float) -> None:
+        _logger.warning(
+            "W&B did not take everything within %.0f s (metrics.jsonl is complete): once the run is finished, "
+            "`python scripts/publish.py %s` uploads the rest",
+            seconds,
+            self._directory,
+        )
 
     def _takes(self, update: int) -> bool:
         # A run killed after its last checkpoint repeats updates whose rows W&B already has, bit for bit.
         return self._run is not None and update >= self._first
 
     def _start(self, what: dict[str, Any]) -> None:
-        import wandb
-
         asked, reason = self.mode, ""
         try:
-            wandb.setup(settings=wandb.Settings(silent=True))
+            start_service()
             if asked in ("auto", "online"):
-                self.mode, reason = _reachable(asked)
+                self.mode, reason = reachable_mode(asked)
             self._open(what)
         except Exception as error:  # pydantic's, asyncio's, the system's: W&B lets all of them through
-            reason = _one_line(error)
+            reason = one_line(error)
             if asked == "online":
-                _tear_down()
+                tear_down()
                 raise UserError(f"tracker.mode=online: {reason} (or tracker.mode=auto, offline)") from error
             if asked != "auto":
                 self._give_up(reason)
@@ -135,18 +149,19 @@ class WandbTracker:
             why = f" ({reason})" if reason else ""
             _logger.info("W&B offline%s: upload with `wandb sync %s`", why, self.folder)
         elif self.mode == "online":
+            # The id is an agent's choice in a sweep: without this note, publishing the run would double it.
+            place = destination(self._run.settings.base_url, self._run.entity, self._run.project)
+            note_published(self._directory, place, self._run.id, self._studies, complete=False)
             _logger.info("W&B: %s", self._run.url)
 
     def _fall_back(self, what: dict[str, Any]) -> None:
-        import wandb
-
-        _tear_down()
+        tear_down()
         self.mode = os.environ["WANDB_MODE"] = "offline"  # the jobs that follow need not wait for the network
         try:
-            wandb.setup(settings=wandb.Settings(silent=True))
+            start_service()
             self._open(what)
         except Exception as error:
-            self._give_up(_one_line(error))
+            self._give_up(one_line(error))
 
     def _give_up(self, reason: str) -> None:
         self.mode = "disabled"
@@ -161,76 +176,8 @@ class WandbTracker:
             mode=self.mode,
             dir=os.environ["WANDB_DIR"],
             reinit="create_new",
-            settings=wandb.Settings(**_SETTINGS),
+            settings=wandb.Settings(**self.settings),
             **what,
         )
         self._first = self._run.step
         self.folder = Path(self._run.dir).parent
-
-    def _redirect(self, folder: Path) -> None:
-        root = Path(folder).absolute()
-        places = {
-            "WANDB_DIR": root,  # W&B itself adds /wandb
-            "WANDB_DATA_DIR": root / "wandb" / "data",
-            "WANDB_CACHE_DIR": root / "wandb" / "cache",
-        }
-        for name, place in places.items():
-            place.mkdir(parents=True, exist_ok=True)
-            self._environment[name] = os.environ.get(name)
-            os.environ[name] = str(place)
-
-    def _restore(self) -> None:
-        for name, value in self._environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._environment = {}
-
-
-def _requested(mode: str) -> str:
-    variable = os.environ.get("WANDB_MODE")
-    if not variable:
-        os.environ.pop("WANDB_MODE", None)  # W&B refuses to start when it is set to nothing
-        return mode
-    chosen = _OLD_NAMES.get(variable, variable)
-    if chosen not in _MODES:
-        raise UserError(f"WANDB_MODE must be one of {', '.join(_MODES)}, got {variable!r}")
-    return chosen
-
-
-def _reachable(asked: str) -> tuple[str, str]:
-    """What `auto` or `online` comes to, and why not online; CommError or UsageError without a server."""
-    import wandb
-
-    standing = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave this in W&B's settings file
-    if asked == "auto" and standing in ("offline", "disabled"):
-        return standing, "as W&B's settings file says"
-    if wandb.login(prompt=False):
-        return "online", ""
-    if asked == "auto":
-        return "offline", "no API key found"
-    raise wandb.errors.UsageError("no W&B API key found: run `wandb login` or set WANDB_API_KEY")
-
-
-def _tear_down() -> None:
-    """End W&B's service process, waiting 5 s at most: what does not end then goes with this process."""
-    import wandb
-
-    def call() -> None:
-        try:
-            wandb.teardown()
-        except (Exception, SystemExit) as error:  # W&B leaves through sys.exit when its service ended badly
-            _logger.debug("W&B teardown: %s", _one_line(error))
-
-    # A few teardowns in a hundred never return (wandb 0.31) while a request to an absent network is under
-    # way. W&B's exit hook would wait in the same place; teardown removes that hook before it waits.
-    thread = threading.Thread(target=call, name="wandb-teardown", daemon=True)
-    thread.start()
-    thread.join(_TEARDOWN_SECONDS)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    key = os.environ.get("WANDB_API_KEY")
-    return (text.replace(key, "***") if key else text)[:300]

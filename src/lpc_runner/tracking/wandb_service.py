@@ -1,0 +1,133 @@
+"""W&B's client and its service process: which mode applies, logging in, ending it, and errors as one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lpc_runner.errors import UserError
+
+_logger = logging.getLogger("lpc_runner")
+
+MODES = ("online", "offline", "disabled")
+_OLD_NAMES = {"dryrun": "offline", "run": "online"}
+_TEARDOWN_SECONDS = 5
+_KEY = re.compile(r"\b(?:[0-9a-f]{40}|wandb_v\d+_\w+)\b")
+
+
+def requested_mode(mode: str) -> str:
+    """WANDB_MODE where it is set, else `mode`. Raises UserError for a value that W&B does not know."""
+    variable = os.environ.get("WANDB_MODE")
+    if not variable:
+        os.environ.pop("WANDB_MODE", None)  # W&B refuses to start when it is set to nothing
+        return mode
+    chosen = _OLD_NAMES.get(variable, variable)
+    if chosen not in MODES:
+        raise UserError(f"WANDB_MODE must be one of {', '.join(MODES)}, got {variable!r}")
+    return chosen
+
+
+def start_service() -> None:
+    """Start W&B's client without a word on the terminal; whatever wandb raises."""
+    import wandb
+    from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+    opentelemetry_proxy.disable()  # W&B's telemetry of itself would hold up the exit when a server hangs
+    wandb.setup(settings=wandb.Settings(silent=True))
+
+
+def reachable_mode(asked: str) -> tuple[str, str]:
+    """What `auto` or `online` comes to, and why not online; CommError or UsageError without a server."""
+    import wandb
+
+    standing = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave this in W&B's settings file
+    if asked == "auto" and standing in ("offline", "disabled"):
+        return standing, "as W&B's settings file says"
+    if wandb.login(prompt=False):
+        return "online", ""
+    if asked == "auto":
+        return "offline", "no API key found"
+    raise wandb.errors.UsageError("no W&B API key found: run `wandb login` or set WANDB_API_KEY")
+
+
+def tear_down() -> None:
+    """End W&B's service process, waiting 5 s at most: what does not end then goes with this process."""
+    import wandb
+
+    def call() -> None:
+        try:
+            wandb.teardown()
+        except (Exception, SystemExit) as error:  # W&B leaves through sys.exit when its service ended badly
+            _logger.debug("W&B teardown: %s", one_line(error))
+
+    # A few teardowns in a hundred never return (wandb 0.31) while a request to an absent network is under
+    # way. W&B's exit hook would wait in the same place; teardown removes that hook before it waits.
+    thread = threading.Thread(target=call, name="wandb-teardown", daemon=True)
+    thread.start()
+    thread.join(_TEARDOWN_SECONDS)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line of at most 300 characters, without API keys."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    key = os.environ.get("WANDB_API_KEY")
+    return _KEY.sub("***", text.replace(key, "***") if key else text)[:300]
+
+
+class Places:
+    """W&B's folders in the environment, all below `folder`, until `restore` puts back what was there."""
+
+    def __init__(self, folder: Path) -> None:
+        root = Path(folder).absolute()
+        self._before: dict[str, str | None] = {}
+        places = {
+            "WANDB_DIR": root,  # W&B itself adds /wandb
+            "WANDB_DATA_DIR": root / "wandb" / "data",
+            "WANDB_CACHE_DIR": root / "wandb" / "cache",
+        }
+        for name, place in places.items():
+            place.mkdir(parents=True, exist_ok=True)
+            self._before[name] = os.environ.get(name)
+            os.environ[name] = str(place)
+
+    def restore(self) -> None:
+        """Once; later calls do nothing."""
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._before = {}
+
+
+@contextmanager
+def online(purpose: str) -> Iterator[None]:
+    """W&B's service for `purpose`, logged in, ended on the way out; what it writes itself goes to a temporary folder.
+
+    Raises UserError (one line) without a key or a server, and for what W&B raises within.
+    """
+    mode = requested_mode("online")
+    if mode != "online":
+        raise UserError(f"{purpose} needs W&B online, but WANDB_MODE={mode}: unset it")
+    with TemporaryDirectory(prefix="lpc_runner") as folder:
+        places = Places(Path(folder))
+        try:
+            try:
+                start_service()
+                reachable_mode("online")
+            except Exception as error:  # of many kinds: pydantic's, the system's, W&B's
+                raise UserError(f"{purpose}: {one_line(error)}") from error
+            yield
+        except Exception as error:
+            if not type(error).__module__.startswith("wandb"):
+                raise
+            raise UserError(f"{purpose}: {one_line(error)}") from error
+        finally:
+            tear_down()
+            places.restore()
