@@ -80,7 +80,14 @@ def build_learner(experiment: Experiment) -> Learner:
         encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
     for module in filter(None, (experiment.model, encoder)):
         module.to(experiment.device)
-    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer)
+    return Learner(
+        experiment.model,
+        encoder,
+        experiment.sampler,
+        experiment.objective,
+        experiment.optimizer,
+        experiment.engine,
+    )
 
 
 def set_up_torch(experiment: Experiment) -> None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,8 @@ from lpc_runner.schema import PositiveInt, check_value, constructor_of, hints_of
 ROOT = {
     "seed": int,
     "device": str,
+    "engine": Literal["auto", "eager", "compiled", "cuda_graph"],
+    "precision": Literal["fp32", "tf32", "bf16"],
     "deterministic": bool,
     "num_threads": PositiveInt | None,
     "study": str,
@@ -61,6 +63,7 @@ class Experiment:
     tracker: Callable[..., Any]
     seed: int
     device: Any
+    engine: Any
     deterministic: bool
     num_threads: int | None
 
@@ -75,7 +78,9 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     _check_root(values)
     known = list(dotted(values))
     parts = {group: instantiate(values[group], group, known) for group in GROUPS}
-    from lpc_runner.randomness import seeded_layers  # imports torch, which a mistake above need not wait for
+    # These import torch, which a mistake above need not wait for.
+    from lpc_runner.inference.engine import make_engine
+    from lpc_runner.randomness import seeded_layers
 
     dataset, objective = parts["dataset"], parts["objective"]
     sampler = _naming(
@@ -104,6 +109,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         tracker=parts["tracker"],
         seed=values["seed"],
         device=device,
+        engine=make_engine(values["engine"], values["precision"], device),
         deterministic=values["deterministic"],
         num_threads=values["num_threads"],
     )

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 
 from lpc_runner.config.compose import Cell
 
-# Where things lie, who watches, and how fast: none of it changes what is computed.
-_OUTSIDE = ("study", "tracker", "device", "check", "rerun", "output_dir", "data_dir", "num_threads", "tuned")
+# Where things lie, who watches, and how fast: none of it changes what is computed, beyond the rounding in which
+# devices, numbers of threads and engines differ. `precision` does, and is part of the hash.
+_OUTSIDE = ("study", "tracker", "device", "engine", "check", "rerun", "output_dir", "data_dir", "num_threads", "tuned")
 
 
 def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:

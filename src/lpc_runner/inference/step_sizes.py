@@ -1,6 +1,8 @@
-"""Step sizes γ(t) along one chain, t = 1 .. T."""
+"""Step sizes γ(t) along one chain, t = 1 .. T: an integer, or a 0-d float64 tensor (see preconditioning)."""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from lpc_runner.schema import PositiveFloat, checked
 
@@ -12,7 +14,7 @@ class Constant:
     def __init__(self, value: PositiveFloat) -> None:
         self.value = value
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: int | Tensor) -> float | Tensor:
         return self.value
 
 
@@ -23,5 +25,5 @@ class Polynomial:
     def __init__(self, value: PositiveFloat, offset: PositiveFloat, power: PositiveFloat) -> None:
         self.value, self.offset, self.power = value, offset, power
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: int | Tensor) -> float | Tensor:
         return self.value * (1 + (t - 1) / self.offset) ** -self.power

@@ -9,14 +9,18 @@ from torch import nn
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
+from lpc_runner.inference.engine import Eager
 from lpc_runner.inference.objectives import Objective
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.training.optimizers import Adam
-from lpc_runner.training.update import Gradients, UpdateNoise, compute_gradients
+from lpc_runner.training.update import STEP_BY_STEP, Gradients, UpdateNoise, compute_gradients
 
 
 class Learner:
-    """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ."""
+    """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ.
+
+    engine: runs the chains.
+    """
 
     def __init__(
         self,
@@ -25,7 +29,9 @@ class Learner:
         sampler: Any,
         objective: Objective,
         optimizer: Adam,
+        engine: Eager = STEP_BY_STEP,
     ) -> None:
+        self.engine = engine
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = optimizer.build(encoder.parameters()) if encoder is not None else None
@@ -34,9 +40,18 @@ class Learner:
         """Algorithm 1 for one batch; the random numbers are those of (seed, update)."""
         like = next(self.model.parameters())
         noise = UpdateNoise(seed, update, (len(batch.x), self.model.latent_dim), like.device, like.dtype)
-        return compute_gradients(
-            self.model, self.encoder, self.sampler, self.objective, batch, noise, start_from_prior, observe
-        )
+        with self.engine.arithmetic():
+            return compute_gradients(
+                self.model,
+                self.encoder,
+                self.sampler,
+                self.objective,
+                batch,
+                noise,
+                start_from_prior,
+                observe,
+                engine=self.engine,
+            )
 
     def apply(self, batch: Batch, gradients: Gradients) -> None:
         """The optimisers' steps; only ever called with finite gradients."""

@@ -26,5 +26,7 @@ class Adam:
         self.learning_rate, self.betas, self.eps = learning_rate, betas, eps
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """A fresh optimiser over `parameters`."""
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=tuple(self.betas), eps=self.eps)
+        """A fresh optimiser over `parameters`; on CUDA one kernel for all of them."""
+        parameters = list(parameters)
+        fused = all(parameter.is_cuda for parameter in parameters) or None
+        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=tuple(self.betas), eps=self.eps, fused=fused)

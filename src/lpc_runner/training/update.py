@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential, run_chain
+from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential
+from lpc_runner.inference.engine import Eager
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.randomness import generator
+
+STEP_BY_STEP = Eager()
 
 
 @dataclass
@@ -58,11 +61,12 @@ def compute_gradients(
     noise: UpdateNoise,
     start_from_prior: bool,
     observe=None,
+    engine: Eager = STEP_BY_STEP,
 ) -> Gradients:
     """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
     start_from_prior: z(0) ~ p(z) instead of q; the encoder still learns, from its own z ~ q (no effect without a
-    chain). observe: see run_chain.
+    chain). observe: see run_chain. engine: runs the chain.
     """
     log_joint = partial(model.log_joint, batch.x)
     theta = list(model.parameters())
@@ -73,7 +77,9 @@ def compute_gradients(
     else:
         start = warm  # z(0) ~ q
     centre = q.mean if q is not None else None
-    chain = run_chain(log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe)
+    chain = engine.run(
+        model.log_joint, (batch.x,), start, sampler, noise.chain(), parameters=theta, centre=centre, observe=observe
+    )
     for parameter, gradient in zip(theta, chain.theta_gradient):
         parameter.grad = -gradient  # θ ascends log p(x, z; θ)
 
@@ -81,7 +87,8 @@ def compute_gradients(
     if q is not None:
         at_warm = chain.first
         if start is not warm:
-            at_warm = FusedPotential(log_joint, ())(warm, False)
+            with engine.autocast():
+                at_warm = FusedPotential(log_joint, ())(warm, False)
             num_evaluations += len(warm)
 
         def negative_elbo() -> Tensor:
