@@ -57,8 +57,9 @@ class _LogBinProbability(torch.autograd.Function):
 
         start = TAIL_START[x.dtype]
         is_tail = (near > start) & closed_near
-        # A GPU computes both branches rather than wait for the answer; a CPU has it at once, and it is mostly no.
-        if inside.is_cuda or bool(is_tail.any()):
+        # A GPU, or compiled code, computes both branches rather than wait for the answer; a CPU has it at once, and it
+        # is mostly no.
+        if torch.compiler.is_compiling() or inside.is_cuda or bool(is_tail.any()):
             y = near.clamp_min(start)
             decay = torch.exp(-2 * u * h) * closed_far  # φ(far)/φ(near), 0 where there is no far edge
             series = _tail_series(y)

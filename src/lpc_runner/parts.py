@@ -32,7 +32,15 @@ def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
         encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
     for module in filter(None, (experiment.model, encoder)):
         module.to(experiment.device)
-    return Learner(experiment.model, encoder, experiment.sampler, experiment.objective, experiment.optimizer, ranks)
+    return Learner(
+        experiment.model,
+        encoder,
+        experiment.sampler,
+        experiment.objective,
+        experiment.optimizer,
+        ranks,
+        experiment.engine,
+    )
 
 
 def batches_of(planned: Planned, data: Data) -> Batches:

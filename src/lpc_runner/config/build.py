@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +20,8 @@ from lpc_runner.schema import PositiveInt, check_value, constructor_of, hints_of
 ROOT = {
     "seed": int,
     "device": str,
+    "engine": Literal["auto", "eager", "compiled", "cuda_graph"],
+    "precision": Literal["fp32", "tf32", "bf16"],
     "deterministic": bool,
     "num_threads": PositiveInt | None,
     "runs_per_gpu": PositiveInt,
@@ -65,6 +67,7 @@ class Experiment:
     tracker: Callable[..., Any]
     seed: int
     device: Any
+    engine: Any
     deterministic: bool
     num_threads: int | None
 
@@ -80,6 +83,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     known = list(dotted(values))
     parts = {group: instantiate(values[group], group, known) for group in GROUPS}
     # These import torch, which a mistake above need not wait for.
+    from lpc_runner.inference.engine import make_engine
     from lpc_runner.inference.preconditioning import EncoderVariance
     from lpc_runner.inference.step_sizes import Blocks
     from lpc_runner.randomness import seeded_layers
@@ -120,6 +124,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         tracker=parts["tracker"],
         seed=values["seed"],
         device=device,
+        engine=make_engine(values["engine"], values["precision"], device),
         deterministic=values["deterministic"],
         num_threads=values["num_threads"],
     )

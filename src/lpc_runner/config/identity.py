@@ -13,11 +13,13 @@ from omegaconf import OmegaConf
 from lpc_runner.config.compose import Cell
 from lpc_runner.files import plain_name
 
-# Where things lie, who watches, and how fast: none of it changes what is computed.
+# Where things lie, who watches, and how fast: none of it changes what is computed, beyond the rounding in which
+# devices, numbers of threads and engines differ. `precision` does, and is part of the hash.
 _OUTSIDE = (
     "study",
     "tracker",
     "device",
+    "engine",
     "check",
     "rerun",
     "output_dir",

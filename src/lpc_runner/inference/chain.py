@@ -5,8 +5,10 @@ Memory does not grow with T: of the states z(1) .. z(T) two running sums remain,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class FusedPotential:
 
     def __call__(self, z: Tensor, accumulate: bool) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if accumulate else constant(self.parameters):
             value = self.log_joint(z)
             wanted = [z, *self.parameters] if accumulate else [z]
             drift, *theta = torch.autograd.grad(value.sum(), wanted)
@@ -40,6 +42,19 @@ class FusedPotential:
             torch._foreach_add_(self.sums, theta)
         self.num_evaluations += 1
         return value.detach(), drift
+
+
+@contextmanager
+def constant(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, nothing is kept for gradients of θ: a compiled function would otherwise compute them all the same."""
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in zip(parameters, before):
+            parameter.requires_grad_(required)
 
 
 @dataclass
@@ -62,6 +77,13 @@ class Moments:
         self.first += difference
         self.second += difference.square()
         self.count += 1
+
+    def add_states(self, states: Tensor) -> None:
+        """The same of several states at once, (k, B, d)."""
+        difference = states - self.centre
+        self.first += difference.sum(0)
+        self.second += difference.square().sum(0)
+        self.count += len(states)
 
 
 class ChainNoise:
@@ -127,26 +149,57 @@ def run_chain(
     observe: called after every step, for pictures.
     """
     potential = FusedPotential(log_joint, parameters)
-    along = sampler.theta_states == "all" and bool(parameters)
+    along = theta_along(sampler, parameters)
     z = z.detach()
     moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
-    names = ("log_joint", "drift_norm", "noise_variance")
-    trace = {name: torch.empty(sampler.num_steps, dtype=z.dtype, device=z.device) for name in names}
+    trace = empty_trace(sampler.num_steps, z)
     state, first = sampler.init(z, q), None
     for t in range(1, sampler.num_steps + 1):
         xi = noise(t) if sampler.noisy else None
-        state, info = sampler.step(state, lambda point: potential(point, along), xi)
+        accumulate = along and (t - 1) % sampler.theta_every == 0
+        state, info = sampler.step(state, partial(potential, accumulate=accumulate), xi)
         moments.add(state.z)
         first = first or (info.log_joint, info.drift)
-        trace["log_joint"][t - 1] = info.log_joint.mean()
-        trace["drift_norm"][t - 1] = info.drift.norm(dim=1).mean()
-        largest = info.noise_variance
-        trace["noise_variance"][t - 1] = largest.max() if torch.is_tensor(largest) else largest
+        for name, value in diagnostics(info).items():
+            trace[name][t - 1] = value
         if observe is not None:
             observe(state, info)
+    return finish_chain(potential, sampler, state.z, moments, first, trace)
+
+
+def theta_along(sampler, parameters: Sequence[Tensor]) -> bool:
+    """Whether steps of the chain compute gradients of θ."""
+    return sampler.theta_states == "all" and bool(parameters)
+
+
+def empty_trace(num_steps: int, z: Tensor) -> dict[str, Tensor]:
+    """Room for the diagnostics of every step, (T,) each."""
+    names = ("log_joint", "drift_norm", "noise_variance")
+    return {name: torch.empty(num_steps, dtype=z.dtype, device=z.device) for name in names}
+
+
+def diagnostics(info: Info) -> dict[str, Tensor | float]:
+    """What the trace keeps of one step: means over the batch, and the largest 2γG."""
+    largest = info.noise_variance
+    return {
+        "log_joint": info.log_joint.mean(),
+        "drift_norm": info.drift.norm(dim=1).mean(),
+        "noise_variance": largest.max() if torch.is_tensor(largest) else largest,
+    }
+
+
+def finish_chain(
+    potential: FusedPotential,
+    sampler,
+    z: Tensor,
+    moments: Moments,
+    first: tuple[Tensor, Tensor] | None,
+    trace: dict[str, Tensor],
+) -> Chain:
+    """The last state's gradient where it is wanted, and means instead of sums."""
+    num_states = -(-sampler.num_steps // sampler.theta_every)
     if sampler.theta_states == "last":
-        last = potential(state.z, bool(parameters))
-        first = first or last
-    num_states = sampler.num_steps if sampler.theta_states == "all" else 1
+        last = potential(z, accumulate=bool(potential.parameters))
+        first, num_states = first or last, 1
     gradient = [total / (num_states * len(z)) for total in potential.sums]
-    return Chain(state.z, gradient, moments, first, trace, potential.num_evaluations * len(z))
+    return Chain(z, gradient, moments, first, trace, potential.num_evaluations * len(z))

@@ -2,7 +2,8 @@
 
 Each is two functions: `init(z, q)` gives the state before the first step of a batch, from z(0) and the encoder's q(z|x)
 where there is one, and `update(state, drift, t)` the next state and G, which broadcasts against z (B, d). The chain
-drops the Γ term (derivatives of G), as the paper does.
+drops the Γ term (derivatives of G), as the paper does. t is 1 .. T, an integer or, where one captured or compiled step
+serves all t, a 0-d float64 tensor: arithmetic in t, no branch on it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from lpc_runner.schema import PositiveFloat, PositiveInt, between, checked
 Decay = Annotated[float, between(0, 1, "no preconditioning is preconditioning=none")]
 
 
+def _smaller(t: int | Tensor, bound: int) -> int | Tensor:
+    return t.clamp(max=bound) if torch.is_tensor(t) else min(t, bound)
+
+
 class Identity:
     """G = 1: plain unadjusted Langevin, bit for bit."""
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> None:
         return None
 
-    def update(self, state: None, drift: Tensor, t: int) -> tuple[None, float]:
+    def update(self, state: None, drift: Tensor, t: int | Tensor) -> tuple[None, float]:
         return None, 1.0
 
 
@@ -47,10 +52,11 @@ class Adam:
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> Tensor:
         return self.second_moment(torch.zeros_like(z))
 
-    def update(self, state: Tensor, drift: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        last = t if self.freeze_after is None else min(t, self.freeze_after)
-        if t == last:
-            state = torch.lerp(self.second_moment(drift), state, self.beta)
+    def update(self, state: Tensor, drift: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        last = t if self.freeze_after is None else _smaller(t, self.freeze_after)
+        if torch.is_tensor(t) or t == last:
+            moved = torch.lerp(self.second_moment(drift), state, self.beta)
+            state = torch.where(t > last, state, moved) if torch.is_tensor(t) and last is not t else moved
         corrected = state / (1 - self.beta**last)
         return state, 1 / (corrected.sqrt() + self.eps)
 

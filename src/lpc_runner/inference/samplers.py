@@ -13,18 +13,18 @@ from typing import Annotated, Any, Literal, NamedTuple
 from torch import Tensor
 
 from lpc_runner.distributions import DiagonalGaussian
-from lpc_runner.schema import at_least, checked
+from lpc_runner.schema import PositiveInt, at_least, checked
 
 Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
 NumSteps = Annotated[int, at_least(1, "no steps at all: sampler=none")]
 
 
 class State(NamedTuple):
-    """z: (B, d) after t steps. metric: the preconditioner's state. t: steps made."""
+    """z: (B, d) after t steps. metric: the preconditioner's state. t: steps made (0-d float64 where captured)."""
 
     z: Tensor
     metric: Any
-    t: int
+    t: int | Tensor
 
 
 class Info(NamedTuple):
@@ -39,7 +39,8 @@ class Langevin:
     """Preconditioned unadjusted Langevin dynamics (Eq. 5, 18): z(t) = z(t-1) + γ G g + sqrt(2 γ G) ξ.
 
     num_steps: T. theta_states: which states θ takes its gradient from, `all` z(0) .. z(T-1) or the `last`, z(T).
-    step_size: γ(t), a callable of t = 1 .. T. preconditioner: gives G from the drift.
+    theta_every: of `all`, only z(0), z(k), z(2k) ..; the other steps compute the drift alone. step_size: γ(t), a
+    callable of t = 1 .. T. preconditioner: gives G from the drift.
     """
 
     noisy = True
@@ -51,8 +52,9 @@ class Langevin:
         theta_states: Literal["all", "last"],
         step_size: Any,
         preconditioner: Any,
+        theta_every: PositiveInt = 1,
     ) -> None:
-        self.num_steps, self.theta_states = num_steps, theta_states
+        self.num_steps, self.theta_states, self.theta_every = num_steps, theta_states, theta_every
         self.step_size, self.preconditioner = step_size, preconditioner
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> State:
@@ -82,6 +84,7 @@ class NoSteps:
     num_steps = 0
     noisy = False
     theta_states = "last"
+    theta_every = 1
 
     @checked
     def __init__(self, step_size: Any, preconditioner: Any) -> None:

@@ -1,4 +1,7 @@
-"""Step sizes γ(t) along one chain, t = 1 .. T: a number, or one per coordinate, (1, d)."""
+"""Step sizes γ(t) along one chain, t = 1 .. T: a number, or one per coordinate, (1, d).
+
+t is an integer, or a 0-d float64 tensor (see preconditioning).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Constant:
     def __init__(self, value: PositiveFloat) -> None:
         self.value = value
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: int | Tensor) -> float | Tensor:
         return self.value
 
 
@@ -28,7 +31,7 @@ class Polynomial:
     def __init__(self, value: PositiveFloat, offset: PositiveFloat, power: PositiveFloat) -> None:
         self.value, self.offset, self.power = value, offset, power
 
-    def __call__(self, t: int) -> float:
+    def __call__(self, t: int | Tensor) -> float | Tensor:
         return self.value * (1 + (t - 1) / self.offset) ** -self.power
 
 
@@ -52,6 +55,6 @@ class Blocks:
             sizes[:, block] = self.values[name]
         self.per_coordinate = sizes
 
-    def __call__(self, t: int) -> Tensor:
+    def __call__(self, t: int | Tensor) -> Tensor:
         assert self.per_coordinate is not None, "bind comes first"
         return self.per_coordinate

@@ -12,6 +12,7 @@ from torch import nn
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
+from lpc_runner.inference.engine import Eager
 from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.objectives import Objective
 from lpc_runner.inference.preconditioning import SharedAdam
@@ -21,6 +22,8 @@ from lpc_runner.randomness import generator
 from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.update import (
+    STEP_BY_STEP,
+    Combine,
     Gradients,
     UpdateNoise,
     compute_gradients,
@@ -33,7 +36,7 @@ class Learner:
     """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ.
 
     ranks: the processes that share every batch. sampler: as configured; in training, what it averages over the batch
-    is averaged over all ranks.
+    is averaged over all ranks. engine: runs the chains.
     """
 
     def __init__(
@@ -44,10 +47,14 @@ class Learner:
         objective: Objective | ImportanceWeighted,
         optimizer: Adam,
         ranks: Ranks = SINGLE,
+        engine: Eager = STEP_BY_STEP,
     ) -> None:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
         self.ranks = ranks
-        self._training_sampler = _averaging_over(ranks, sampler) if ranks.size > 1 else sampler
+        self._training_sampler, self.engine = sampler, engine
+        if ranks.size > 1 and isinstance(getattr(sampler, "preconditioner", None), SharedAdam):
+            # A message at every step is Python's to send.
+            self._training_sampler, self.engine = _averaging_over(ranks, sampler), engine.step_by_step()
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = None
         if isinstance(encoder, FreeTable):
@@ -76,33 +83,40 @@ class Learner:
         shape = (num_rows, self.model.latent_dim)
         noise = UpdateNoise(seed, update, shape, like.device, like.dtype, ranks.rows(num_rows))
         combine = partial(ranks.combine, stop=stop)
-        if isinstance(self.objective, ImportanceWeighted):
-            return compute_importance_gradients(self.model, self.encoder, self.objective, batch, noise, combine)
-        num_evaluations, finite = 0, True
+        with self.engine.arithmetic():
+            if isinstance(self.objective, ImportanceWeighted):
+                return compute_importance_gradients(
+                    self.model, self.encoder, self.objective, batch, noise, combine, self.engine
+                )
+            finite, spent = self._encoder_steps(batch, noise, combine)
+            gradients = compute_gradients(
+                self.model,
+                self.encoder,
+                self._training_sampler,
+                self.objective,
+                batch,
+                noise,
+                start_from_prior,
+                observe,
+                judge,
+                combine,
+                self.engine,
+            )
+        return replace(gradients, finite=gradients.finite & finite, num_evaluations=gradients.num_evaluations + spent)
+
+    def _encoder_steps(self, batch: Batch, noise: UpdateNoise, combine: Combine) -> tuple[bool, int]:
+        """The E-steps of one batch: whether all of them were finite, and the evaluations that they took."""
+        num_evaluations = 0
         for step in range(self.objective.num_encoder_steps):
-            own = replace(noise, seed=generator(seed, "encoder_steps", step).initial_seed())
-            num_samples = self.objective.num_samples
-            step_finite, spent = encoder_gradients(self.model, self.encoder, batch, own, num_samples, combine)
+            own = replace(noise, seed=generator(noise.seed, "encoder_steps", step).initial_seed())
+            finite, spent = encoder_gradients(
+                self.model, self.encoder, batch, own, self.objective.num_samples, combine, self.engine
+            )
             num_evaluations += spent
-            finite = bool(step_finite)
-            if not finite:
-                break
+            if not bool(finite):
+                return False, num_evaluations
             self.phi_optimizer.step()
-        gradients = compute_gradients(
-            self.model,
-            self.encoder,
-            self._training_sampler,
-            self.objective,
-            batch,
-            noise,
-            start_from_prior,
-            observe,
-            judge,
-            combine,
-        )
-        return replace(
-            gradients, finite=gradients.finite & finite, num_evaluations=gradients.num_evaluations + num_evaluations
-        )
+        return True, num_evaluations
 
     def apply(self, batch: Batch, gradients: Gradients) -> None:
         """The optimisers' steps; only ever called with finite gradients."""
@@ -150,8 +164,6 @@ class Learner:
 
 def _averaging_over(ranks: Ranks, sampler: Any) -> Any:
     """The same sampler, its shared second moment that of the global batch."""
-    if not isinstance(getattr(sampler, "preconditioner", None), SharedAdam):
-        return sampler
     sampler = copy.copy(sampler)
     sampler.preconditioner = copy.copy(sampler.preconditioner)
     sampler.preconditioner.mean = ranks.mean_over_batch

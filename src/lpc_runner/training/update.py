@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.inference.acceptance import ShadowMetropolis
-from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential, run_chain
+from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential
+from lpc_runner.inference.engine import Eager
 from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
 from lpc_runner.models.latent import LatentVariableModel
@@ -22,6 +23,8 @@ from lpc_runner.training.distributed import SINGLE
 MAXIMA = ("chain/max_noise_variance",)  # logged values that are the largest of the batch; the others are means
 Combine = Callable[..., tuple[list[Tensor], dict[str, Tensor], Tensor]]  # Ranks.combine
 ALONE: Combine = partial(SINGLE.combine, stop=False)
+
+STEP_BY_STEP = Eager()
 
 
 @dataclass
@@ -77,12 +80,13 @@ def compute_gradients(
     observe=None,
     judge: bool = False,
     combine: Combine = ALONE,
+    engine: Eager = STEP_BY_STEP,
 ) -> Gradients:
     """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
     start_from_prior: z(0) ~ p(z) instead of q; the encoder still learns, from its own z ~ q (no effect without a
-    chain). observe: see run_chain. judge: log the acceptance that MALA would have had, chain/mala_acceptance.
-    combine: see Ranks.combine.
+    chain). observe: see Eager.run. judge: log the acceptance that MALA would have had, chain/mala_acceptance, where
+    the engine shows every step. combine: see Ranks.combine. engine: runs the chain.
     """
     log_joint = partial(model.log_joint, batch.x)
     theta = list(model.parameters())
@@ -93,10 +97,18 @@ def compute_gradients(
     else:
         start = warm  # z(0) ~ q
     centre = q.mean if q is not None else None
-    shadow = ShadowMetropolis(start.detach()) if judge and sampler.noisy and sampler.num_steps > 1 else None
-    observers = [watch for watch in (observe, shadow) if watch is not None]
-    chain = run_chain(
-        log_joint, start, sampler, noise.chain(), parameters=theta, centre=centre, q=q, observe=_all_of(observers)
+    judge = judge and (engine.shows_steps or observe is not None) and sampler.noisy and sampler.num_steps > 1
+    shadow = ShadowMetropolis(start.detach()) if judge else None
+    chain = engine.run(
+        model.log_joint,
+        (batch.x,),
+        start,
+        sampler,
+        noise.chain(),
+        parameters=theta,
+        centre=centre,
+        q=q,
+        observe=_all_of([watch for watch in (observe, shadow) if watch is not None]),
     )
     gradients = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
     scalars, num_evaluations = _describe(chain), chain.num_evaluations
@@ -105,7 +117,8 @@ def compute_gradients(
     if q is not None:
         at_warm = chain.first
         if start is not warm:
-            at_warm = FusedPotential(log_joint, ())(warm, False)
+            with engine.autocast():
+                at_warm = FusedPotential(log_joint, ())(warm, False)
             num_evaluations += len(warm)
 
         def negative_elbo() -> Tensor:
@@ -126,6 +139,7 @@ def compute_importance_gradients(
     batch: Batch,
     noise: UpdateNoise,
     combine: Combine = ALONE,
+    engine: Eager = STEP_BY_STEP,
 ) -> Gradients:
     """One batch of an importance-weighted autoencoder, up to and without the optimisers' steps."""
     q = encoder(batch)
@@ -133,7 +147,8 @@ def compute_importance_gradients(
     repeated = batch.x.repeat(count, *[1] * (batch.x.ndim - 1))
 
     def log_joint(z: Tensor) -> Tensor:
-        return model.log_joint(repeated, z.reshape(-1, dim)).reshape(count, batch_size)
+        with engine.autocast():
+            return model.log_joint(repeated, z.reshape(-1, dim)).reshape(count, batch_size)
 
     found = importance_gradients(log_joint, q, noise.normal("importance", count), list(model.parameters()))
     loss = found.loss.mean()
@@ -193,12 +208,13 @@ def encoder_gradients(
     noise: UpdateNoise,
     num_samples: int,
     combine: Combine = ALONE,
+    engine: Eager = STEP_BY_STEP,
 ) -> tuple[Tensor, int]:
     """An E-step's gradient: that of -ELBO, the mean over num_samples draws z ~ q, on φ's .grad; θ has no part.
 
     Returns whether all of it is finite, 0-d bool, and the evaluations that it took on all ranks.
     """
-    q, potential = encoder(batch), FusedPotential(partial(model.log_joint, batch.x), ())
+    q, potential = encoder(batch), FusedPotential(partial(engine.potential_of(model.log_joint), batch.x), ())
     loss = 0.0
     for sample in range(num_samples):
         z = q.rsample(noise.normal(f"encoder_step/{sample}"))

@@ -1,0 +1,272 @@
+"""Ways to run one and the same chain: step by step, compiled, or as a captured CUDA graph.
+
+Every engine makes the steps of `sampler.step` on the potential of `chain.FusedPotential`; they differ in who launches
+the kernels. All but the first work on fixed tensors, a block of steps at a time: noise and times are copied in, states
+and diagnostics come out, and nothing inside a block asks the device for an answer. Results agree to rounding, and
+the random numbers are the same (tests/test_engine.py holds every engine against `run_chain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.errors import UserError
+from lpc_runner.inference.chain import (
+    NOISE_BLOCK,
+    Chain,
+    FusedPotential,
+    Moments,
+    diagnostics,
+    empty_trace,
+    finish_chain,
+    run_chain,
+    theta_along,
+)
+from lpc_runner.inference.samplers import State
+
+EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
+Precision = Literal["fp32", "tf32", "bf16"]
+LogJoint = Callable[..., Tensor]  # (*inputs, z) -> (B,) nats
+CPU = torch.device("cpu")
+
+
+class Eager:
+    """Step by step in Python; a chain is `run_chain`.
+
+    precision: `fp32` exactly; `tf32`, products of matrices and convolutions with 10 bits of mantissa on CUDA; `bf16`,
+    those operations of the model in bfloat16 by autocast. z, the preconditioner's state, noise, likelihood and all
+    sums are float32 in each of them. shows_steps: whether observing a chain costs no other way of running it.
+    """
+
+    shows_steps = True
+
+    def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
+        self.precision, self.device = precision, device
+
+    @contextmanager
+    def arithmetic(self):
+        """Inside, CUDA's matrix products and convolutions are exact float32, or TF32 where that is the precision."""
+        matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        before = matmul.fp32_precision, conv.fp32_precision
+        try:
+            matmul.fp32_precision = conv.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
+            yield
+        finally:
+            matmul.fp32_precision, conv.fp32_precision = before
+
+    def step_by_step(self) -> Eager:
+        """The same arithmetic without capture or compilation."""
+        return Eager(self.precision, self.device)
+
+    def autocast(self) -> AbstractContextManager:
+        """Around log p(x, z) alone; without the cache, which would outlive a captured graph."""
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def potential_of(self, log_joint: LogJoint) -> LogJoint:
+        """log_joint in this engine's arithmetic, with float results."""
+        if self.precision != "bf16":
+            return log_joint
+
+        def rounded(*arguments: Tensor) -> Tensor:
+            with self.autocast():
+                return log_joint(*arguments)
+
+        return rounded
+
+    def run(
+        self,
+        log_joint: LogJoint,
+        inputs: Sequence[Tensor],
+        z: Tensor,
+        sampler: Any,
+        noise: Callable[[int], Tensor],
+        *,
+        parameters: Sequence[Tensor] = (),
+        centre: Tensor | None = None,
+        q: DiagonalGaussian | None = None,
+        observe: Callable | None = None,
+    ) -> Chain:
+        """`run_chain` on log_joint(*inputs, z); inputs: the tensors that change from batch to batch (x).
+
+        log_joint: the same callable at every update, for what is captured or compiled belongs to it. observe: with an
+        observer every engine runs this chain step by step.
+        """
+        potential = partial(self.potential_of(log_joint), *inputs)
+        return run_chain(potential, z, sampler, noise, parameters=parameters, centre=centre, q=q, observe=observe)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if torch.is_tensor(value) else value
+
+
+class Block:
+    """`length` steps of a chain on fixed tensors, written in place; calling it makes them.
+
+    potential: z, accumulate -> (value, drift), its sums among the fixed tensors. noise (length, B, d), times (length,):
+    read. z, metric: the chain's state, moved on. states (length, B, d), trace (3, length): written. first: the value
+    and drift of the block's first step.
+    """
+
+    def __init__(self, potential: FusedPotential, sampler: Any, start: State, length: int, along: bool) -> None:
+        z = start.z
+        self.potential, self.sampler, self.length, self.along = potential, sampler, length, along
+        self.z = torch.zeros_like(z)
+        self.metric = pytree.tree_map(_clone, start.metric)
+        self.noise = z.new_zeros(length, *z.shape) if sampler.noisy else [None] * length
+        self.times = torch.zeros(length, dtype=torch.float64, device=z.device)
+        self.states = z.new_zeros(length, *z.shape)
+        self.trace = {name: values.zero_() for name, values in empty_trace(length, z).items()}
+        self.first = z.new_zeros(len(z)), torch.zeros_like(z)
+
+    def __call__(self) -> None:
+        state = State(self.z, self.metric, 0)
+        for index in range(self.length):
+            # A block's length is a multiple of theta_every, so that the same steps accumulate in each.
+            accumulate = self.along and index % self.sampler.theta_every == 0
+            potential = partial(self.potential, accumulate=accumulate)
+            state, info = self.sampler.step(state._replace(t=self.times[index]), potential, self.noise[index])
+            self.states[index].copy_(state.z)
+            for name, value in diagnostics(info).items():
+                self.trace[name][index] = value
+            if index == 0:
+                self.first[0].copy_(info.log_joint), self.first[1].copy_(info.drift)
+        self.z.copy_(state.z)
+        self.load_metric(state.metric)
+
+    def load_metric(self, metric: Any) -> None:
+        """Take over a preconditioner's state."""
+        for target, source in zip(pytree.tree_leaves(self.metric), pytree.tree_leaves(metric)):
+            if torch.is_tensor(target):
+                target.copy_(source)
+
+
+class Blocked(Eager):
+    """The chain in blocks on fixed tensors, launched by Python: what `cuda_graph` captures, and its twin on a CPU."""
+
+    shows_steps = False
+
+    def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
+        super().__init__(precision, device)
+        self._programs: dict[tuple, _Program] = {}
+
+    def launcher(self, block: Block) -> Callable[[], None]:
+        """What runs the block, for all later chains of the same shapes."""
+        return block
+
+    def run(self, log_joint, inputs, z, sampler, noise, *, parameters=(), centre=None, q=None, observe=None) -> Chain:
+        if observe is not None or sampler.num_steps == 0:
+            return super().run(
+                log_joint, inputs, z, sampler, noise, parameters=parameters, centre=centre, q=q, observe=observe
+            )
+        z = z.detach()
+        start = sampler.init(z, q)
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, z))
+        key = (log_joint, sampler, shapes, tuple(map(id, parameters)))
+        if key not in self._programs:
+            self._programs[key] = _Program(self, log_joint, inputs, start, sampler, parameters)
+        return self._programs[key](inputs, start, noise, centre)
+
+
+class _Program:
+    """The blocks of one chain's shapes: one for whole blocks, one for the rest of T, on common sums and inputs."""
+
+    def __init__(self, engine: Blocked, log_joint: LogJoint, inputs, start: State, sampler: Any, parameters) -> None:
+        self.sampler, self.inputs = sampler, [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
+        self.potential = FusedPotential(partial(engine.potential_of(log_joint), *self.inputs), parameters)
+        num_steps, every = sampler.num_steps, sampler.theta_every
+        self.length = min(num_steps, every * max(1, NOISE_BLOCK // every))
+        along, self.blocks, self.launchers = theta_along(sampler, parameters), {}, {}
+        for length in {self.length, num_steps % self.length or self.length}:
+            self.blocks[length] = Block(self.potential, sampler, start, length, along)
+            self.launchers[length] = engine.launcher(self.blocks[length])
+        self.times = torch.arange(num_steps, dtype=torch.float64, device=start.z.device)  # made before each step
+
+    def __call__(self, inputs, start: State, noise: Callable[[int], Tensor], centre: Tensor | None) -> Chain:
+        z, metric = start.z, start.metric
+        for target, source in zip(self.inputs, inputs):
+            target.copy_(source)
+        for total in self.potential.sums:
+            total.zero_()
+        moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
+        trace, first = empty_trace(self.sampler.num_steps, z), None
+        for made in range(0, self.sampler.num_steps, self.length):
+            length = min(self.length, self.sampler.num_steps - made)
+            block, steps = self.blocks[length], slice(made, made + length)
+            block.z.copy_(z)
+            block.load_metric(metric)
+            block.times.copy_(self.times[steps])
+            if self.sampler.noisy:
+                torch.stack([noise(t) for t in range(made + 1, made + length + 1)], out=block.noise)
+            self.launchers[length]()
+            moments.add_states(block.states)
+            for name, values in block.trace.items():
+                trace[name][steps] = values
+            first = first or tuple(value.clone() for value in block.first)
+            z, metric = block.z, block.metric
+        self.potential.num_evaluations = self.sampler.num_steps  # a replayed graph does not count
+        return finish_chain(self.potential, self.sampler, z.clone(), moments, first, trace)
+
+
+class CudaGraph(Blocked):
+    """Blocks captured once as CUDA graphs: the host launches one graph per block instead of every kernel."""
+
+    WARM_UPS = 3  # runs before the capture, in which libraries choose algorithms and allocate what they keep
+    _pool = None
+
+    def launcher(self, block: Block) -> Callable[[], None]:
+        with torch.cuda.device(self.device):
+            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(current)
+            with torch.cuda.stream(aside):
+                for _ in range(self.WARM_UPS):
+                    block()
+            current.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):  # blocks never overlap in time: they may share memory
+                block()
+            self._pool = graph.pool()
+        return graph.replay
+
+
+class Compiled(Blocked):
+    """The potential, forward and backward, by torch.compile, in blocks launched by Python (CPU)."""
+
+    def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
+        super().__init__(precision, device)
+        self._compiled: dict[LogJoint, LogJoint] = {}
+
+    def potential_of(self, log_joint: LogJoint) -> LogJoint:
+        if log_joint not in self._compiled:
+            self._compiled[log_joint] = torch.compile(super().potential_of(log_joint), dynamic=False)
+        return self._compiled[log_joint]
+
+
+class CompiledCudaGraph(Compiled, CudaGraph):
+    """The potential by torch.compile, whose fused kernels are captured like all others (CUDA)."""
+
+
+def make_engine(name: EngineName, precision: Precision, device: torch.device) -> Eager:
+    """The engine of that name; `auto` is cuda_graph on CUDA and eager on a CPU (docs/benchmarks.md).
+
+    Raises UserError (one line) for what the device cannot do.
+    """
+    on_cuda = device.type == "cuda"
+    if precision == "tf32" and not on_cuda:
+        raise UserError(f"precision=tf32 is arithmetic of CUDA devices, device is {device}; fp32 and bf16 run anywhere")
+    if name == "cuda_graph" and not on_cuda:
+        raise UserError(f"engine=cuda_graph needs a CUDA device, device is {device} (engine=auto takes what is there)")
+    if name == "auto":
+        name = "cuda_graph" if on_cuda else "eager"
+    if name == "compiled":
+        return (CompiledCudaGraph if on_cuda else Compiled)(precision, device)
+    return {"eager": Eager, "cuda_graph": CudaGraph}[name](precision, device)
