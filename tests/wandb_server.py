@@ -8,7 +8,8 @@ import re
 import socket
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -367,8 +368,8 @@ def forget_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("NETRC", str(home / "netrc"))
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
+@contextmanager
+def running_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """W&B on this machine, with a key; its service process is down before and after."""
     forget_wandb(monkeypatch, tmp_path / "home")
     _tear_down()

@@ -60,6 +60,7 @@ class _Replay(WandbTracker):
             return 0
         epoch = {} if row.epoch is None else {"epoch": row.epoch}
         images = {name: wandb.Image(str(path)) for name, path in row.pictures.items()}
+        self._run.log({}, step=update)  # wandb names pictures by the step that it is at before it takes the row
         # In one piece: of a row logged in parts, a kill in between would leave a part that no second try can mend.
         self._run.log({**epoch, **row.values, **images}, step=update, commit=True)
         return 1
