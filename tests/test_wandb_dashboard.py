@@ -103,7 +103,6 @@ def test_every_panel_asks_for_what_the_runs_hold_in_w_and_b(server, study):
 
 
 def test_saving_again_replaces_the_workspace_and_the_report(server, study):
-    list(publish(study))
     first, second = save_dashboard(study), save_dashboard(study)
     assert first.urls == second.urls and len(server.views) == 2
     assert all(view["projectName"] == "lpc_test" for view in server.views.values())
