@@ -97,17 +97,16 @@ def test_heavy_packages_have_one_door():
     omegaconf = {"main", "config", "planning", "pace", "run", "parts", "loading", "evaluate"}
     assert {part_of(SOURCE / name) for name in importers_of("omegaconf")} <= omegaconf
     assert {part_of(SOURCE / name) for name in importers_of("wandb")} == {"tracking"}
+    assert {part_of(SOURCE / name) for name in importers_of("wandb_workspaces")} == {"tracking"}
     assert importers_of("torch_fidelity") == {"evaluation/features.py"}
 
 
 def test_wandb_and_torch_fidelity_are_imported_late():
-    for name in importers_of("wandb") | importers_of("torch_fidelity"):
+    late = ("wandb", "wandb_workspaces", "torch_fidelity")
+    for name in set().union(*map(importers_of, late)):
         for node in ast.parse((SOURCE / name).read_text()).body:
-            assert not isinstance(node, ast.Import) or node.names[0].name not in ("wandb", "torch_fidelity")
-            assert not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in (
-                "wandb",
-                "torch_fidelity",
-            )
+            assert not isinstance(node, ast.Import) or node.names[0].name not in late
+            assert not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in late
 
 
 @each_file

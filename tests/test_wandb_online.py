@@ -10,15 +10,20 @@ import time
 
 import pytest
 from PIL import Image
-from wandb_server import KEY, make_run
+from wandb_server import KEY, make_run, running_server
 
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.publish import publish
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.tracking.wandb_run import WandbTracker
 
-pytest_plugins = ["wandb_server"]
 CONFIG = {"dataset": "digits", "step_size": 0.1, "beta": 0.25, "config": {"sampler": {"num_steps": 30}}}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with running_server(tmp_path, monkeypatch) as server:
+        yield server
 
 
 def start(folder, **more):

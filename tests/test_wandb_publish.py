@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, only_run
-from wandb_server import KEY, forget_wandb, make_run
+from wandb_server import KEY, forget_wandb, make_run, running_server
 
 from lpc_runner.errors import UserError
 from lpc_runner.tracking import publish as publishing
 from lpc_runner.tracking.publish import publish
 
-pytest_plugins = ["wandb_server"]
 SCRIPT = Path(__file__).parents[1] / "scripts" / "publish.py"
 CLOCKS = ("time/", "_timestamp", "_runtime", "_wandb")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with running_server(tmp_path, monkeypatch) as server:
+        yield server
 
 
 def without_clocks(values):

@@ -8,7 +8,8 @@ import re
 import socket
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,8 @@ from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking import wandb_service
 from lpc_runner.tracking.log import MetricLog
 
+# What a result holds beside its metrics.
+AS_MEASURED = {"measurement": {}, "num_epochs": 2.0, "train_seconds": 1.0, "gradient_evaluations": 60, "error": None}
 KEY = "0123456789abcdef" * 2 + "01234567"
 ENTITY = "tester"
 _OPERATION = re.compile(r"^(?:\s|#[^\n]*\n)*(?:query|mutation)\s+(\w+)")
@@ -367,8 +370,8 @@ def forget_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("NETRC", str(home / "netrc"))
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
+@contextmanager
+def running_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """W&B on this machine, with a key; its service process is down before and after."""
     forget_wandb(monkeypatch, tmp_path / "home")
     _tear_down()
@@ -393,7 +396,8 @@ def make_run(outputs: Path, name: str, studies: tuple[str, ...] = ("fig4",), sta
     run.samples.mkdir(parents=True)
     config = {"seed": keys.get("seed", 0), "tracker": tracker | {"entity": None, "tags": ["mine"]}}
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
-    run.write("run.json", {"name": name, "keys": {"dataset": "digits", **keys}, "studies": list(studies)})
+    described = {"name": name, "hash": "0" * 64, "choices": {}, "keys": {"dataset": "digits", **keys}}
+    run.write("run.json", described | {"studies": list(studies), "data_shape": [1, 8, 8], "data": {}})
     log = MetricLog(run.path / "metrics.jsonl")
     for update in (1, 10, 20):
         log.append(update, update / 10, {"train/elbo": -float(update), "chain/drift_norm_last": 2.0})
@@ -403,7 +407,10 @@ def make_run(outputs: Path, name: str, studies: tuple[str, ...] = ("fig4",), sta
     for number, picture in enumerate(("update-000000010.png", "final.png", "reconstructions.png")):
         pixels = np.full((4, 4, 3), number + sum(name.encode()) % 200, np.uint8)
         Image.fromarray(pixels).save(run.samples / picture)
-    run.write("result.json", {"status": status, "metrics": {"fd_random_conv": 7.25, "elbo": -20.0}, "num_updates": 20})
+    run.write(
+        "result.json",
+        {"status": status, "metrics": {"fd_random_conv": 7.25, "elbo": -20.0}, "num_updates": 20} | AS_MEASURED,
+    )
     for study in studies:
         run.link_into(outputs, study)
     return run

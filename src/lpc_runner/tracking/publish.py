@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -55,11 +54,12 @@ class _Replay(WandbTracker):
         import wandb
 
         if not self._takes(update):
-            for name, path in row.pictures.items():
-                self._send_again(picture_file(name, update, path), path)
+            for name, path in row.pictures.items():  # pictures travel apart: the row may have arrived without them
+                wandb.Image(str(path)).bind_to_run(self._run, name, update)
             return 0
         epoch = {} if row.epoch is None else {"epoch": row.epoch}
         images = {name: wandb.Image(str(path)) for name, path in row.pictures.items()}
+        self._run.log({}, step=update)  # wandb names pictures by the step that it is at before it takes the row
         # In one piece: of a row logged in parts, a kill in between would leave a part that no second try can mend.
         self._run.log({**epoch, **row.values, **images}, step=update, commit=True)
         return 1
@@ -69,13 +69,6 @@ class _Replay(WandbTracker):
         self._run = None
         tear_down()
         self._places.restore()
-
-    def _send_again(self, name: str, path: Path) -> None:
-        """Upload a picture under the name that its row gives it: the row may have arrived without it."""
-        place = Path(self._run.dir) / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
-        self._run.save(str(place), base_path=self._run.dir, policy="now")
 
     def _say_unfinished(self, seconds: float) -> None:
         raise UserError(f"W&B did not take all of {self._directory.name} within {seconds:.0f} s: run this again")

@@ -179,5 +179,5 @@ class WandbTracker:
             settings=wandb.Settings(**self.settings),
             **what,
         )
-        self._first = self._run.step
+        self._first = self._run.starting_step  # not `step`: the service may not have heard yet where to go on
         self.folder = Path(self._run.dir).parent
