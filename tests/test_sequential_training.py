@@ -367,6 +367,24 @@ def test_variational_em_makes_its_e_steps_before_the_update():
     assert gradients.scalars["train/kl"] != plain.scalars["train/kl"]
 
 
+def test_every_e_step_draws_its_own_noise(monkeypatch):
+    """Over steps, samples, updates and apart from the warm start; the same again for the same update."""
+    drawn = []
+
+    def spy(model, encoder, batch, noise, num_samples):
+        drawn.extend(noise.normal(f"encoder_step/{sample}") for sample in range(num_samples))
+        return encoder_gradients(model, encoder, batch, noise, num_samples)
+
+    monkeypatch.setattr("lpc_runner.training.learner.encoder_gradients", spy)
+    learner, batch = free_learner(), batch_of()
+    for update in (0, 1, 0):
+        learner.gradients(batch, 0, update, False)
+    first, later, again = drawn[:6], drawn[6:12], drawn[12:]
+    assert all(torch.equal(*pair) for pair in zip(first, again))
+    draws = [*first, *later, noise_for(learner.model).normal("warm_start")]
+    assert all((one != other).all() for one, other in itertools.combinations(draws, 2))
+
+
 def test_an_e_step_that_is_not_finite_is_not_taken():
     """The table keeps its last finite values and the update says that it diverged."""
     learner, batch = free_learner(), batch_of()
