@@ -341,3 +341,5 @@ def test_softplus_keeps_its_logarithm_far_below_zero():
     assert slope.isfinite().all() and slope[0] == 1.0
     assert slope[2].item() == pytest.approx(1.0, rel=1e-6)
     torch.testing.assert_close(slope[3].item(), 1 / (1 + math.exp(2)) / math.log1p(math.exp(-2)), rtol=1e-5, atol=0)
+    exact = torch.tensor([-40.0, -16.0, -14.9], **F64)  # either side of where the series takes over, in float64
+    torch.testing.assert_close(emission.log_rate(exact), exact.exp().log1p().log(), rtol=1e-13, atol=0)
