@@ -51,6 +51,12 @@ def test_a_generator_over_all_inputs_is_its_recursion(kind, nonlinearity, input_
     torch.testing.assert_close(*both)
 
 
+def test_recurrent_networks_stay_in_training_mode():
+    """cuDNN refuses to differentiate them otherwise, and chains run in evaluation mode too."""
+    model = lfads(num_held_out=1).eval()
+    assert not model.training and not model.generator.training and model.generator.network.training
+
+
 def test_the_gated_unit_applies_its_reset_gate_after_the_recurrent_product():
     """With the reset gate at 0 the candidate is tanh(W u + b + 0 · (U x + c)): U plays no part in it."""
     generator = build_generator("gru", 4, 3, 7, "tanh").double()
@@ -335,3 +341,5 @@ def test_softplus_keeps_its_logarithm_far_below_zero():
     assert slope.isfinite().all() and slope[0] == 1.0
     assert slope[2].item() == pytest.approx(1.0, rel=1e-6)
     torch.testing.assert_close(slope[3].item(), 1 / (1 + math.exp(2)) / math.log1p(math.exp(-2)), rtol=1e-5, atol=0)
+    exact = torch.tensor([-40.0, -16.0, -14.9], **F64)  # either side of where the series takes over, in float64
+    torch.testing.assert_close(emission.log_rate(exact), exact.exp().log1p().log(), rtol=1e-13, atol=0)
