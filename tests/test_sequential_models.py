@@ -51,6 +51,12 @@ def test_a_generator_over_all_inputs_is_its_recursion(kind, nonlinearity, input_
     torch.testing.assert_close(*both)
 
 
+def test_recurrent_networks_stay_in_training_mode():
+    """cuDNN refuses to differentiate them otherwise, and chains run in evaluation mode too."""
+    model = lfads(num_held_out=1).eval()
+    assert not model.training and not model.generator.training and model.generator.network.training
+
+
 def test_the_gated_unit_applies_its_reset_gate_after_the_recurrent_product():
     """With the reset gate at 0 the candidate is tanh(W u + b + 0 · (U x + c)): U plays no part in it."""
     generator = build_generator("gru", 4, 3, 7, "tanh").double()

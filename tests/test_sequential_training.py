@@ -49,6 +49,7 @@ MODELS = {
     "gru": lfads,
     "linear": lambda: lfads(generator="linear", num_factors=None),
     "free": lambda: lfads(encoder="free"),
+    "free_block": lambda: lfads(encoder="free_block"),
     "held_out": lambda: lfads(num_held_out=2),
     "factor_analysis": factor_analysis,
     "gaussian": lambda: lfads(Gaussian("learned", 0.8, 0.9)),
@@ -56,7 +57,11 @@ MODELS = {
 OBJECTIVES = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0), "jeffreys": (0.5, 0.5), "prior": (0.0, 0.0)}
 
 
-@pytest.mark.parametrize("name, objective", itertools.product(MODELS, OBJECTIVES))
+# The literal form writes KL and log q of a factorised q.
+FACTORISED = [name for name in MODELS if name != "free_block"]
+
+
+@pytest.mark.parametrize("name, objective", itertools.product(FACTORISED, OBJECTIVES))
 def test_the_update_is_algorithm_1_for_sequences_too(name, objective):
     """The fused update equals the literal one, θ and φ, with the damped Adam preconditioner."""
     model, batch, weights = MODELS[name](), batch_of(), Objective(*OBJECTIVES[objective])
@@ -144,6 +149,7 @@ def test_every_generator_trains_from_the_command_line(kind, more, tmp_path, work
 
 @pytest.mark.parametrize("words, message", [
     (("model=lfads", "preconditioning=encoder", "objective=prior"), "needs an encoder: objective=prior has none"),
+    (("model=lfads", "model.encoder=free_block"), "objective=jeffreys needs a factorised q: model.encoder=free_block"),
     (("model=lfads", "model.inputs=none", "step_size=blocks"), r"step_size.values must name each block .*initial_cond"),
     (("model=lfads", "step_size=blocks", "step_size.values.inputs=-1"), "step_size.values must be a mapping of names"),
     (("model=lds",), "model/likelihood=gaussian expects images or real-valued series, .* holds spike counts"),
@@ -359,6 +365,24 @@ def test_variational_em_makes_its_e_steps_before_the_update():
     plain = free_learner(objective=Objective(0.0, 1.0)).gradients(batch, 0, 0, False)
     assert plain.num_evaluations == 3
     assert gradients.scalars["train/kl"] != plain.scalars["train/kl"]
+
+
+def test_every_e_step_draws_its_own_noise(monkeypatch):
+    """Over steps, samples, updates and apart from the warm start; the same again for the same update."""
+    drawn = []
+
+    def spy(model, encoder, batch, noise, num_samples):
+        drawn.extend(noise.normal(f"encoder_step/{sample}") for sample in range(num_samples))
+        return encoder_gradients(model, encoder, batch, noise, num_samples)
+
+    monkeypatch.setattr("lpc_runner.training.learner.encoder_gradients", spy)
+    learner, batch = free_learner(), batch_of()
+    for update in (0, 1, 0):
+        learner.gradients(batch, 0, update, False)
+    first, later, again = drawn[:6], drawn[6:12], drawn[12:]
+    assert all(torch.equal(*pair) for pair in zip(first, again))
+    draws = [*first, *later, noise_for(learner.model).normal("warm_start")]
+    assert all((one != other).all() for one, other in itertools.combinations(draws, 2))
 
 
 def test_an_e_step_that_is_not_finite_is_not_taken():

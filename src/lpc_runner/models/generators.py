@@ -108,6 +108,12 @@ class Recurrent(nn.Module):
             first = tuple(part.contiguous() for part in first.chunk(2, dim=2))
         return self.network(inputs, first)[0]
 
+    def train(self, mode: bool = True) -> Recurrent:
+        # cuDNN differentiates recurrent networks in training mode only; without dropout the modes are the same.
+        super().train(mode)
+        self.network.train()
+        return self
+
     def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
         network = self.network
         if inputs is None:

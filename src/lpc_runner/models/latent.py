@@ -22,6 +22,7 @@ class LatentVariableModel(nn.Module, ABC):
 
     data_kinds: ClassVar[tuple[str, ...]] = ("images",)
     blocks: Mapping[str, slice] = {}  # named parts of z, where a model has any: each one's coordinates
+    factorised_q = True  # whether q(z|x) is a DiagonalGaussian, which forward KL needs
 
     def __init__(self, latent_dim: int, prior_scale: float, likelihood: nn.Module) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """q(z|x; φ) of sequential models: a bidirectional network, a network per time bin, or a free table by trial.
 
-Every q is a DiagonalGaussian over the flat z, factorised over coordinates; variance = softplus(raw, beta).
+Every q is over the flat z and, but for BlockTable's, factorised over coordinates; variance = softplus(raw, beta).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.models.block_gaussian import BlockGaussian
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,27 @@ class FreeTable(nn.Module):
     def forward(self, batch: Batch) -> DiagonalGaussian:
         mean, raw = self.mean.index_select(0, batch.index), self.raw.index_select(0, batch.index)
         return DiagonalGaussian(mean, self.variance(raw))
+
+
+class BlockTable(FreeTable):
+    """The free table with a covariance that is full inside every block: within z_0, and within u_t at each time t.
+
+    shapes: (size,) or (T, size) of every block of z, in order. The factor's diagonal is the root of the variance that
+    raw gives; entries below it start at 0.
+    """
+
+    def __init__(
+        self, num_train: int, shapes: list[tuple[int, ...]], variance: RawVariance, learning_rate: float
+    ) -> None:
+        super().__init__(num_train, sum(math.prod(shape) for shape in shapes), variance, learning_rate)
+        self.sizes = [(shape[0] if len(shape) == 2 else 1, shape[-1]) for shape in shapes]
+        self.below = nn.ParameterList(nn.Parameter(torch.zeros(num_train, n, k, k)) for n, k in self.sizes)
+
+    def forward(self, batch: Batch) -> BlockGaussian:
+        q = super().forward(batch)
+        scales = q.variance.sqrt().split([n * k for n, k in self.sizes], 1)
+        factors = [
+            below.index_select(0, batch.index).tril(-1) + torch.diag_embed(scale.unflatten(1, size))
+            for below, scale, size in zip(self.below, scales, self.sizes)
+        ]
+        return BlockGaussian(q.mean, tuple(factors))

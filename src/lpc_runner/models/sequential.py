@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lpc_runner.models.generators import build_generator, recursion
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.models.sequence_encoders import BiRNN, FreeTable, PerBin, RawVariance
+from lpc_runner.models.sequence_encoders import BiRNN, BlockTable, FreeTable, PerBin, RawVariance
 from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 
@@ -117,7 +117,7 @@ class FactorAnalysis(SequentialModel):
         likelihood: nn.Module,
         state_dim: PositiveInt,
         hidden: list[PositiveInt],
-        encoder: Literal["mlp", "birnn", "free"],
+        encoder: Literal["mlp", "birnn", "free", "free_block"],
         encoder_dim: PositiveInt,
         variance_beta: PositiveFloat,
         initial_variance: PositiveFloat,
@@ -128,6 +128,7 @@ class FactorAnalysis(SequentialModel):
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
         self.features = nn.Sequential(*layers)
         self.encoder, self.encoder_dim, self.num_train = encoder, encoder_dim, num_train
+        self.factorised_q = encoder != "free_block"
         self.variance, self.table_learning_rate = RawVariance(variance_beta, initial_variance), table_learning_rate
 
     def run(self, z: Tensor) -> Run:
@@ -147,8 +148,9 @@ class LFADS(SequentialModel):
     factors is the linear dynamical system, with Poisson emission the Poisson LDS. nonlinearity: of vanilla and
     additive. hidden_dim: width of additive's h. initial_dim: size of z_0, null for that of x_0. inputs: `inferred`
     u_t of size input_dim, or `none`. input_prior: `white`, u_t = z_t; `ar1`, see AR1. num_factors: null for f_t = x_t.
-    encoder: `birnn` of encoder_dim units each way, or `free`, a table of num_train rows that learns at
-    table_learning_rate. variance_beta, initial_variance: see RawVariance.
+    encoder: `birnn` of encoder_dim units each way, `free`, a table of num_train rows that learns at
+    table_learning_rate, or `free_block`, one with a full covariance within z_0 and within each u_t. variance_beta,
+    initial_variance: see RawVariance.
     """
 
     @checked
@@ -167,7 +169,7 @@ class LFADS(SequentialModel):
         input_dim: PositiveInt,
         input_prior: Literal["white", "ar1"],
         num_factors: PositiveInt | None,
-        encoder: Literal["birnn", "free"],
+        encoder: Literal["birnn", "free", "free_block"],
         encoder_dim: PositiveInt,
         variance_beta: PositiveFloat,
         initial_variance: PositiveFloat,
@@ -187,6 +189,7 @@ class LFADS(SequentialModel):
         self.factor_map = nn.Identity() if num_factors is None else nn.Linear(state_dim, num_factors)
         self.input_prior = AR1(input_dim) if input_dim and input_prior == "ar1" else None
         self.encoder, self.encoder_dim, self.num_train = encoder, encoder_dim, num_train
+        self.factorised_q = encoder != "free_block"
         self.variance, self.table_learning_rate = RawVariance(variance_beta, initial_variance), table_learning_rate
 
     def initial_and_inputs(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -239,6 +242,8 @@ class AR1(nn.Module):
 
 
 def _encoder(model: FactorAnalysis | LFADS) -> nn.Module:
+    if model.encoder == "free_block":
+        return BlockTable(model.num_train, list(model.shapes.values()), model.variance, model.table_learning_rate)
     if model.encoder == "free":
         return FreeTable(model.num_train, model.latent_dim, model.variance, model.table_learning_rate)
     return BiRNN(model.held_in.stop, model.encoder_dim, list(model.shapes.values()), model.variance)
