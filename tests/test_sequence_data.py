@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +228,13 @@ class TestLinearSystem:
         system = dataset.system()
         predictor = split.extras["latents"].double() @ torch.from_numpy(system.C.T) + torch.from_numpy(system.d)
         assert torch.allclose(predictor.exp(), rates, rtol=1e-4)
+
+
+def test_constructing_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from lpc_runner.data import chaotic_rnn, linear_system, lorenz, spikes;"
+        "spikes.Spikes('a.h5', None, 0.02); lorenz.Lorenz('data', 0, 5, 5, 3, 5.0, 0);"
+        "print([m for m in ('h5py', 'scipy', 'matplotlib', 'sklearn', 'hydra', 'wandb') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert printed.stdout.strip() == "[]" and list(tmp_path.iterdir()) == []

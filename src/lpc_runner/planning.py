@@ -178,9 +178,11 @@ def print_measurement(name: str, metrics: dict[str, float], facts: dict[str, Any
 
 def _print_sequences(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
     """Every number beside that of the true rates, where there is one, and its unit."""
-    table = Table(box=None, padding=(0, 2))
-    for column in ("", "model", "true rates", ""):
-        table.add_column(column, justify="left" if not column else "right", header_style="dim")
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("", min_width=max(map(len, metrics)), no_wrap=True)
+    for column in ("model", "true rates"):
+        table.add_column(column, justify="right", header_style="dim", no_wrap=True)
+    table.add_column("")
     for metric in _ordered(metrics):
         ceiling = facts["ceilings"].get(metric)
         truth = "" if ceiling is None else f"{ceiling:.4g}"
