@@ -110,6 +110,15 @@ def test_dying_again_and_again(settings, monkeypatch):
     assert_same_run(straight, broken)
 
 
+def test_a_signal_during_the_last_update_leaves_the_measuring_to_the_next_command(settings, monkeypatch):
+    broken = interrupted(settings("signal"), monkeypatch, 9, signal.SIGTERM)
+    assert load_checkpoint(broken / "checkpoints")["counters"]["update"] == 10
+    monkeypatch.setattr(Learner, "gradients", lambda *args, **kwargs: pytest.fail("trained again"))
+    run(settings("signal"))
+    monkeypatch.undo()
+    assert_same_run(run(settings("straight")), broken)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_ends_the_update_saves_and_leaves(number, settings, monkeypatch):
     handler = signal.getsignal(number)

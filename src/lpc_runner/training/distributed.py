@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from lpc_runner.errors import UserError
 
@@ -46,7 +47,12 @@ class Ranks:
             raise UserError(f"WORLD_SIZE is set but not what torchrun sets beside it ({error}); unset it") from None
         if not dist.is_initialized():
             on_cuda = torch.cuda.is_available() and dist.is_nccl_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=PATIENCE)
+            store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+                # A lone agent keeps its store over restarts: ranks would look for the addresses of those that died.
+                store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         return ranks
 
     @property

@@ -134,9 +134,11 @@ class Trainer:
                     tracker.log(counters.update, values["epoch"], measured)
                     values |= measured
                 progress.update(counters.update, total, values)
-                stop = interrupts.received is not None and not last
+                stop = (
+                    interrupts.received is not None
+                )  # after the last update too: measuring may take longer than we have
                 if ranks.size > 1:  # what the ranks were told together: they must leave after the same update
-                    stop = bool(gradients.stop) and not last
+                    stop = bool(gradients.stop)
                 if due or last or stop or time.monotonic() - saved_at > self.checkpoint_seconds:
                     self._save(learner, checkpoints, counters, tracker.metrics)
                     saved_at = time.monotonic()
