@@ -371,9 +371,9 @@ def test_every_e_step_draws_its_own_noise(monkeypatch):
     """Over steps, samples, updates and apart from the warm start; the same again for the same update."""
     drawn = []
 
-    def spy(model, encoder, batch, noise, num_samples):
+    def spy(model, encoder, batch, noise, num_samples, *more):
         drawn.extend(noise.normal(f"encoder_step/{sample}") for sample in range(num_samples))
-        return encoder_gradients(model, encoder, batch, noise, num_samples)
+        return encoder_gradients(model, encoder, batch, noise, num_samples, *more)
 
     monkeypatch.setattr("lpc_runner.training.learner.encoder_gradients", spy)
     learner, batch = free_learner(), batch_of()

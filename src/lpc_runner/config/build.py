@@ -110,7 +110,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
     if isinstance(parts["preconditioning"], EncoderVariance) and not objective.uses_encoder:
         raise UserError(f"preconditioning=encoder needs an encoder: objective={choices['objective']} has none")
-    if objective.forward > 0 and not model.factorised_q:
+    if objective.needs_factorised_q and not model.factorised_q:
         raise UserError(
             f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none"
         )

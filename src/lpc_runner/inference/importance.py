@@ -20,6 +20,7 @@ class ImportanceWeighted:
     """
 
     uses_encoder = True
+    needs_factorised_q = True
     needs_chain = allows_chain = False
 
     @checked

@@ -61,6 +61,11 @@ class Objective:
         """Forward KL is an average over the chain's states; without an encoder z(0) is no guess of the posterior."""
         return self.forward > 0 or not self.uses_encoder
 
+    @property
+    def needs_factorised_q(self) -> bool:
+        """Two sums over the states suffice where q's coordinates are independent."""
+        return self.forward > 0
+
     def loss(self, forward: Callable[[], Tensor], reverse: Callable[[], Tensor]) -> Tensor:
         """The encoder's loss, (B,); a term with weight 0 is never computed."""
         terms = [(self.forward, forward), (self.reverse, reverse)]

@@ -193,9 +193,9 @@ def _finish(
     return Gradients(z, chain, scalars, finite, num_evaluations * num_ranks, stop)
 
 
+@torch.no_grad()
 def _describe_encoder(model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, Tensor]:
     """KL(q ‖ p) in nats per example, in all and per named block of z, and q's mean standard deviation."""
-    q = q.detach()
     kl = q.kl_per_dimension(model.prior)
     blocks = {f"train/kl_{name}": kl[:, block].sum(1).mean() for name, block in model.blocks.items()}
     return {"train/kl": kl.sum(1).mean(), **blocks, "train/encoder_scale": q.variance.sqrt().mean()}
