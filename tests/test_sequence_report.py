@@ -8,7 +8,7 @@ import math
 import pytest
 
 from lpc_runner.report.pairs import PAIRED, Difference, paired_difference, paired_table
-from lpc_runner.report.sequence_figures import sequence_figures
+from lpc_runner.report.sequence_figures import sequence_pictures
 from lpc_runner.report.study import read_study
 
 OBJECTIVES = {"VAE": ("none", "reverse"), "VEM": ("none", "variational_em"), "LPC jeffreys": ("langevin", "jeffreys")}
@@ -81,7 +81,7 @@ def test_text_carries_the_sign_and_says_what_is_not_finite():
 
 
 def test_figures(study):
-    figures = dict(sequence_figures(study))
+    figures = {name: figure for name, _, figure in sequence_pictures("lorenz", study.of("lorenz"))}
     assert set(figures) == {"lorenz-gaps.png", "lorenz-paired.png"}
     bars = [patch.get_width() for patch in figures["lorenz-gaps.png"].axes[0].patches]
     assert sorted(bars) == pytest.approx(sorted([2.0, 1.5, 2.5, 3.0, 0.0, 1.0]))
@@ -91,4 +91,4 @@ def test_figures(study):
 
 def test_images_have_no_such_figures(tmp_path):
     write_run(tmp_path / "s", "VAE", 0, elbo=-5.0)
-    assert dict(sequence_figures(read_study(tmp_path / "s"))) == {}
+    assert not list(sequence_pictures("lorenz", read_study(tmp_path / "s").groups))

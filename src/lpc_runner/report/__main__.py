@@ -24,6 +24,7 @@ from lpc_runner.report.claims import claims_table, study_answers
 from lpc_runner.report.costs import divergence_table, time_table
 from lpc_runner.report.figures import study_pictures
 from lpc_runner.report.page import html_page
+from lpc_runner.report.pairs import paired_table
 from lpc_runner.report.spreadsheet import study_csv
 from lpc_runner.report.study import Study, read_study
 from lpc_runner.report.style import png
@@ -71,6 +72,7 @@ def study_tables(study: Study) -> list[Table]:
         tables += [quality_table(dataset, groups, setting) for setting in settings_of(groups)]
         tables += [paper_table(dataset)] if dataset in paper.DATASETS else []
         tables += [*tuning_tables(dataset, groups), time_table(dataset, groups), likelihood_table(dataset, groups)]
+        tables += [paired_table(dataset, groups)]
         for setting in curve_settings(groups):
             tables += [budget_table(dataset, groups, setting, budget) for budget in BUDGETS]
     return [table for table in tables if table is not None]

@@ -9,6 +9,7 @@ from lpc_runner.report.budgets import curve_settings
 from lpc_runner.report.chain_figures import chain_pictures
 from lpc_runner.report.curve_figures import compute_pictures, curve_pictures, metric_names
 from lpc_runner.report.grid_figures import grid_pictures
+from lpc_runner.report.sequence_figures import sequence_pictures
 from lpc_runner.report.study import Study
 from lpc_runner.report.style import STYLE, Picture
 from lpc_runner.report.sweep_figures import sweep_pictures
@@ -27,6 +28,7 @@ def study_pictures(study: Study, warnings: list[str]) -> Iterator[Picture]:
             yield from chain_pictures(dataset, groups, warnings)
             yield from sweep_pictures(dataset, groups)
             yield from grid_pictures(dataset, groups, warnings)
+            yield from sequence_pictures(dataset, groups)
             settings = curve_settings(groups)
             for setting in settings:
                 for metric in metric_names(groups, setting):

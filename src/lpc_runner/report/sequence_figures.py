@@ -8,10 +8,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lpc_runner.report.figures import COLOURS, STYLE, file_name
 from lpc_runner.report.grouping import Group
-from lpc_runner.report.pairs import Difference, paired_difference
-from lpc_runner.report.study import Study
+from lpc_runner.report.pairs import PAIRED, Difference, paired_difference
+from lpc_runner.report.style import COLOURS, Picture, file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,20 +19,19 @@ GAPS = (("approximation_gap", "approximation gap"), ("amortisation_gap", "amorti
 LABEL_WIDTH = 34
 
 
-def sequence_figures(study: Study) -> Iterator[tuple[str, Figure]]:
-    """File name and figure, one by one; nothing for datasets without gaps."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        for dataset in study.datasets:
-            groups = study.of(dataset)
-            measured = [group for group in groups if any("approximation_gap" in run.numbers for run in group.counted)]
-            if measured:
-                yield file_name(dataset, "gaps"), gaps_figure(dataset, measured)
-            differences = [(group, paired_difference(group, measured[0], "free_iwae")) for group in measured[1:]]
-            found = [(group, difference) for group, difference in differences if difference is not None]
-            if found:
-                yield file_name(dataset, "paired"), paired_figure(dataset, measured[0], found)
+def sequence_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Picture]:
+    """Gaps and paired differences of one dataset; nothing where no gaps were measured."""
+    measured = [group for group in groups if any("approximation_gap" in run.numbers for run in group.counted)]
+    if measured:
+        caption = (
+            f"{dataset}: approximation and amortisation gap of every method, nats per trial, mean ± std over seeds"
+        )
+        yield Picture(file_name(dataset, "gaps"), caption, gaps_figure(dataset, measured))
+    differences = [(group, paired_difference(group, measured[0], PAIRED[0])) for group in measured[1:]]
+    found = [(group, difference) for group, difference in differences if difference is not None]
+    if found:
+        caption = f"{dataset}: IWAE with a free q, each method against {measured[0].label} seed by seed, nats per trial"
+        yield Picture(file_name(dataset, "paired"), caption, paired_figure(dataset, measured[0], found))
 
 
 def gaps_figure(dataset: str, groups: Sequence[Group]) -> Figure:
