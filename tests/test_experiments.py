@@ -1,0 +1,172 @@
+"""The paper's experiments: what each shares with the others, and the small siblings from one word to their pictures."""
+
+import functools
+import html.parser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cells_of, plan_of
+from PIL import Image
+
+from lpc_runner.report.__main__ import main as report
+
+NAMES = ("table1", "fig1", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "table4", "tune", "compute")
+# Networks, chains and counts so small that a run takes a second; the cells are those of the experiment.
+SHORT = (
+    "tracker=none",
+    "num_threads=1",
+    "model.hidden=[16]",
+    "model.latent_dim=4",
+    "tuned.num_steps=3",
+    "tuned.num_epochs=2",
+    "tuned.trace_updates=[2,4]",
+    "trainer.max_updates=6",
+    "trainer.num_prior_batches=2",
+    "traces.num_chains=4",
+    "traces.grid_points=3",
+    "metrics.extractor=random_conv",
+    "metrics.num_samples=40",
+    "metrics.max_references=40",
+    "metrics.num_samples_during=20",
+    "seed=0",
+)
+
+
+@functools.cache
+def settings(name: str) -> dict[str, set[str]]:
+    """What the cells of an experiment vary, per group or key."""
+    found: dict[str, set[str]] = {}
+    for cell in cells_of(f"experiment={name}"):
+        for item in cell.overrides:
+            key, _, value = item.partition("=")
+            found.setdefault(key, set()).add(value)
+    return found
+
+
+def runs_of(*words: str) -> set[str]:
+    """Names of the runs that a command stands for."""
+    from lpc_runner.run import plan
+
+    return {plan(cell).directory.name for cell in cells_of(*words)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_has_a_small_sibling_with_its_own_study(name):
+    large, small = cells_of(f"experiment={name}")[0], cells_of(f"experiment={name}_small")[0]
+    assert (large.cfg.study, small.cfg.study) == (name, f"{name}_small")
+    assert small.choices["dataset"] == "digits" and large.choices["dataset"] != "digits"
+    assert list(large.cfg.traces.updates) == [300, 600]
+    total = small.cfg.trainer.num_epochs * (1437 // 64)
+    assert 0 < max(small.cfg.traces.updates) <= total
+
+
+def test_figures_that_share_runs_share_them_on_disk(workplace):
+    """Figures 3, 7 and 8 are Figure 2's runs, 1 and 6 Table 1's, 9 Figure 5's."""
+    one = ("dataset=cifar10", "seed=0")
+    figure2 = runs_of("experiment=fig2", *one)
+    assert all(runs_of(f"experiment={name}", *one) <= figure2 for name in ("fig3", "fig7", "fig8"))
+    table1 = runs_of("experiment=table1", *one)
+    assert runs_of("experiment=fig1", *one) == runs_of("experiment=fig6", *one) < table1
+    assert len(figure2 & table1) == 1  # Jeffreys
+    svhn = ("dataset=svhn", "seed=0")
+    assert runs_of("experiment=fig9", *svhn) < runs_of("experiment=fig5", *svhn)
+
+
+def test_the_tuned_values_are_cells_of_the_sweeps(workplace):
+    """Table 3's choice is found in Figure 4's grid and is Table 1's run (CIFAR-10: γ = 0.1, β = 0.25; SVHN: none)."""
+    chosen = {"cifar10": ("adam_25", "0.1"), "svhn": ("lpc_none", "0.001")}
+    for dataset, (method, value) in chosen.items():
+        words = (f"dataset={dataset}", "seed=0")
+        cell = runs_of("experiment=fig4", f"method={method}", f"step_size.value={value}", *words)
+        assert cell == runs_of("experiment=table1", "method=lpc_jeffreys", *words)
+
+
+def test_a_command_line_value_narrows_an_experiment():
+    assert len(cells_of("experiment=fig4", "dataset=cifar10", "method=adam_25")) == 7
+    assert {cell.cfg.preconditioning.beta for cell in cells_of("experiment=fig4", "method=adam_25")} == {0.25}
+
+
+def test_the_vae_of_the_tuning_has_no_step_size(workplace):
+    """The product with the step sizes would repeat it: its runs are one for each learning rate."""
+    words = ("experiment=tune", "dataset=cifar10", "seed=0")
+    vaes = [cell for cell in cells_of(*words) if cell.choices["sampler"] == "none"]
+    from lpc_runner.run import plan
+
+    assert len({plan(cell).directory.name for cell in vaes}) == 4
+    assert len({cell.cfg.optimizer.learning_rate for cell in vaes}) == 4
+
+
+def test_forward_kl_once_for_an_epoch_and_once_as_far_as_it_goes():
+    cells = cells_of("experiment=fig2", "dataset=svhn", "seed=0")
+    forward = [cell.cfg.trainer.num_epochs for cell in cells if cell.choices["objective"] == "forward"]
+    assert sorted(forward) == [1, 15]
+
+
+class Pictures(html.parser.HTMLParser):
+    """Counts the pictures inside a page and the addresses outside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = 0, []
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("src", "href") and tag != "a":
+                self.inside += value.startswith("data:image/png;base64,")
+                self.outside += [] if value.startswith("data:") else [value]
+
+
+PICTURES = {
+    "table1": {"samples", "fd_random_conv", "compute-random_conv"},
+    "fig2": {"objectives-random_conv"},
+    "fig3": {"delta-log-joint", "drift-norm"},
+    "fig4": {"step-sizes-random_conv"},
+    "fig6": {"trajectories", "trajectories-map", "trajectories-langevin"},
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_small_sibling_runs_from_one_word_to_its_pictures(name, command):
+    words = [word for word in SHORT if word.split("=")[0] not in ("step_size.value",)]
+    answer = command(f"experiment={name}_small", *words)
+    assert answer.code == 0, answer.err
+    study = Path("outputs") / f"{name}_small"
+    planned = runs_of(f"experiment={name}_small", *words)
+    assert {path.name for path in study.iterdir()} == planned
+    answer = command(f"experiment={name}_small", *words)  # again: nothing is trained twice
+    assert answer.code == 0 and answer.err.count("already done") == len(cells_of(f"experiment={name}_small", *words))
+    assert report([str(study)]) == 0
+    folder = study / "report"
+    drawn = {path.stem.removeprefix("digits-") for path in folder.glob("*.png")}
+    assert drawn >= PICTURES[name]
+    for path in folder.glob("*.png"):
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 0
+    page = Pictures()
+    page.feed((folder / "report.html").read_text())
+    assert page.inside == len(list(folder.glob("*.png"))) and not page.outside
+    text = (folder / "report.md").read_text()
+    assert "claims" in text and f"{len(planned)} runs" in text
+
+
+def test_a_sweep_goes_on_where_it_was_and_names_what_failed(command, monkeypatch):
+    """One cell of Figure 4 that cannot be measured: the others are done, the report names it, a second call ends it."""
+    words = ("experiment=fig4_small", "step_size.value=0.01,0.1", "method=lpc_none,adam_25", *SHORT)
+    with monkeypatch.context() as patch:
+        from lpc_runner.evaluation.images import ImageEvaluator
+
+        final, calls = ImageEvaluator.final, []
+        failing = lambda self, trained: final(self, trained) if calls.append(0) or len(calls) != 2 else 1 / 0
+        patch.setattr(ImageEvaluator, "final", failing)
+        answer = command(*words)
+    assert answer.code == 1 and "1 of 4 runs did not finish" in answer.lines[-1]
+    assert report(["outputs/fig4_small"]) == 0
+    assert "ZeroDivisionError" in Path("outputs/fig4_small/report/report.md").read_text()
+    assert command(*words).code == 0
+    assert report(["outputs/fig4_small"]) == 0
+    assert "4 runs: 4 finished" in Path("outputs/fig4_small/report/report.md").read_text()
+
+
+def test_plan_of_one_cell():
+    assert plan_of("experiment=small").directory.name.startswith("digits-mlp-langevin-jeffreys")
