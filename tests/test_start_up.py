@@ -31,7 +31,7 @@ def test_answers_that_need_no_torch_do_not_import_it(tmp_path, arguments, allowe
     """Errors of composition load nothing heavy; a range is checked by the class it belongs to, which may import torch,
     but not torchvision or torch-fidelity."""
     command = [sys.executable, "-c", CODE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
     loaded = next(line for line in done.stderr.splitlines() if line.startswith("loaded:")).removeprefix("loaded: ")
     assert set(json.loads(loaded.replace("'", '"'))) <= set(allowed)
     assert says in done.stdout + done.stderr
