@@ -15,6 +15,8 @@ lint: .venv/.development
 	$(BIN)/ruff format --check .
 
 bench: .venv/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]' || \
+		echo "without the packages of the extra 'bench': their rows will be missing"
 	$(BIN)/python scripts/benchmark.py
 
 mutants: .venv/.development

@@ -1,12 +1,21 @@
-"""Time Algorithm 1 as written, ours and a VAE: python scripts/benchmark.py --side 32 --steps 50 --batch 64"""
+"""Time Algorithm 1 as written, ours by engine and precision, other packages, a VAE and the floor, side by side.
+
+python scripts/benchmark.py --side 32 --steps 50 --batch 64    one table
+python scripts/benchmark.py --growth                           memory against T; time against T, batch and side
+python scripts/benchmark.py --profile                          where an update's time goes, by kernel class
+python scripts/benchmark.py --cuda-suite FOLDER                tests and all of this on a CUDA device, ten minutes
+"""
 
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 import torch
 
-from lpc_runner.benchmark import benchmark
+from lpc_runner.benchmark import report
+from lpc_runner.benchmark.scaling import profile
+from lpc_runner.benchmark.variants import Work
 from lpc_runner.models.conv import SIDES
 
 
@@ -18,21 +27,44 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=32, choices=SIDES, help="pixels (default: 32)")
     parser.add_argument("--steps", type=positive, default=50, help="steps of the chain, T (default: 50)")
     parser.add_argument("--batch", type=positive, default=64, help="images per update (default: 64)")
     parser.add_argument("--rounds", type=positive, default=5, help="timed repetitions (default: 5)")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--engines", default="eager,compiled,cuda_graph", help="of ours (default: all there are)")
+    parser.add_argument("--out", type=Path, default=None, help="folder for JSON and Markdown (default: none)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--growth", action="store_true", help="memory against T; time against T, batch and side")
+    what.add_argument("--profile", action="store_true", help="time by kernel class")
+    what.add_argument("--cuda-suite", type=Path, metavar="FOLDER", help="check and time everything on a CUDA device")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch finds no CUDA device here")
+    if (arguments.device == "cuda" or arguments.cuda_suite) and not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device here")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    benchmark(arguments.side, arguments.steps, arguments.batch, arguments.rounds, device)
+    if arguments.cuda_suite:
+        sys.exit(0 if report.cuda_suite(arguments.cuda_suite) else "a test marked cuda failed: see tests.json")
+    device, work = torch.device(arguments.device), Work(arguments.side, arguments.steps, arguments.batch)
+    way = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")
+    if arguments.growth:
+        steps = (work.num_steps, 4 * work.num_steps, 16 * work.num_steps)
+        name, result = "growth", report.growth(work, device, way, steps)
+        text = report.markdown_of_growth(result)
+    elif arguments.profile:
+        name, result = "profile", profile(work, device, way)
+        text = report.markdown_of_profile(result)
+    else:
+        engines = tuple(arguments.engines.split(","))
+        name, result = f"compare-{work.side}", report.compare(work, arguments.rounds, device, engines)
+        text = report.markdown_of(result)
+    if arguments.out is not None:
+        report.Folder(arguments.out, device).keep(name, result, text)
+    else:
+        report.show(f"{report.markdown_of_machine(report.machine(device))}\n\n{text}")
 
 
 if __name__ == "__main__":

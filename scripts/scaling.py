@@ -5,8 +5,8 @@ import argparse
 import torch
 from rich.console import Console
 
-from lpc_runner.benchmark import processor
-from lpc_runner.scaling import tabulate
+from lpc_runner.benchmark.ranks import tabulate
+from lpc_runner.benchmark.report import processor
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ ROOT = (
     "evaluate",
     "sample",
     "benchmark",
-    "scaling",
     "leases",
     "parts",
     "ls",

@@ -157,6 +157,7 @@ def test_what_changes_no_result_changes_no_hash(workplace):
     for other in (
         "study=other",
         "device=cpu",
+        "engine=eager",
         "tracker=none",
         "tracker.project=mine",
         "output_dir=elsewhere",
@@ -174,6 +175,7 @@ def test_what_changes_no_result_changes_no_hash(workplace):
 def test_what_changes_the_result_changes_the_hash(workplace):
     others = (
         "seed=1",
+        "precision=bf16",
         "sampler.num_steps=11",
         "sampler=map",
         "sampler.theta_states=last",

@@ -9,7 +9,7 @@ from torch.distributions import MultivariateNormal
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiscretisedGaussian, Gaussian
-from lpc_runner.models.conv import Conv
+from lpc_runner.models.conv import Conv, FromPoint
 from lpc_runner.models.latent import Encoder
 from lpc_runner.models.linear import Linear
 from lpc_runner.models.mlp import MLP
@@ -160,3 +160,21 @@ def test_optimal_scale_is_observed_once_per_call(linear):
     before = linear.likelihood.log_scale.item()
     linear.observe(torch.randn(5, 1, 2, 4).double(), torch.randn(5, 3).double())
     assert linear.likelihood.log_scale.item() == before
+
+
+def test_first_transposed_convolution_is_a_matrix_product():
+    """Value and gradients of torch's own layer, from the same parameters, in either memory format."""
+    torch.manual_seed(0)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = FromPoint(6, 5, 4, 1, 0).double().to(memory_format=layout)
+        theirs = torch.nn.ConvTranspose2d(6, 5, 4, 1, 0).double()
+        theirs.load_state_dict(ours.state_dict())
+        hidden = torch.randn(3, 6, 1, 1, dtype=torch.float64, requires_grad=True)
+        seed = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+        one, other = (layer(hidden) for layer in (ours, theirs))
+        torch.testing.assert_close(one, other)
+        gradients = [
+            torch.autograd.grad((out * seed).sum(), [hidden, *layer.parameters()])
+            for out, layer in ((one, ours), (other, theirs))
+        ]
+        torch.testing.assert_close(*gradients)

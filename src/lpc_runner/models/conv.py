@@ -11,6 +11,16 @@ from lpc_runner.schema import PositiveFloat, PositiveInt, checked
 SIDES = (28, 32, 64)
 
 
+class FromPoint(nn.ConvTranspose2d):
+    """A transposed convolution of a 1x1 image without padding: one matrix product, whose result is channels last."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        spread = hidden.flatten(1) @ weight
+        return (spread.view(-1, height, width, self.out_channels) + self.bias).permute(0, 3, 1, 2)
+
+
 def _decoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
     # The second to last layer is the only one that depends on the image side.
     last_hidden = {
@@ -20,7 +30,7 @@ def _decoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
     }[side]
     return nn.Sequential(
         nn.Linear(latent_dim, 256), nn.SiLU(), nn.Unflatten(1, (256, 1, 1)),
-        nn.ConvTranspose2d(256, 64, 4, 1, 0), nn.SiLU(),
+        FromPoint(256, 64, 4, 1, 0), nn.SiLU(),
         nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.SiLU(),
         nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU(),
         last_hidden, nn.SiLU(),

@@ -7,13 +7,12 @@ import os
 import socket
 import statistics
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from lpc_runner.benchmark import CHANNELS, LATENT_DIM, learner_for
+from lpc_runner.benchmark.variants import LATENT_DIM, Work, build_learner, images, ours
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import Objective
 from lpc_runner.inference.preconditioning import Adam, SharedAdam
@@ -22,25 +21,19 @@ from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.training.distributed import Ranks, bytes_per_update
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is timed: conv on CHANNELS x side x side images, T steps, Jeffreys; batch: of all ranks together."""
+def measure(size: int, work: Work, rounds: int, shared: bool) -> tuple[float, int]:
+    """Median seconds per update (the slowest rank's) of `size` one-thread processes; numbers in θ and φ.
 
-    side: int
-    num_steps: int
-    batch: int
-    shared: bool
-    rounds: int
-
-
-def measure(size: int, work: Work) -> tuple[float, int]:
-    """Median seconds per update (the slowest rank's) of `size` one-thread processes; numbers in θ and φ."""
+    work.batch: of all ranks together. shared: `adam_shared`, which averages over the ranks at every step.
+    """
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(rank, size, port, work, answers)) for rank in range(size)]
+    processes = [
+        context.Process(target=_rank, args=(rank, size, port, work, rounds, shared, answers)) for rank in range(size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -50,23 +43,21 @@ def measure(size: int, work: Work) -> tuple[float, int]:
     return max(seconds for seconds, _ in found), found[0][1]
 
 
-def _rank(rank: int, size: int, port: int, work: Work, answers: Any) -> None:
+def _rank(rank: int, size: int, port: int, work: Work, rounds: int, shared: bool, answers: Any) -> None:
     torch.set_num_threads(1)
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in where.items()}
     ranks = Ranks.connect()
-    metric = (SharedAdam if work.shared else Adam)(0.25, 1e-8, None)
+    metric = (SharedAdam if shared else Adam)(0.25, 1e-8, None)
     sampler = Langevin(work.num_steps, "all", Constant(1e-3), metric)
-    learner = learner_for(work.side, sampler, Objective(0.5, 0.5), torch.device("cpu"), ranks)
-    levels = torch.randint(
-        256, (work.batch, CHANNELS, work.side, work.side), generator=torch.Generator().manual_seed(0)
-    )
+    device = torch.device("cpu")
+    learner = build_learner(work, device, sampler, Objective(0.5, 0.5), ranks=ranks)
     rows = ranks.rows(work.batch)
-    batch = Batch((levels.float() / 127.5 - 1)[rows], torch.arange(work.batch)[rows])
+    batch = Batch(images(work, device)[rows], torch.arange(work.batch)[rows])
     times = []
-    for update in range(work.rounds + 2):  # two to warm up
+    for update in range(rounds + 2):  # two to warm up
         start = time.perf_counter()
-        learner.apply(batch, learner.gradients(batch, 0, update, False))
+        ours(learner, batch, update)
         times.append(time.perf_counter() - start)
     parameters = [*learner.model.parameters(), *learner.encoder.parameters()]
     answers.put((statistics.median(times[2:]), sum(parameter.numel() for parameter in parameters)))
@@ -82,7 +73,7 @@ def tabulate(sizes: list[int], side: int, num_steps: int, batch: int, rounds: in
     for name in ("weak", "strong"):
         for size in sizes:
             total = batch * size if name == "weak" else batch
-            seconds, num_parameters = measure(size, Work(side, num_steps, total, shared, rounds))
+            seconds, num_parameters = measure(size, Work(side, num_steps, total), rounds, shared)
             speed = total / seconds
             first.setdefault(name, speed / size)
             dim = LATENT_DIM if shared else 0

@@ -1,0 +1,89 @@
+"""The benchmark compares like with like: rivals compute the same chain, ratios are paired, the floor is a floor."""
+
+import pytest
+import torch
+
+from lpc_runner.benchmark import floor, report, rivals
+from lpc_runner.benchmark.variants import Variant, Work, build_model, build_variants, images, measure, ratio, rows_of
+from lpc_runner.inference.chain import run_chain
+from lpc_runner.inference.preconditioning import Adam, Identity
+from lpc_runner.inference.samplers import Langevin
+from lpc_runner.inference.step_sizes import Constant
+
+CPU, TINY = torch.device("cpu"), Work(28, 3, 2)
+
+
+def test_jax_runs_the_same_chain():
+    """Same start and noise: JAX ends at our z(T), with our sums of ∇θ and of states (float32)."""
+    pytest.importorskip("jax")
+    for side in (28, 32, 64):
+        model, x = build_model(side, CPU), images(Work(side, 3, 2), CPU)
+        update, _ = rivals.jax_chain(model, x, 3)
+        z, noise = torch.randn(2, 40), torch.randn(3, 2, 40)
+        got, sums, first, second, _ = update(0, z, noise)
+        sampler = Langevin(3, "all", Constant(rivals.STEP_SIZE), Adam(rivals.BETA, rivals.EPS, None))
+        theta = dict(model.named_parameters())
+        want = run_chain(
+            lambda z, model=model, x=x: model.log_joint(x, z),
+            z,
+            sampler,
+            lambda t, noise=noise: noise[t - 1],
+            parameters=list(theta.values()),
+        )
+        torch.testing.assert_close(torch.tensor(got.tolist()), want.z, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(first.tolist()), want.moments.first, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(second.tolist()), want.moments.second, rtol=1e-3, atol=1e-3)
+        gradients = dict(zip(theta, want.theta_gradient))
+        names = {"bias0": "decoder.0.bias", "log_scale": "likelihood.log_scale"}
+        for ours, theirs in ((gradients[name], sums[key]) for key, name in names.items()):
+            torch.testing.assert_close(torch.tensor(theirs.tolist()), 6 * ours, rtol=1e-3, atol=1e-2)
+
+
+def test_torchebm_runs_plain_langevin():
+    """Same generator: torchebm's state after T steps is ours without preconditioning."""
+    pytest.importorskip("torchebm")
+    model, x = build_model(28, CPU), images(TINY, CPU)
+    update, _ = rivals.torchebm_chain(model, x, 3)
+    source = torch.Generator().manual_seed(7)
+    z = torch.randn(2, 40, generator=source)
+    sampler = Langevin(3, "last", Constant(rivals.STEP_SIZE), Identity())
+    chain = run_chain(lambda z: model.log_joint(x, z), z, sampler, lambda t: torch.randn(2, 40, generator=source))
+    torch.testing.assert_close(update(7), chain.z, rtol=1e-3, atol=1e-3)
+
+
+def test_ratios_are_paired_by_round():
+    """A machine twice as slow in one round changes no ratio; quartiles are those of the times."""
+    slow, fast = (Variant(name, 1, None, "slow", times=times) for name, times in (("slow", [4.0, 8.0, 4.4]), ("f", [])))
+    fast.times = [2.0, 4.0, 2.2]
+    assert ratio(slow, fast) == pytest.approx(2)
+    assert fast.quartiles() == pytest.approx((2.1, 2.2, 3.1))
+
+
+def test_every_variant_runs_and_rows_name_what_is_not_measured(monkeypatch):
+    def missing(*_):
+        raise ImportError("No module named 'jax'")
+
+    monkeypatch.setattr("lpc_runner.benchmark.variants.jax_chain", missing)
+    monkeypatch.setattr("lpc_runner.benchmark.variants.torchebm_chain", missing)
+    variants, skipped = build_variants(TINY, CPU, ("eager",))
+    measure(variants, 2, CPU)
+    rows = rows_of(variants)
+    assert len(rows) == len(variants) and all(len(variant.times) == 2 for variant in variants)
+    assert next(row for row in rows if row["variant"] == "literal, reverse")["times_faster_than_literal"] == 1
+    assert len(skipped) == 2 and all("not measured: No module named 'jax'" in line for line in skipped)
+    result = {"work": vars(TINY), "rounds": 2, "rows": [row | {"share_of_floor": None} for row in rows], "floor": {}}
+    text = report.markdown_of(result | {"not_measured": skipped})
+    assert text.count("\n| ") == len(rows) + 1 and "not measured" in text
+
+
+def test_work_of_a_step_is_counted_by_hand():
+    """The last layer alone: 2 · positions · kernel · channels each for the output, for z and for the weights."""
+    model, x = build_model(28, CPU), images(TINY, CPU)
+    last = model.decoder[-1]
+    del model.decoder[:-1]
+    model.decode = lambda z: model.decoder(z.repeat(1, 157)[:, : 32 * 14 * 14].view(2, 32, 14, 14))
+    done = floor.work_of_a_step(model, x, "fp32")
+    assert done["flops"] == 3 * 2 * (2 * 14 * 14) * 32 * 3 * 16
+    num_parameters = last.weight.numel() + 3 + 1
+    assert done["bytes"] == 4 * 4 * 2 * 3 * 28 * 28 + 16 * num_parameters
+    assert floor.floor_seconds({"flops": 6.0, "bytes": 8.0}, {"flops": 2.0, "bytes": 4.0}) == 3
