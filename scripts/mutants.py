@@ -41,11 +41,16 @@ def objectives(expression: str) -> tuple[str, str]:
     return "tests/test_objectives.py", expression
 
 
+def engine(expression: str) -> tuple[str, str]:
+    return "tests/test_engine.py", expression
+
+
 def distributions(expression: str) -> tuple[str, str]:
     return "tests/test_distributions.py", expression
 
 
 SAMPLERS, CHAIN, METRIC = "inference/samplers.py", "inference/chain.py", "inference/preconditioning.py"
+ENGINE = "inference/engine.py"
 OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "distributions.py"
 
 MUTANTS = [
@@ -72,14 +77,23 @@ MUTANTS = [
     Mutant("shared moment is a sum", METRIC,
            "square().mean(0, keepdim=True)", "square().sum(0, keepdim=True)", chain("shared")),
     Mutant("frozen one step late", METRIC,
-           "min(t, self.freeze_after)", "min(t, self.freeze_after + 1)", chain("bias")),
+           "_smaller(t, self.freeze_after)", "_smaller(t, self.freeze_after + 1)", chain("bias")),
     # What the chain gathers
     Mutant("g_θ not divided by the batch", CHAIN, "(num_states * len(z))", "num_states"),
     Mutant("g_θ from one state of `all`", CHAIN,
-           "potential(point, along)", "potential(point, along and t == 1)"),
+           "accumulate = along and (t - 1)", "accumulate = along and t == 1 and (t - 1)"),
     Mutant("g_θ descends", UPDATE, "parameter.grad = -gradient", "parameter.grad = gradient"),
     Mutant("moments of z(0) only", CHAIN, "moments.add(state.z)", "moments.add(z)"),
     Mutant("moments not about their centre", CHAIN, "difference = z - self.centre", "difference = z"),
+    # Blocks on fixed tensors
+    Mutant("every block has the first one's noise", ENGINE,
+           "range(start + 1, start + length + 1)", "range(1, length + 1)", engine("blocks")),
+    Mutant("every block starts its preconditioner anew", ENGINE,
+           "block.load_metric(metric)", "block.load_metric(self.sampler.init(z).metric)", engine("blocks")),
+    Mutant("the first batch stays", ENGINE, "zip(self.inputs, inputs)", "zip([], inputs)", engine("blocks")),
+    Mutant("g_θ of the batch before is kept", ENGINE, "total.zero_()", "total", engine("blocks")),
+    Mutant("every other state for any theta_every", ENGINE,
+           "index % self.sampler.theta_every", "index % 2", engine("thinned")),
     # What the encoder learns
     Mutant("forward KL: sign of the shift", OBJECTIVES,
            "second - 2 * shift", "second + 2 * shift", objectives("two_sums")),

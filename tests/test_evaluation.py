@@ -10,12 +10,14 @@ import scipy.linalg
 import torch
 
 from lpc_runner.errors import UserError
+from lpc_runner.evaluation import neighbours
 from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
 from lpc_runner.randomness import generator
 
 K = 5
+ROW = 48 * 300  # bytes of working memory for one row of distances to 300 points
 
 
 def normal(*shape, stream="features", counter=0):
@@ -70,19 +72,55 @@ def test_moments_are_numpys_whatever_the_chunk():
 def test_neighbours_agree_with_prdc(offset):
     real, fake = normal(300, 16) + offset, normal(200, 16, counter=1) * 0.9 + 0.1 + offset
     expected = prdc.compute_prdc(real.double().numpy(), fake.double().numpy(), K)
-    found = compare_neighbours(real, fake, K, chunk=64)
+    found = compare_neighbours(real, fake, K, budget=64 * ROW)
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-12)
     assert 0.1 < found["density"] < 2 and 0.1 < found["recall"] < 1  # and the case says something
 
 
 def test_neighbours_ignore_chunks_and_order():
     real, fake = normal(150, 8), normal(170, 8, counter=1) * 1.2
-    whole = compare_neighbours(real, fake, K, chunk=1000)
+    whole = compare_neighbours(real, fake, K)
     shuffled = torch.randperm(170, generator=generator(0, "test/order"))
     for chunk in (1, 7, 64):
-        assert compare_neighbours(real.flip(0), fake[shuffled], K, chunk=chunk) == whole
-    radii = squared_radii(real, K, chunk=7)
+        assert compare_neighbours(real.flip(0), fake[shuffled], K, budget=chunk * ROW) == whole
+    radii = squared_radii(real, K, budget=7 * ROW)
     assert compare_neighbours(real, fake, K, reference_radii=radii) == whole
+
+
+def brute_force(real, fake, k):
+    """Direct differences in float64 for every pair."""
+    between, within = torch.cdist(real.double(), fake.double(), compute_mode="donot_use_mm_for_euclid_dist"), []
+    for points in (real, fake):
+        distances = torch.cdist(points.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        within.append(distances.kthvalue(k + 1, dim=1).values * (1 - 1e-9))
+    inside, recalled = between < within[0][:, None], between < within[1]
+    return {
+        "precision": inside.any(0).double().mean().item(),
+        "recall": recalled.any(1).double().mean().item(),
+        "density": inside.sum().item() / (k * len(fake)),
+        "coverage": inside.any(1).double().mean().item(),
+    }
+
+
+@pytest.mark.parametrize("copied", [0, 3, 150])
+@pytest.mark.parametrize("spread", [1.0, 0.1, 1e-3])
+def test_pairs_that_float32_cannot_decide_are_decided_in_float64(monkeypatch, spread, copied):
+    """Tight clusters far apart: float32 products see only noise inside them. With copies, whole blocks are unsure."""
+    centres = normal(4, 40, stream="centres") * 10
+    real, fake = ((centres.repeat(75, 1) + spread * normal(300, 40, counter=n)).float() for n in range(2))
+    fake[:copied] = fake[0]
+    asked = []
+    exact = neighbours._Pairs.exact
+    monkeypatch.setattr(neighbours._Pairs, "exact", lambda self, i, j: asked.append(len(i)) or exact(self, i, j))
+    assert compare_neighbours(real, fake, K, budget=50 * ROW) == pytest.approx(brute_force(real, fake, K), abs=1e-12)
+    assert spread < 1 or sum(asked) < 0.2 * 3 * 300 * 300  # and mostly float32 is enough
+
+
+def test_memory_is_bounded_by_the_budget():
+    """Rows of a block and pairs computed again follow from the bytes allowed, at the sizes of the paper too."""
+    points = torch.zeros(1, 2048).expand(50_000, 2048)[:10]
+    pairs = neighbours._Pairs(points, points, points.mean(0).double(), 2**29)
+    assert 24 * pairs.num_rows * 50_000 < 2**33 and 4 * 8 * 2048 * pairs.num_pairs <= 2**29
 
 
 def test_radii_reach_the_kth_other_point():
@@ -96,7 +134,7 @@ def test_radii_reach_the_kth_other_point():
 @pytest.mark.parametrize("chunk", [11, 512])
 def test_a_set_against_itself_keeps_the_edge_of_each_ball_outside(chunk):
     points = normal(300, 24) + 3
-    found = compare_neighbours(points, points.flip(0), K, chunk=chunk)
+    found = compare_neighbours(points, points.flip(0), K, budget=chunk * ROW)
     # Inside the ball of a point: itself and its k - 1 nearest, not the k-th.
     assert found == {"precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0}
 
@@ -104,7 +142,7 @@ def test_a_set_against_itself_keeps_the_edge_of_each_ball_outside(chunk):
 @pytest.mark.parametrize("chunk", [11, 512])
 def test_copies_are_inside_no_ball_of_radius_zero(chunk):
     points = normal(20, 200).repeat(K + 2, 1) * 30  # every point has more than k copies
-    assert set(compare_neighbours(points, points.flip(0), K, chunk=chunk).values()) == {0.0}
+    assert set(compare_neighbours(points, points.flip(0), K, budget=chunk * ROW).values()) == {0.0}
 
 
 def test_same_distribution_has_density_one_and_the_coverage_ceiling():

@@ -48,7 +48,7 @@ def jax_chain(model: Conv, x: Tensor, num_steps: int) -> tuple[Callable[..., Any
     import jax.numpy as jnp
 
     place = jax.devices("gpu" if x.is_cuda else "cpu")[0]
-    theta, decode = _jax_decoder(model, jax, jnp)
+    theta, decode = _jax_decoder(model, jax, jnp, on_cpu=not x.is_cuda)
     theta["log_scale"] = jnp.asarray(model.likelihood.log_scale.detach().cpu().numpy())
     log_bin = _jax_log_bin(jax, jnp)
     levels = jax.device_put(jnp.asarray(x.permute(0, 2, 3, 1).contiguous().cpu().numpy()), place)
@@ -93,43 +93,77 @@ def jax_chain(model: Conv, x: Tensor, num_steps: int) -> tuple[Callable[..., Any
     return update, jax.__version__
 
 
-def _jax_decoder(model: Conv, jax: Any, jnp: Any) -> tuple[dict[str, Any], Callable]:
-    """The decoder's weights and function, channels last; a transposed convolution is one of the dilated input."""
+def _jax_decoder(model: Conv, jax: Any, jnp: Any, on_cpu: bool) -> tuple[dict[str, Any], Callable]:
+    """The decoder's weights and function, channels last."""
     theta, layers = {}, []
     for number, layer in enumerate(model.decoder):
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            weight = layer.weight.detach().cpu()
+            weight, apply = layer.weight.detach().cpu(), _jax_layer(layer, jax, jnp, on_cpu)
             if isinstance(layer, nn.Linear):
-                weight, how = weight.T, None
-            elif isinstance(layer, nn.ConvTranspose2d):
-                border = layer.kernel_size[0] - 1 - layer.padding[0]
-                weight, how = weight.flip(2, 3).permute(2, 3, 0, 1), ((1, 1), layer.stride, border)
+                weight = weight.T
             else:
-                weight, how = weight.permute(2, 3, 1, 0), (layer.stride, (1, 1), layer.padding[0])
+                weight = weight.permute(2, 3, 0, 1) if layer.transposed else weight.permute(2, 3, 1, 0)
             theta[f"weight{number}"] = jnp.asarray(weight.contiguous().numpy())
             theta[f"bias{number}"] = jnp.asarray(layer.bias.detach().cpu().numpy())
-            layers.append((number, how))
+            layers.append((number, apply))
 
     def decode(theta, z):
         hidden = z
-        for number, how in layers:
-            weight, bias = theta[f"weight{number}"], theta[f"bias{number}"]
-            if how is None:
-                hidden = (hidden @ weight + bias)[:, None, None, :]
-            else:
-                stride, dilation, border = how
-                hidden = bias + jax.lax.conv_general_dilated(
-                    hidden,
-                    weight,
-                    stride,
-                    [(border, border)] * 2,
-                    lhs_dilation=dilation,
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                )
+        for number, apply in layers:
+            hidden = apply(hidden, theta[f"weight{number}"]) + theta[f"bias{number}"]
+            hidden = hidden[:, None, None, :] if hidden.ndim == 2 else hidden
             hidden = jax.nn.silu(hidden) if number != layers[-1][0] else hidden
         return hidden
 
     return theta, decode
+
+
+def _jax_layer(layer: nn.Module, jax: Any, jnp: Any, on_cpu: bool) -> Callable:
+    """(hidden, weight) -> the layer without its bias; weights of convolutions are (height, width, in, out).
+
+    A transposed convolution of stride 2 is a convolution of the dilated input. On a CPU, where XLA's convolutions and
+    their gradients are slow, all are matrix products of shifted copies.
+    """
+    if isinstance(layer, nn.Linear):
+        return lambda hidden, weight: hidden @ weight
+
+    def convolve(hidden, weight, stride, dilation, border):
+        numbers, padding = ("NHWC", "HWIO", "NHWC"), [(border, border)] * 2
+        return jax.lax.conv_general_dilated(
+            hidden, weight, stride, padding, lhs_dilation=dilation, dimension_numbers=numbers
+        )
+
+    if not layer.transposed and not on_cpu:
+        return lambda hidden, weight: convolve(hidden, weight, layer.stride, (1, 1), layer.padding[0])
+    if not layer.transposed:  # of stride 1: one matrix product of shifted copies
+
+        def shifted(hidden, weight):
+            rows, columns = weight.shape[:2]
+            border = layer.padding[0]
+            padded = jnp.pad(hidden, [(0, 0), (border, border), (border, border), (0, 0)])
+            height, width = padded.shape[1] - rows + 1, padded.shape[2] - columns + 1
+            copies = [padded[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)]
+            return jnp.concatenate(copies, -1) @ weight.reshape(-1, weight.shape[-1])
+
+        return shifted
+    if layer.stride == (1, 1):  # of a 1x1 image
+        return lambda hidden, weight: jnp.einsum("bi,hwio->bhwo", hidden[:, 0, 0], weight)
+    if not on_cpu:
+        border = layer.kernel_size[0] - 1 - layer.padding[0]
+        return lambda hidden, weight: convolve(hidden, weight[::-1, ::-1], (1, 1), layer.stride, border)
+
+    def overlap(hidden, weight):  # kernel 4, stride 2, padding 1: output 2 (i + q) + r - 1 takes tap 2 q + r of input i
+        batch, height, width, _ = hidden.shape
+        taps = weight.reshape(2, 2, 2, 2, *weight.shape[2:])
+        patches = jnp.einsum("byxi,qrstio->qsbyrxto", hidden, taps)
+        parts = [
+            jnp.pad(patches[q, s], [(0, 0), (q, 1 - q), (0, 0), (s, 1 - s), (0, 0), (0, 0)])
+            for q in (0, 1)
+            for s in (0, 1)
+        ]
+        return sum(parts).reshape(batch, 2 * height + 2, 2 * width + 2, -1)[:, 1:-1, 1:-1]
+
+    return overlap
 
 
 def _jax_log_bin(jax: Any, jnp: Any) -> Callable:

@@ -1,8 +1,9 @@
 """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), chunked.
 
 All four ask whether one point lies inside the ball that reaches from another to its k-th nearest neighbour in
-its own set. Distances are squared and float64, of centred features: cdist in float32 is wrong by up to .016
-on features far from the origin. Memory is `chunk` x N distances, whatever N.
+its own set. The answers are those of float64: products of centred features are taken in float32 first, and every pair
+that its rounding could decide otherwise is computed again in float64 (among sets full of copies, that is all of them).
+Memory is `budget` beside the features: as they are, centred, and, where copies are many, in float64.
 """
 
 from __future__ import annotations
@@ -14,28 +15,47 @@ import torch
 from torch import Tensor
 
 from lpc_runner.errors import UserError
+from lpc_runner.evaluation.networks import exact_arithmetic
 
-# The product form of a squared distance loses digits in proportion to the points' own lengths: what is left
-# of the distance between equal points is below the first number (relative to those lengths); a radius and the
-# distance it was taken from agree to the second. Both lie far under what float32 features resolve.
-_ZERO = 1e-12
+BUDGET = 2**29  # bytes of working memory
+# A point on a ball's edge is outside it: radii and distances in float64 agree to this, far under what float32 resolves.
 _TIE = 1e-9
+_SPARE = 8  # neighbours beyond the k-th that are computed again
+# What a product form in float64 leaves of the distance between equal points, relative to their own lengths.
+_ZERO = 1e-12
+_MANY = 0.02  # share of a block's pairs beyond which the whole block is computed again
 
 
-def squared_radii(features: Tensor, k: int, *, chunk: int = 512) -> Tensor:
+def squared_radii(features: Tensor, k: int, *, budget: int = BUDGET) -> Tensor:
     """Squared distance of each row of features (N, d) to its k-th nearest other row: (N,) float64."""
     _check_enough(len(features), k)
-    centred = _centre(features, features)
-    radii = []
-    for rows, block in _distance_blocks(centred, centred, chunk):
-        own = torch.arange(rows.start, rows.stop, device=block.device)
-        block[own - rows.start, own] = math.inf  # a point is not its own neighbour, a duplicate of it is
-        radii.append(block.topk(k, dim=1, largest=False, sorted=True).values[:, -1])
-    return torch.cat(radii)
+    pairs = _Pairs(features, features, features.mean(0, dtype=torch.float64), budget)
+    count = min(k + _SPARE, len(features) - 1)
+    radii = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    for rows, low, margin in pairs.bounds():
+        own = torch.arange(rows.start, rows.stop, device=low.device)
+        low[own - rows.start, own] = math.inf  # a point is not its own neighbour, a duplicate of it is
+        least, nearest = low.topk(count, dim=1, largest=False)
+        most = least + margin.gather(1, nearest)
+        # The k-th distance lies between the k-th lower and the k-th upper bound: what is surely nearer is only counted.
+        nearer = most < least[:, k - 1 : k]
+        farthest = most.sort(dim=1).values[:, k - 1 : k]
+        open_ones = (~nearer & (least <= farthest)).nonzero(as_tuple=True)
+        exact = torch.full(least.shape, math.inf, dtype=torch.float64, device=low.device)
+        exact[open_ones] = pairs.exact(open_ones[0] + rows.start, nearest[open_ones])
+        rank = k - 1 - nearer.sum(1, keepdim=True)
+        radii[rows] = exact.sort(dim=1).values.gather(1, rank).squeeze(1)
+        # Where the last one found may still be the k-th, others may too.
+        unsure = own[least[:, -1] <= farthest[:, 0]] if count < len(features) - 1 else own[:0]
+        if len(unsure) > 0:
+            distances = pairs.products(unsure)
+            distances[torch.arange(len(unsure), device=low.device), unsure] = math.inf
+            radii[unsure] = distances.kthvalue(k, dim=1).values
+    return radii
 
 
 def compare_neighbours(
-    references: Tensor, samples: Tensor, k: int, *, reference_radii: Tensor | None = None, chunk: int = 512
+    references: Tensor, samples: Tensor, k: int, *, reference_radii: Tensor | None = None, budget: int = BUDGET
 ) -> dict[str, float]:
     """Precision, recall, density and coverage of samples (M, d) against references (N, d).
 
@@ -44,25 +64,25 @@ def compare_neighbours(
         recall    = mean over references of [some sample j: |x - y_j| < r_j]
         density   = mean over samples of #{i: |x_i - y| < r_i} / k
         coverage  = mean over references of [some sample: |x_i - y| < r_i]
-    reference_radii: `squared_radii(references, k)` where it is known already. UserError when a set has k
-    points or fewer.
+    reference_radii: `squared_radii(references, k)` where it is known already. budget: bytes of working memory beside
+    the features. UserError when a set has k points or fewer.
     """
     _check_enough(min(len(references), len(samples)), k)
     if reference_radii is None:
-        reference_radii = squared_radii(references, k, chunk=chunk)
-    # A point on a ball's edge is outside it: the margin keeps rounding from deciding otherwise.
+        reference_radii = squared_radii(references, k, budget=budget)
+    # The margin keeps rounding from putting a point on the edge inside.
     reference_balls = reference_radii * (1 - _TIE)
-    sample_balls = squared_radii(samples, k, chunk=chunk) * (1 - _TIE)
+    sample_balls = squared_radii(samples, k, budget=budget) * (1 - _TIE)
 
     num_inside = num_covered = num_recalled = 0
     precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    blocks = _distance_blocks(_centre(references, references), _centre(samples, references), chunk)
-    for rows, block in blocks:
-        inside = block < reference_balls[rows, None]
+    pairs = _Pairs(references, samples, references.mean(0, dtype=torch.float64), budget)
+    for rows, low, margin in pairs.bounds():
+        inside = pairs.decide(rows, low, margin, reference_balls[rows, None])
         num_inside += inside.sum()
         num_covered += inside.any(1).sum()
         precise |= inside.any(0)
-        num_recalled += (block < sample_balls).any(1).sum()
+        num_recalled += pairs.decide(rows, low, margin, sample_balls).any(1).sum()
     return {
         "precision": precise.double().mean().item(),
         "recall": int(num_recalled) / len(references),
@@ -85,16 +105,62 @@ def _check_enough(num_points: int, k: int) -> None:
         raise UserError(f"the {k}-th nearest neighbour needs at least {k + 1} images, there are {num_points}")
 
 
-def _centre(features: Tensor, references: Tensor) -> Tensor:
-    return features.double() - references.mean(0, dtype=torch.float64)
+def _centred(features: Tensor, centre: Tensor, dtype: torch.dtype) -> Tensor:
+    result = torch.empty(features.shape, dtype=dtype, device=features.device)
+    for target, part in zip(result.split(1024), features.split(1024)):
+        target.copy_(part.double() - centre)
+    return result
 
 
-def _distance_blocks(first: Tensor, second: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Squared distances of the rows of first (N, d) to second (M, d): which rows, and their (chunk, M)."""
-    second_lengths = second.square().sum(1)
-    for start in range(0, len(first), chunk):
-        rows = slice(start, min(start + chunk, len(first)))
-        part = first[rows]
-        lengths = part.square().sum(1, keepdim=True) + second_lengths
-        block = torch.addmm(lengths, part, second.T, alpha=-2)
-        yield rows, block.masked_fill_(block <= lengths.mul_(_ZERO), 0.0)
+class _Pairs:
+    """Squared distances between rows of `first` (N, d) and `second` (M, d): bounds in float32, values in float64."""
+
+    def __init__(self, first: Tensor, second: Tensor, centre: Tensor, budget: int) -> None:
+        self.originals, self.centre = (first, second), centre
+        self.first = _centred(first, centre, torch.float32)
+        self.second = self.first if second is first else _centred(second, centre, torch.float32)
+        self.lengths = self.first.square().sum(1), self.second.square().sum(1)
+        # Rounding the features, their lengths and a product of d terms in any order moves |a|² + |b|² - 2ab by no more
+        # than this times |a|² + |b|², the unit roundoff being 2⁻²⁴ (Higham 2002, section 3.1).
+        self.relative_error = 2 * (first.shape[1] + 16) * 2.0**-24
+        # A block's float32 distances, their copies and masks: 24 bytes each at most.
+        self.num_rows = max(1, min(4096, budget // (48 * len(second))))
+        self.num_pairs = max(1, budget // (4 * 16 * first.shape[1]))
+
+    def bounds(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Block by block: which rows, lower bounds of their distances (rows, M), and how far upper ones lie above."""
+        with exact_arithmetic():
+            for start in range(0, len(self.first), self.num_rows):
+                rows = slice(start, min(start + self.num_rows, len(self.first)))
+                lengths = self.lengths[0][rows, None] + self.lengths[1]
+                margin = lengths * (2 * self.relative_error)
+                low = torch.addmm(lengths, self.first[rows], self.second.T, alpha=-2).sub_(margin, alpha=0.5)
+                yield rows, low, margin
+
+    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Σ (a - b)² in float64 for pairs of indices, (P,)."""
+        first, second = self.originals
+        parts = zip(rows.split(self.num_pairs), columns.split(self.num_pairs))
+        values = [(first[i].double() - second[j].double()).square_().sum(1) for i, j in parts]
+        return torch.cat(values) if values else torch.empty(0, dtype=torch.float64, device=first.device)
+
+    def products(self, rows: Tensor) -> Tensor:
+        """|a|² + |b|² - 2ab in float64 for whole rows, (R, M); 0 where only rounding is left."""
+        first = _centred(self.originals[0][rows], self.centre, torch.float64)
+        second = _centred(self.originals[1], self.centre, torch.float64)
+        lengths = first.square().sum(1, keepdim=True) + second.square().sum(1)
+        distances = torch.addmm(lengths, first, second.T, alpha=-2)
+        return distances.masked_fill_(distances <= lengths.mul_(_ZERO), 0.0)
+
+    def decide(self, rows: slice, low: Tensor, margin: Tensor, balls: Tensor) -> Tensor:
+        """Whether each distance of the block is below `balls` (squared radii, float64, broadcast): (rows, M) bool."""
+        # Rounding the radius itself down or up by one part in 2²³ keeps the comparison on the safe side.
+        least, most = (balls * (1 - 2.0**-23)).float(), (balls * (1 + 2.0**-23)).float()
+        possible = low <= most
+        inside = possible & (low + margin < least)
+        unsure = (possible & ~inside).nonzero(as_tuple=True)
+        if len(unsure[0]) > _MANY * low.numel():
+            return self.products(torch.arange(rows.start, rows.stop, device=low.device)) < balls
+        radii = balls.expand(low.shape)[unsure]
+        inside[unsure] = self.exact(unsure[0] + rows.start, unsure[1]) < radii
+        return inside

@@ -92,7 +92,7 @@ def literal_gradients(
         z = z.detach()
         second_moment, scale = _precondition(sampler.preconditioner, second_moment, drift, t)
         # g_θ += ∇θ log p(x, z(t-1); θ)
-        if sampler.theta_states == "all":
+        if sampler.theta_states == "all" and (t - 1) % sampler.theta_every == 0:
             add_theta(z)
         # z(t) = z(t-1) + γ g/m̂ + sqrt(2γ/m̂) ξ
         step_size = sampler.step_size(t)
@@ -107,5 +107,5 @@ def literal_gradients(
         states.append(z)
     if sampler.theta_states == "last":
         add_theta(z)
-    count = num_steps if sampler.theta_states == "all" else 1
+    count = len(range(0, num_steps, sampler.theta_every)) if sampler.theta_states == "all" else 1
     return Literal([-total / (count * len(x)) for total in theta_sum], phi_sum, states)
