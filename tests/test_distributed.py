@@ -23,6 +23,7 @@ from lpc_runner.data.images import ImageDataset
 from lpc_runner.distributions import DiscretisedGaussian
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.samples import sample_images, share_of
+from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.objectives import Objective
 from lpc_runner.inference.preconditioning import Adam as PerSample
 from lpc_runner.inference.preconditioning import SharedAdam
@@ -30,9 +31,14 @@ from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
 from lpc_runner.run import execute, plan
+from lpc_runner.tracking.log import MetricLog
+from lpc_runner.tracking.progress import Progress
+from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.distributed import Ranks, bytes_per_update, numbers_per_update
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.traces import Traces
+from lpc_runner.training.trainer import Trainer
 
 SHAPE, BATCH = (1, 8, 8), 8
 # Preconditioner, weights of the objective, scale.
@@ -160,6 +166,41 @@ def _count_sums(ranks: Ranks) -> dict:
         counts[case] = (list(sent), sum(value.numel() for key, value in result["parameters"].items()), result)
     dist.all_reduce = real
     return counts
+
+
+def fit_with_trace(ranks: Ranks, engine: Blocked, folder: Path) -> list:
+    """Rows of the log of two updates, the last of which is traced; only rank 0 writes."""
+    torch.manual_seed(0)
+    model = MLP(SHAPE, 3, 1.0, DiscretisedGaussian("learned", 0.3, 0.9), 0.3, [16])
+    sampler = Langevin(5, "all", Constant(1e-3), PerSample(0.25, 1e-8, None))
+    optimizer = Adam(1e-4, [0.9, 0.999], 1e-8)
+    learner = Learner(model, model.build_encoder(), sampler, Objective(0.5, 0.5), optimizer, ranks, engine)
+    split = Split(torch.randint(256, (40, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    tracker = Tracker(MetricLog(folder / "metrics.jsonl") if ranks.is_main else None)
+    Trainer(1, BATCH, 0, 2, 1, 60.0, None).fit(
+        learner,
+        Batches(split, Images(torch.float32), BATCH, 0, rows=ranks.rows(BATCH)),
+        seed=0,
+        folder=folder / str(ranks.rank),
+        tracker=tracker,
+        progress=Progress(silent=True),
+        traces=Traces([2], 0, 2),
+        measure=lambda counters: {},
+        measure_every=0,
+    )
+    tracker.close("finished")
+    return MetricLog.read(folder / "metrics.jsonl") if ranks.is_main else []
+
+
+def test_a_traced_update_logs_the_same_on_every_rank(tmp_path):
+    """An engine that hides its steps shows those of a traced chain: all ranks then sum one more number."""
+    rows, nothing = on_ranks(2, functools.partial(fit_with_trace, engine=Blocked(), folder=tmp_path), tmp_path)
+    assert ["chain/mala_acceptance" in row for row in rows] == [False, True] and nothing == []
+    assert (tmp_path / "0/traces").is_dir() and not (tmp_path / "1").exists()
+    (tmp_path / "alone").mkdir()
+    alone = fit_with_trace(Ranks(0, 1, 0), Blocked(), tmp_path / "alone")
+    for key in ("chain/mala_acceptance", "train/elbo", "chain/log_joint_last"):
+        assert rows[1][key] == pytest.approx(alone[1][key], rel=1e-5), key
 
 
 def test_one_sum_per_update_of_the_length_stated(tmp_path):

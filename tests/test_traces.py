@@ -8,8 +8,8 @@ import torch
 from conftest import TINY, TINY_VAE
 
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import Gaussian
-from lpc_runner.inference.preconditioning import Identity
+from lpc_runner.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.linear import Linear
@@ -82,6 +82,15 @@ def test_a_single_step_spans_a_line(model, batch):
     found = follow(model, batch, sampler(num_steps=1))
     torch.testing.assert_close(found["explained"][:, 0], torch.ones(3, dtype=torch.float64))
     assert (found["coordinates"][:, :, 1].abs() < 1e-12).all() and found["potential"].isfinite().all()
+
+
+def test_the_encoders_variance_preconditions_trajectories_too(model, batch):
+    """With G = ½ from q the chain is the plain one of half the step size."""
+    encoder = lambda batch: DiagonalGaussian(torch.zeros(3, 4).double(), torch.full((3, 4), 0.5).double())
+    halved = Langevin(40, "all", Constant(0.02), EncoderVariance(1.0))
+    plain = Langevin(40, "all", Constant(0.01), Identity())
+    found, expected = (trajectory(model, encoder, chosen, batch, 0, GRID) for chosen in (halved, plain))
+    torch.testing.assert_close(found["log_joint"], expected["log_joint"])
 
 
 def test_what_is_not_finite_is_not_kept(model, batch, tmp_path, caplog):

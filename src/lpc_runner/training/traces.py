@@ -111,11 +111,11 @@ def trajectory(
     def log_joint(z: Tensor) -> Tensor:
         return model.log_joint(batch.x, z)
 
-    start = model.prior.scale * normal("start") if encoder is None else encoder(batch).rsample(normal("start"))
+    q = None if encoder is None else encoder(batch)
+    start = model.prior.scale * normal("start") if q is None else q.rsample(normal("start"))
     states = [start]
-    run_chain(
-        log_joint, start, sampler, lambda t: normal("chain", t), observe=lambda state, info: states.append(state.z)
-    )
+    keep = lambda state, info: states.append(state.z)
+    run_chain(log_joint, start, sampler, lambda t: normal("chain", t), q=q, observe=keep)
     if not all(bool(z.isfinite().all()) for z in states):
         return None
     values = torch.stack([log_joint(z) for z in states])

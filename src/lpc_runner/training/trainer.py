@@ -106,7 +106,7 @@ class Trainer:
                 from_prior = counters.update < self.num_prior_batches
                 number = counters.update + 1
                 logged = number in (1, total) or number % self.log_every == 0
-                trace = traces.watch(number) if ranks.is_main else None
+                trace = traces.watch(number)  # on every rank: what is logged of a chain must not differ between them
                 signalled = interrupts.received is not None
                 gradients = learner.gradients(
                     batch, seed, counters.update, from_prior, trace, judge=logged, stop=signalled
@@ -120,7 +120,8 @@ class Trainer:
                 counters.gradient_evaluations += gradients.num_evaluations
                 counters.train_seconds += time.perf_counter() - started
 
-                traces.keep(kept, counters.update, trace)
+                if ranks.is_main:
+                    traces.keep(kept, counters.update, trace)
                 done, rest = divmod(counters.update, batches.num_batches)
                 values = {"epoch": counters.update / batches.num_batches}
                 last = counters.update == total
