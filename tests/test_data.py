@@ -222,6 +222,17 @@ class TestArrays:
             assert str(path) in user_error(Arrays(str(path)).load)
 
     def test_shape_comes_from_the_header(self, tmp_path):
+        """Without reading images: damage among them is found by load, not by shape."""
+        images = random_images(200, 3, 32, 32)  # more than one read of the archive takes
+        path = Path(self.save(tmp_path / "mine.npz", images=images))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+        assert Arrays(str(path)).shape == (3, 32, 32)
+        with pytest.raises(UserError, match="damaged"):
+            Arrays(str(path)).load()
+
+    def test_a_header_may_not_promise_more_than_the_file_holds(self, tmp_path):
         path = tmp_path / "mine.npz"
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
@@ -229,7 +240,8 @@ class TestArrays:
         )
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("images.npy", header.getvalue())
-        assert Arrays(str(path)).shape == (3, 64, 64)
+        with pytest.raises(UserError, match="shorter than its header"):
+            Arrays(str(path)).shape  # noqa: B018
 
     def test_identity_follows_content_not_place(self, tmp_path):
         (tmp_path / "elsewhere").mkdir()
