@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, TINY_VAE, only_run, result_of, rows_of, weights_of
+from omegaconf import OmegaConf
 from PIL import Image
 
 import lpc_runner
@@ -164,6 +166,20 @@ def test_evaluate_says_what_is_wrong_in_one_line(run, command):
         answer = command(*words, entry=main)
         assert answer.code == 1 and len(answer.lines) == 1 and says in answer.err, answer.err
     assert not (run / "evaluations").exists()
+
+
+def test_a_run_of_a_gpu_is_read_without_one(run, command, tmp_path, monkeypatch):
+    """How its chains were launched, and in what arithmetic, asks nothing of the machine that measures it."""
+    from lpc_runner.evaluate import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    copy = shutil.copytree(run, tmp_path / "copy")
+    cfg = OmegaConf.load(copy / "config.yaml")
+    cfg.device, cfg.engine, cfg.precision = "cuda", "cuda_graph", "tf32"
+    OmegaConf.save(cfg, copy / "config.yaml")
+    assert lpc_runner.load(copy).update == 6
+    answer = command(str(copy), entry=main)
+    assert answer.code == 0, answer.err
 
 
 def test_sample_and_load_give_the_runs_own_images(run, command, tmp_path):

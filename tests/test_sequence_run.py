@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import cells_of, only_run, result_of
 
+import lpc_runner.sample
 from lpc_runner.config.build import build
 
 SMALL = (
@@ -62,6 +63,8 @@ def test_a_run_is_measured_again(command):
     assert answer.code == 0, answer.err
     (path,) = (only_run() / "evaluations").iterdir()
     assert path.name == "sequences-k7-n4-test-1.json" and "K = 7" in answer.out
+    answer = command(str(only_run()), entry=lpc_runner.sample.main)
+    assert answer.code == 1 and len(answer.lines) == 1 and "spike counts" in answer.err, answer.err
 
 
 def test_a_linear_system_is_measured_against_its_exact_evidence(command):

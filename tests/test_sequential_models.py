@@ -313,6 +313,16 @@ def test_poisson_is_normalised_and_starts_at_its_rate(link):
     torch.testing.assert_close(mean, emission.mean(predictor))
 
 
+@pytest.mark.parametrize("link", ["exp", "softplus"])
+def test_rates_are_float32_where_the_network_is_bfloat16(link):
+    """precision=bf16 rounds what the network does, not the likelihood."""
+    emission, predictor = Poisson(link, 1.0, 0.3), torch.linspace(-20, 3, 24).bfloat16()
+    levels = torch.arange(24.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = emission.density(levels, predictor)
+    torch.testing.assert_close(got, emission.density(levels, predictor.float()), rtol=0, atol=0)
+
+
 def test_the_exp_links_tail_is_its_tangent():
     """Below c it is exp; from c on e^c (1 + η - c): value and slope agree at c, and the gradient never vanishes."""
     emission, c = Poisson("exp", 2.0, 0.3), 2.0

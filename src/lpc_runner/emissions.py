@@ -53,7 +53,7 @@ class Poisson(nn.Module):
 
     def density(self, x: Tensor, predictor: Tensor) -> Tensor:
         """log p(x | η) = x log rate - rate - log x!, elementwise, nats; x: counts in a floating dtype."""
-        log_rate = self.log_rate(predictor)
+        log_rate = self.log_rate(predictor.to(x.dtype))  # where the network's arithmetic is bfloat16, this is not
         return x * log_rate - log_rate.exp() - torch.lgamma(x + 1)
 
     def forward(self, x: Tensor, predictor: Tensor) -> Tensor:

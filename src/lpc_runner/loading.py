@@ -46,7 +46,8 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     """
     directory = RunDirectory.open(run_dir)
     cfg = _read_config(directory.path / "config.yaml")
-    cfg.device = device
+    # How the chain was computed in training is nothing to those who look, perhaps on a machine without a GPU.
+    cfg.device, cfg.engine, cfg.precision = device, "auto", "fp32"
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key.split(".")[0] not in _CHANGEABLE:
