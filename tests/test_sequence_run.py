@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from conftest import cells_of, only_run, result_of
@@ -53,6 +55,17 @@ def test_variational_em_is_measured_by_its_free_q(command):
     metrics = result_of(only_run())["metrics"]
     assert "free_iwae" in metrics and "rates_r2" in metrics
     assert not any(name.startswith("encoder_") or name == "elbo" for name in metrics)
+
+
+def test_a_diverged_run_keeps_what_is_finite(command):
+    """The model's first state is measured; averages over its exploding chains are no numbers."""
+    answer = command(*LORENZ, "preconditioning=none", "step_size.value=5000")
+    assert answer.code == 0, answer.err
+    result = result_of(only_run())
+    assert result["status"] == "diverged" and "bits_per_spike" in result["metrics"]
+    assert all(map(math.isfinite, result["metrics"].values()))
+    assert "not finite and left out: chain_" in answer.err
+    assert command(*LORENZ, "preconditioning=none", "step_size.value=5000").code == 0  # it is done
 
 
 def test_a_run_is_measured_again(command):
