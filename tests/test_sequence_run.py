@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from conftest import cells_of, only_run, result_of
+import torch
+from conftest import cells_of, only_run, plan_of, result_of
 
 import lpc_runner.sample
 from lpc_runner.config.build import build
+from lpc_runner.parts import build_learner
 
 SMALL = (
     "device=cpu",
@@ -48,6 +50,14 @@ def test_the_default_of_sequences_measures_and_draws(command):
     rows = [line for line in answer.out.splitlines() if line.strip().startswith("rates_r2")]
     assert rows and f"{metrics['rates_r2']:.4g}" in rows[0] and " 1 " in rows[0]
     assert "true rates" in answer.out and facts["sources"] in answer.out
+
+
+def test_step_sizes_of_blocks_follow_the_run_to_its_device(workplace):
+    """A lease or a rank chooses the GPU after the configuration was checked."""
+    experiment = plan_of(*LORENZ, "step_size=blocks").experiment
+    experiment.device = torch.device("meta")
+    learner = build_learner(experiment)
+    assert learner.sampler.step_size(1).device == next(learner.model.parameters()).device == torch.device("meta")
 
 
 def test_variational_em_is_measured_by_its_free_q(command):
