@@ -18,6 +18,7 @@ from series import config_dir
 
 from lpc_runner.config.build import LATER, build
 from lpc_runner.config.compose import CONF_DIR
+from lpc_runner.config.identity import flat_keys
 from lpc_runner.errors import UserError
 from lpc_runner.schema import hints_of
 
@@ -286,3 +287,8 @@ def test_looking_at_the_configuration_loads_no_torch(tmp_path):
     assert "num_steps: ${tuned.num_steps}" in done.stdout  # --cfg job
     assert "objective: forward, iwae, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout  # --help
     assert list(tmp_path.iterdir()) == []
+
+
+def test_draws_of_an_e_step_are_no_importance_samples():
+    keys = [flat_keys(cell_of("dataset=lorenz", f"method={method}")) for method in ("vem", "iwae")]
+    assert "num_importance_samples" not in keys[0] and keys[1]["num_importance_samples"] == 10

@@ -35,6 +35,9 @@ def test_a_new_run_is_timed_once_and_costs_in_proportion_to_its_chain(workplace,
     assert len(calls) == 1
     pace.seconds_left(plan_of(*TINY, "model.hidden=[17]"))
     assert len(calls) == 2
+    pace.seconds_left(plan_of(*TINY, "precision=bf16"))
+    pace.seconds_left(plan_of(*TINY, "engine=compiled"))
+    assert len(calls) == 4
     assert not list(Path("outputs").glob("*"))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from conftest import cells_of, only_run, result_of
+import torch
+from conftest import cells_of, only_run, plan_of, result_of
 
 import lpc_runner.sample
 from lpc_runner.config.build import build
+from lpc_runner.parts import build_learner
 
 SMALL = (
     "device=cpu",
@@ -48,11 +52,30 @@ def test_the_default_of_sequences_measures_and_draws(command):
     assert "true rates" in answer.out and facts["sources"] in answer.out
 
 
+def test_step_sizes_of_blocks_follow_the_run_to_its_device(workplace):
+    """A lease or a rank chooses the GPU after the configuration was checked."""
+    experiment = plan_of(*LORENZ, "step_size=blocks").experiment
+    experiment.device = torch.device("meta")
+    learner = build_learner(experiment)
+    assert learner.sampler.step_size(1).device == next(learner.model.parameters()).device == torch.device("meta")
+
+
 def test_variational_em_is_measured_by_its_free_q(command):
     assert command("model=lfads", *LORENZ, "method=vem", "metrics.every_epochs=1").code == 0
     metrics = result_of(only_run())["metrics"]
     assert "free_iwae" in metrics and "rates_r2" in metrics
     assert not any(name.startswith("encoder_") or name == "elbo" for name in metrics)
+
+
+def test_a_diverged_run_keeps_what_is_finite(command):
+    """The model's first state is measured; averages over its exploding chains are no numbers."""
+    answer = command(*LORENZ, "preconditioning=none", "step_size.value=5000")
+    assert answer.code == 0, answer.err
+    result = result_of(only_run())
+    assert result["status"] == "diverged" and "bits_per_spike" in result["metrics"]
+    assert all(map(math.isfinite, result["metrics"].values()))
+    assert "not finite and left out: chain_" in answer.err
+    assert command(*LORENZ, "preconditioning=none", "step_size.value=5000").code == 0  # it is done
 
 
 def test_a_run_is_measured_again(command):

@@ -97,6 +97,8 @@ def test_what_is_not_finite_is_not_kept(model, batch, tmp_path, caplog):
     wild = Langevin(400, "all", Constant(50.0), Identity())
     Traces([1], 3, GRID).follow(tmp_path / "t.npz", model, None, wild, batch, 0)
     assert not list(tmp_path.iterdir()) and "no trajectories" in caplog.text
+    far = Langevin(3, "all", Constant(1e9), Identity())  # finite states, whose squares are beyond float32
+    assert trajectory(model.float(), None, far, Batch(batch.x.float(), batch.index), 0, GRID) is None
     Traces([1], 3, GRID).follow(tmp_path / "t.npz", model, None, NoSteps(None, None), batch, 0)
     assert not list(tmp_path.iterdir())
 

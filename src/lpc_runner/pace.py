@@ -53,7 +53,8 @@ def _what_costs(run: Planned) -> str:
     for group in ("preconditioning", "optimizer"):  # their numbers cost nothing, their kind does
         kept[group] = kept[group]["_target_"]
     experiment = run.experiment
-    facts = [list(experiment.dataset.shape), experiment.trainer.batch_size, str(experiment.device)]
+    engine = [type(experiment.engine).__name__, experiment.engine.precision]
+    facts = [list(experiment.dataset.shape), experiment.trainer.batch_size, str(experiment.device), engine]
     return json.dumps([kept, *facts], sort_keys=True, default=str)
 
 

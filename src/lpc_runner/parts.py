@@ -11,6 +11,7 @@ from lpc_runner.config.build import Experiment
 from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Data
 from lpc_runner.evaluation.evaluator import Evaluator
+from lpc_runner.inference.step_sizes import Blocks
 from lpc_runner.randomness import seeded_layers
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
@@ -32,6 +33,8 @@ def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
         encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
     for module in filter(None, (experiment.model, encoder)):
         module.to(experiment.device)
+    if isinstance(step_size := getattr(experiment.sampler, "step_size", None), Blocks):
+        step_size.bind(experiment.model.blocks, experiment.device)  # a rank or a lease may have chosen another GPU
     return Learner(
         experiment.model,
         encoder,

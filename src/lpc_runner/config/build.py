@@ -115,7 +115,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
             f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none"
         )
     if isinstance(parts["step_size"], Blocks):
-        _naming("step_size", parts["step_size"].bind, model.blocks, device)
+        _naming("step_size", parts["step_size"].bind, model.blocks)
     return Experiment(
         dataset=dataset,
         model=model,

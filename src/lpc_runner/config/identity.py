@@ -51,13 +51,13 @@ def flat_keys(cell: Cell) -> dict[str, Any]:
     groups = ("dataset", "model", "sampler", "objective", "preconditioning", "step_size")
     keys: dict[str, Any] = {group: choices[group] for group in groups}
     keys["step_size_schedule"] = keys.pop("step_size")
-    has_chain = "num_steps" in cfg.sampler
+    has_chain, has_e_steps = "num_steps" in cfg.sampler, "num_encoder_steps" in cfg.objective
     keys |= {
         "seed": cfg.seed,
         "num_steps": cfg.sampler.get("num_steps", 0),
         "step_size": cfg.step_size.get("value") if has_chain else None,
         "beta": cfg.preconditioning.get("beta") if has_chain else None,
-        "num_importance_samples": cfg.objective.get("num_samples"),
+        "num_importance_samples": None if has_e_steps else cfg.objective.get("num_samples"),
         "theta_states": cfg.sampler.get("theta_states"),
         "learning_rate": cfg.optimizer.get("learning_rate"),
         "num_epochs": cfg.trainer.num_epochs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -13,6 +15,8 @@ from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.training.distributed import SINGLE, Ranks
 
+logger = logging.getLogger(__name__)
+
 
 class Trained(Protocol):
     """What is measured: a model p(x, z; θ), its encoder (None where there is none) and its sampler."""
@@ -20,6 +24,14 @@ class Trained(Protocol):
     model: LatentVariableModel
     encoder: nn.Module | None
     sampler: Any
+
+
+def finite(numbers: dict[str, float]) -> dict[str, float]:
+    """What of the numbers is finite; a warning names the others, which a diverged run may have."""
+    left_out = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if left_out:
+        logger.warning("not finite and left out: %s", ", ".join(left_out))
+    return {name: value for name, value in numbers.items() if name not in left_out}
 
 
 class Evaluator(ABC):
@@ -34,7 +46,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
-        """All numbers, and the facts to write beside them: counts, split, what measured them."""
+        """All finite numbers, and the facts to write beside them: counts, split, what measured them."""
 
     @abstractmethod
     def draw_data(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lpc_runner.data.dataset import Batch, Data, Dataset
-from lpc_runner.evaluation.evaluator import Evaluator, Trained
+from lpc_runner.evaluation.evaluator import Evaluator, Trained, finite
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
 from lpc_runner.training.distributed import Ranks
@@ -39,7 +39,7 @@ class ImageEvaluator(Evaluator):
             metrics |= encoder_bound(model, trained.encoder, self.dataset, self.data.test, self.seed)
             facts |= {"bound_split": "test", "num_bound": len(self.data.test)}
         metrics["sigma"] = float(model.likelihood.log_scale.detach().exp())
-        return metrics, facts
+        return finite(metrics), facts
 
     def _quality(self, trained: Trained, count: int) -> dict[str, float]:
         """Sample quality of `count` images, which all ranks draw and rank 0 compares."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.sequences import COUNTS
 from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.evaluation import kalman, spikes
-from lpc_runner.evaluation.evaluator import Evaluator, Trained
+from lpc_runner.evaluation.evaluator import Evaluator, Trained, finite
 from lpc_runner.evaluation.gaps import fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
@@ -70,7 +71,7 @@ class SequenceEvaluator(Evaluator):
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
         with evaluating(trained.model, trained.encoder):
             numbers, free = self._bounds(trained)
-            self.gaps = dict(numbers)
+            self.gaps = dict(numbers) if all(map(math.isfinite, numbers.values())) else {}
             inferred = self._infer(trained, free)
             self.last = inferred
             numbers |= self._divergences(trained.model, inferred.q)
@@ -78,6 +79,7 @@ class SequenceEvaluator(Evaluator):
             if trained.sampler.num_steps > 0:
                 numbers |= self._of_chain(trained, inferred)
             numbers |= {name: float(value) for name, value in trained.model.likelihood.scalars().items()}
+            numbers = finite(numbers)
         return numbers, self._facts(trained, inferred, numbers)
 
     def draw_data(self, folder: Path) -> None:
@@ -268,7 +270,7 @@ class SequenceEvaluator(Evaluator):
             if self.dataset.kind == COUNTS:
                 found |= self._of_spikes(index, rates[index])
         found |= {f"chain_{name}": value for name, value in found.items()}
-        return found
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def is_amortised(encoder: nn.Module | None) -> bool:

@@ -100,7 +100,7 @@ def trajectory(
     z(0) ~ q(z|x), or ~ p(z) without an encoder. The directions u1, u2 are the first two principal components of
     z(t) - z(T), t = 0 .. T, for each chain its own. Returns coordinates (T+1, B, 2) of z(t) - z(T) along them;
     explained (B, 2), their shares of the variance; log_joint (T+1, B), nats; grid (B, 2, G), positions along u1 and
-    u2; potential (B, G, G) = -log p(x, z(T) + a u1 + b u2), nats. None if a state is not finite.
+    u2; potential (B, G, G) = -log p(x, z(T) + a u1 + b u2), nats. None if a state or its log p(x, z) is not finite.
     """
     shape, like = (len(batch.x), model.latent_dim), next(model.parameters())
 
@@ -116,9 +116,9 @@ def trajectory(
     states = [start]
     keep = lambda state, info: states.append(state.z)
     run_chain(log_joint, start, sampler, lambda t: normal("chain", t), q=q, observe=keep)
-    if not all(bool(z.isfinite().all()) for z in states):
-        return None
     values = torch.stack([log_joint(z) for z in states])
+    if not all(bool(found.isfinite().all()) for found in (*states, values)):
+        return None
     moves = torch.stack(states) - states[-1]  # (T+1, B, d)
     coordinates, directions, explained = _main_plane(moves)
 
