@@ -76,6 +76,27 @@ def test_every_variant_runs_and_rows_name_what_is_not_measured(monkeypatch):
     assert text.count("\n| ") == len(rows) + 1 and "not measured" in text
 
 
+@pytest.mark.parametrize("side", [28, 32, 64])
+def test_work_of_the_paper_s_decoder(side):
+    """Twice the products forward for z and for the weights, layer by layer from Table 2's shapes."""
+    last = {28: (14, 9), 32: (16, 9), 64: (16, 16)}[side]  # positions a side of the input or output, taps
+    positions = [1, 16 * 256 * 64, 16 * 16 * 64 * 64, 64 * 16 * 64 * 32, last[0] ** 2 * last[1] * 32 * 32]
+    positions[0] = 40 * 256
+    final = {28: 14, 32: 16, 64: 32}[side] ** 2 * 16 * 32 * 3
+    done = floor.work_of_a_step(build_model(side, CPU), images(Work(side, 1, 2), CPU), "fp32")
+    assert done["flops"] == 3 * 2 * 2 * (sum(positions) + final)
+
+
+def test_a_whole_comparison_prints_a_table(monkeypatch):
+    """Every stage of the smallest comparison, growth and profile aside, runs to its text."""
+    monkeypatch.setattr(floor, "WIDTH", {"cpu": 64})
+    monkeypatch.setattr(floor, "COPIED", {"cpu": 2**12})
+    result = report.compare(Work(28, 1, 2), 2, CPU, ("eager",))
+    text = report.markdown_of(result)
+    assert "| literal, jeffreys | eager | fp32 |" in text and "Floor, fp32:" in text and "Floor, bf16:" in text
+    assert all(row["share_of_floor"] is None or row["share_of_floor"] > 0 for row in result["rows"])
+
+
 def test_work_of_a_step_is_counted_by_hand():
     """The last layer alone: 2 · positions · kernel · channels each for the output, for z and for the weights."""
     model, x = build_model(28, CPU), images(TINY, CPU)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpc_runner.inference.chain import FusedPotential
 from lpc_runner.inference.engine import Eager, Precision
 from lpc_runner.models.conv import Conv
 
@@ -54,13 +53,13 @@ def work_of_a_step(model: Conv, x: Tensor, precision: Precision) -> dict[str, fl
     Counted as moved: the output of every layer and its gradient, written and read once each (an activation function
     and the likelihood cost nothing, as if fused), θ read twice, and the sum of its gradients read and written.
     """
-    potential = FusedPotential(lambda z: model.log_joint(x, z), list(model.parameters()))
-    z, sizes, hooks = torch.randn(len(x), model.latent_dim, device=x.device), [], []
+    z, sizes, hooks = torch.randn(len(x), model.latent_dim, device=x.device, requires_grad=True), [], []
     for layer in model.decoder:
         if list(layer.parameters()):
             hooks.append(layer.register_forward_hook(lambda module, given, output: sizes.append(output.numel())))
     with FlopCounterMode(display=False) as counter:
-        potential(z, True)
+        model.log_joint(x, z).sum().backward()  # the counter cannot follow autograd.grad, whose products are the same
+    model.zero_grad()
     for hook in hooks:
         hook.remove()
     item, num_parameters = 2 if precision == "bf16" else 4, sum(p.numel() for p in model.parameters())
