@@ -8,7 +8,7 @@ run: .venv/.runtime
 	$(BIN)/python -m lpc_runner
 
 test: .venv/.development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.development
 	$(BIN)/ruff check .
