@@ -101,13 +101,13 @@ def execute(planned: Planned) -> dict[str, Any]:
         _describe(planned)
         try:
             result = _train_and_measure(planned)
+            directory.write("result.json", result)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
             reason = masked(reason)
             with suppress(OSError):  # on a full disk there may be no room for the news of it either
                 directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             raise
-        directory.write("result.json", result)
         planned.ranks.agree(True)
         return result
 
