@@ -239,13 +239,19 @@ class CudaGraph(Blocked):
 
 
 class Compiled(Blocked):
-    """The potential, forward and backward, by torch.compile, in blocks launched by Python (CPU)."""
+    """The potential, forward and backward, by torch.compile, in blocks launched by Python (CPU).
+
+    torch keeps a few compiled forms of one function and then runs it uncompiled; so that the many runs of a sweep do
+    not get there, every engine starts with none of those before it.
+    """
 
     def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
         super().__init__(precision, device)
         self._compiled: dict[LogJoint, LogJoint] = {}
 
     def potential_of(self, log_joint: LogJoint) -> LogJoint:
+        if not self._compiled:
+            torch.compiler.reset()
         if log_joint not in self._compiled:
             self._compiled[log_joint] = torch.compile(super().potential_of(log_joint), dynamic=False)
         return self._compiled[log_joint]
