@@ -73,14 +73,29 @@ def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
     return (config_dir(data / "config"), *found) if any("=test_" in item for item in found) else found
 
 
+# Large products in the default tests by one seed, which changes nothing in how a cell is composed; all of it is slow.
+LARGE = ("tune", "fig4", "fig2", "compute", "table1")
+
+
 @functools.cache
-def cells_with(group: str, option: str, data: Path):
-    return cells_of(*beside(group, option, data), f"{group}={option}")
+def cells_with(group: str, option: str, data: Path, *more: str):
+    return cells_of(*beside(group, option, data), f"{group}={option}", *more)
 
 
 @pytest.mark.parametrize("group, option", OPTIONS)
 def test_every_option_composes_and_builds(group, option, data, workplace):
-    cells = cells_with(group, option, data)
+    check_cells(group, option, data, *(["seed=0"] if option in LARGE else []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", LARGE)
+def test_every_cell_of_every_seed_composes_and_builds(option, data, workplace):
+    check_cells("experiment", option, data)
+
+
+def check_cells(group: str, option: str, data: Path, *more: str) -> None:
+    """Every cell of an option composes, is that option, and builds."""
+    cells = cells_with(group, option, data, *more)
     assert len(cells) == 1 or group in STUDIES
     for cell in cells:
         assert cell.choices[group] == option
