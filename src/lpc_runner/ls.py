@@ -112,7 +112,9 @@ def _ago(seconds: float | None) -> str:
 
 
 def _table(runs: list[Listed]) -> Table:
-    table = Table("run", "state", "epoch", "metrics", "age", "host", "what to do", box=None)
+    table = Table(box=None)
+    for name in ("run", "state", "epoch", "metrics", "age", "host", "what to do"):
+        table.add_column(name, overflow="fold")  # a name cut short could not be looked for
     colours = {"done": "green", "running": "cyan", "interrupted": "yellow"}
     for run in runs:
         shown = [key for start in _METRICS for key in run.metrics if key.startswith(start)][:2]
