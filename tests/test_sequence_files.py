@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import h5py
 import numpy as np
 import pytest
@@ -197,6 +200,18 @@ def test_links_and_pickles_are_not_followed(tmp_path):
     assert "another file" in user_error(spikes(path).load)
     np.savez(tmp_path / "p.npz", train_spikes=np.array([TRAIN, None], dtype=object), valid_spikes=VALID)
     assert "no numbers" in user_error(spikes(tmp_path / "p.npz").load)
+
+
+def test_a_header_beyond_its_member_is_damage_and_objects_beside_the_spikes_are_not_looked_at(tmp_path):
+    path = tmp_path / "short.npz"
+    whole = io.BytesIO()
+    np.save(whole, TRAIN)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train_spikes.npy", whole.getvalue()[:-8])
+        archive.writestr("valid_spikes.npy", whole.getvalue())
+    assert "train_spikes.npy is shorter than its header says" in user_error(spikes(path).load)
+    np.savez(tmp_path / "notes.npz", **GOOD, notes=np.full(1000, None, dtype=object))  # shorter than its pointers
+    assert np.array_equal(spikes(tmp_path / "notes.npz").load().train.values, TRAIN)
 
 
 def test_identity_follows_content_and_held_out_neurons_not_the_place(tmp_path):

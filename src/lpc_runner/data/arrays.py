@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import struct
 import zipfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from lpc_runner.data.archives import Header, damage_named, npz_header
 from lpc_runner.data.dataset import Data
 from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
 from lpc_runner.data.stored import content_hash
@@ -20,16 +15,6 @@ from lpc_runner.errors import UserError
 from lpc_runner.schema import checked
 
 _MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
-# What zipfile, zlib and numpy raise on a file whose bytes are not what they were.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError, MemoryError)
-
-
-@dataclass(frozen=True)
-class _Header:
-    """dtype and shape of one array."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
 
 
 class Arrays(ImageDataset):
@@ -106,47 +91,23 @@ def _must_exist(path: Path) -> None:
         raise UserError(f"{path}: no such file, expected an .npz: {_MAKE}")
 
 
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Turn what damaged files raise into one line that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error
-
-
-def _headers(path: Path) -> dict[str, _Header]:
+def _headers(path: Path) -> dict[str, Header]:
     """dtype and shape of `images` and, where present, `labels`, checked; the arrays are not read."""
     _must_exist(path)
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not an .npz file or cut short (no zip directory at its end): {_MAKE}")
-    with _damage_named(path), zipfile.ZipFile(path) as archive:
+    with damage_named(path), zipfile.ZipFile(path) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
         if "images" not in keys:
             raise UserError(f"{path}: no key 'images', found {', '.join(keys) or 'none'}: {_MAKE}")
-        headers = {key: _header(archive, key) for key in ("images", "labels") if key in keys}
+        headers = {key: npz_header(archive, key) for key in ("images", "labels") if key in keys}
     check_images(path, headers["images"].dtype, headers["images"].shape)
     if "labels" in headers:
         check_labels(path, headers["labels"].dtype, headers["labels"].shape, headers["images"].shape[0])
     return headers
 
 
-def _header(archive: zipfile.ZipFile, key: str) -> _Header:
-    with archive.open(f"{key}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        layouts = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in layouts:
-            raise ValueError(f"{key}.npy has format version {version}")
-        shape, _, dtype = layouts[version](file)
-    if math.prod(shape) * dtype.itemsize > archive.getinfo(f"{key}.npy").file_size:
-        raise ValueError(f"{key}.npy is shorter than its header says")
-    return _Header(dtype, shape)
-
-
 def _read(path: Path) -> dict[str, np.ndarray]:
     """`images` and, where present, `labels`; reading to the end makes zipfile compare its checksums."""
-    with _damage_named(path), np.load(path, allow_pickle=False) as file:
+    with damage_named(path), np.load(path, allow_pickle=False) as file:
         return {key: file[key] for key in ("images", "labels") if key in file}

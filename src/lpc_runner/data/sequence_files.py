@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import math
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lpc_runner.data.archives import Header, damage_named, npz_header
 from lpc_runner.errors import UserError
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_COMPRESSION = 1100  # deflate, the usual filter of both formats, cannot exceed 1032
 _MAX_INT = np.iinfo(np.int32).max
-# What zipfile, zlib, numpy and h5py raise on a file whose bytes are not what they were.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError, KeyError)
-
-
-@dataclass(frozen=True)
-class Header:
-    """dtype and shape of one array."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
 
 
 def read_headers(path: Path) -> dict[str, Header]:
@@ -38,7 +26,7 @@ def read_headers(path: Path) -> dict[str, Header]:
     UserError for a missing, alien or damaged file, and for an array that its file cannot really hold.
     """
     with _opened(path) as file:
-        headers = {key: _npz_header(file, key) for key in _keys(file)} if _is_zip(file) else _hdf5_headers(path, file)
+        headers = {key: npz_header(file, key) for key in _keys(file)} if _is_zip(file) else _hdf5_headers(path, file)
     for key, header in headers.items():
         if header.dtype.hasobject or header.dtype.kind not in "biuf":
             headers[key] = Header(np.dtype(object), header.shape)  # not numbers: only a fault if the key is used
@@ -67,7 +55,7 @@ def _opened(path: Path) -> Iterator[Any]:
         is_hdf5 = file.read(len(_HDF5_SIGNATURE)) == _HDF5_SIGNATURE
     if not is_hdf5 and not zipfile.is_zipfile(path):
         raise UserError(f"{path}: neither .npz nor HDF5, or cut short (a MATLAB file: save it with -v7.3)")
-    try:
+    with damage_named(path):
         if is_hdf5:
             import h5py
 
@@ -76,11 +64,6 @@ def _opened(path: Path) -> Iterator[Any]:
         else:
             with zipfile.ZipFile(path) as opened:
                 yield opened
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error
 
 
 def _is_zip(file: Any) -> bool:
@@ -89,16 +72,6 @@ def _is_zip(file: Any) -> bool:
 
 def _keys(file: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy")]
-
-
-def _npz_header(file: zipfile.ZipFile, key: str) -> Header:
-    with file.open(f"{key}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        layouts = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in layouts:
-            raise ValueError(f"{key}.npy has format version {version}")
-        shape, _, dtype = layouts[version](member)
-    return Header(dtype, shape)
 
 
 def _root(file: Any) -> Any:

@@ -1,0 +1,64 @@
+"""What the readers of a user's files share: an array's header, and damage told in one line."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lpc_runner.errors import UserError
+
+# What zipfile, zlib, numpy and h5py raise on a file whose bytes are not what they were.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    MemoryError,
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """dtype and shape of one array."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what damaged files raise into one UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error
+
+
+def npz_header(archive: zipfile.ZipFile, key: str) -> Header:
+    """Header of an array in an .npz, which is not read. ValueError if the array is shorter than its header says."""
+    with archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        layouts = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in layouts:
+            raise ValueError(f"{key}.npy has format version {version}")
+        shape, _, dtype = layouts[version](file)
+        held = archive.getinfo(f"{key}.npy").file_size - file.tell()
+    # Python objects are pickled, in fewer or more bytes than their pointers take.
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > held:
+        raise ValueError(f"{key}.npy is shorter than its header says")
+    return Header(dtype, shape)
