@@ -85,6 +85,7 @@ def notes_on(numbers: dict[str, float], num_importance_samples: int) -> dict[str
     notes["latents_r2"] = notes["behaviour_r2"] = "R² of a ridge regression from the factors, other half of the trials"
     notes["bits_per_spike"] = "over each neuron's mean rate"
     notes["cosmoothing_bits_per_spike"] = "held-out neurons, from the held-in ones"
-    notes["identity_overfit"] = "1: fits the spikes it saw better than the true rates do"
+    notes["reconstruction"] = f"{PER_TRIAL}: mean of log p(x|z) over draws of q"
+    notes["identity_overfit"] = "1: draws of q explain the spikes they saw better than the true rates do"
     notes["pulse_timing"] = "share of trials whose largest input is within one bin of the pulse"
     return notes | {f"chain_{name}": f"{note}; the run's own chain" for name, note in notes.items()}
