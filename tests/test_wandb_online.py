@@ -7,16 +7,20 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
-from wandb_server import KEY, make_run, running_server
+from wandb_server import KEY, StoredSweep, make_run, running_server
 
+from lpc_runner.ls import list_runs
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.publish import publish
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.tracking.wandb_run import WandbTracker
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIG = {"dataset": "digits", "step_size": 0.1, "beta": 0.25, "config": {"sampler": {"num_steps": 30}}}
 
 
@@ -75,6 +79,36 @@ def test_an_agents_run_takes_the_agents_id_and_publishing_knows_it(server, tmp_p
         monkeypatch.delenv(name)
     assert dict(publish(run.path))[run.name].startswith("published")
     assert set(server.runs) == {"lpc_test/agent7"} and [row["_step"] for row in stored.history] == [1, 10, 20]
+
+
+@pytest.mark.faults
+def test_an_agent_pulls_runs_from_a_sweep_and_may_stop_one_early(server, tmp_path):
+    """`wandb agent` itself: three runs of scripts/sweep_bayes.yaml's command, the second stopped as by hyperband."""
+    config = yaml.safe_load((SCRIPTS / "sweep_bayes.yaml").read_text())
+    swap = {"dataset=svhn": "dataset=digits", "metrics.every_epochs=1": "metrics.num_samples=40"}
+    config["command"] = [swap.get(word, word) for word in config["command"]]
+    small = ["model=mlp", "model.hidden=[16]", "model.latent_dim=4", "sampler.num_steps=3", "metrics.max_references=40"]
+    config["command"][-1:-1] = [*small, "trainer.batch_size=16", "trainer.log_every=1", "num_threads=1", "device=cpu"]
+    values = {"step_size.value": 0.01, "preconditioning.beta": 0.5, "optimizer.learning_rate": 0.001}
+    lengths = {"first": 20, "second": 100_000, "third": 30}
+    waiting = {name: values | {"trainer.max_updates": count} for name, count in lengths.items()}
+    server.sweeps["sweep1"] = StoredSweep(config, waiting, stop=("second",))
+
+    binaries = Path(sys.executable).parent
+    more = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    more |= {"WANDB_AGENT_REPORT_INTERVAL": "0", "WANDB_MODE": "online"}
+    command = [str(binaries / "wandb"), "agent", "tester/lpc_test/sweep1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | more, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    stored = {run.name: run for run in server.runs.values()}
+    assert list(stored) == ["first", "second", "third"], done.stderr
+    assert {run.fields["sweep"] for run in stored.values()} == {"sweep1"}
+    assert stored["first"].exit_code == stored["third"].exit_code == 0 and stored["second"].exit_code != 0
+    assert stored["first"].history[-1]["_step"] == 20
+    assert sorted(run.state for run in list_runs(tmp_path / "outputs")) == ["done", "done", "interrupted"]
 
 
 SCRIPT = """

@@ -52,12 +52,38 @@ class StoredRun:
         return {key: entry["value"] for key, entry in json.loads(self.fields.get("config") or "{}").items()}
 
 
+@dataclass
+class StoredSweep:
+    """A sweep that hands out what waits, one run a heartbeat, then stops `stop` and ends its agents when all is done.
+
+    config: of the sweep's file. waiting: parameters of each run, by the run's name. stop: runs to be stopped early once
+    they have logged a row.
+    """
+
+    config: dict[str, Any]
+    waiting: dict[str, dict[str, Any]]
+    stop: tuple[str, ...] = ()
+
+    def commands(self, running: dict[str, bool], logged: set[str]) -> list[dict[str, Any]]:
+        if early := [name for name in self.stop if name in running and name in logged]:
+            return [{"type": "stop", "run_id": name} for name in early]
+        if not running and not self.waiting:
+            return [{"type": "exit"}]
+        if running or not self.waiting:
+            return []
+        name = next(iter(self.waiting))
+        values = self.waiting.pop(name)
+        arguments = {key: {"value": value} for key, value in values.items()}
+        return [{"type": "run", "run_id": name, "program": None, "args": arguments}]
+
+
 class WandbServer:
     """Listens on a free port of this machine; `down()` closes it, `hang()` takes requests and never answers."""
 
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
         self.views: dict[str, dict[str, Any]] = {}
+        self.sweeps: dict[str, StoredSweep] = {}
         self.projects: set[str] = set()
         self.requests: list[str] = []
         self.keys: set[str] = set()
@@ -264,6 +290,20 @@ class WandbServer:
 
     def _on_upsertview2(self, variables: dict[str, Any]) -> dict[str, Any]:
         return self._on_upsertview(variables)
+
+    def _on_sweepwithruns(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["sweep"]
+        found = {"id": name, "name": name, "method": "bayes", "state": "RUNNING", "runs": {"edges": []}}
+        return {"project": {"sweep": found | {"config": yaml.safe_dump(self.sweeps[name].config)}}}
+
+    def _on_createagent(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"createAgent": {"agent": {"id": variables["sweep"]}}}
+
+    def _on_heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:
+        running = json.loads(variables["runState"])
+        logged = {run.name for run in self.runs.values() if run.lines}
+        commands = self.sweeps[variables["id"]].commands(running, logged)
+        return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}
 
     def _on_createrunfiles(self, variables: dict[str, Any]) -> dict[str, Any]:
         path = f"{variables['project']}/{variables['run']}"
