@@ -3,6 +3,8 @@
 python scripts/benchmark.py --side 32 --steps 50 --batch 64    one table
 python scripts/benchmark.py --growth                           memory against T; time against T, batch and side
 python scripts/benchmark.py --profile                          where an update's time goes, by kernel class
+python scripts/benchmark.py --accuracy                         error of each precision; what deferring could save
+python scripts/benchmark.py --throughput 1,2                   runs per hour with so many runs at once
 python scripts/benchmark.py --cuda-suite FOLDER                tests and all of this on a CUDA device, ten minutes
 """
 
@@ -14,7 +16,10 @@ from pathlib import Path
 import torch
 
 from lpc_runner.benchmark import report
+from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
+from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
 from lpc_runner.benchmark.scaling import profile
+from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
 from lpc_runner.benchmark.variants import Work
 from lpc_runner.models.conv import SIDES
 
@@ -39,7 +44,10 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--growth", action="store_true", help="memory against T; time against T, batch and side")
     what.add_argument("--profile", action="store_true", help="time by kernel class")
+    what.add_argument("--accuracy", action="store_true", help="precisions against float64; deferred weight gradients")
+    what.add_argument("--throughput", metavar="N,M", help="runs per hour with N, M runs at once")
     what.add_argument("--cuda-suite", type=Path, metavar="FOLDER", help="check and time everything on a CUDA device")
+    parser.add_argument("--stages", default="", help="of the CUDA suite, separated by commas (default: all)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if (arguments.device == "cuda" or arguments.cuda_suite) and not torch.cuda.is_available():
@@ -47,7 +55,8 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.cuda_suite:
-        sys.exit(0 if report.cuda_suite(arguments.cuda_suite) else "a test marked cuda failed: see tests.json")
+        only = tuple(filter(None, arguments.stages.split(",")))
+        sys.exit(0 if report.cuda_suite(arguments.cuda_suite, only) else "a test marked cuda failed: see tests.json")
     device, work = torch.device(arguments.device), Work(arguments.side, arguments.steps, arguments.batch)
     way = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")
     if arguments.growth:
@@ -57,6 +66,13 @@ def main() -> None:
     elif arguments.profile:
         name, result = "profile", profile(work, device, way)
         text = report.markdown_of_profile(result)
+    elif arguments.accuracy:
+        name, result = "accuracy", {"errors": drift_errors(work, device), "deferred": deferred_bound(work, device)}
+        text = f"{markdown_of_errors(result['errors'])}\n\n{markdown_of_deferred(result['deferred'])}"
+    elif arguments.throughput:
+        numbers = [positive(number) for number in arguments.throughput.split(",")]
+        name, result = "throughput", throughput(numbers, arguments.device)
+        text = markdown_of_throughput(result)
     else:
         engines = tuple(arguments.engines.split(","))
         name, result = f"compare-{work.side}", report.compare(work, arguments.rounds, device, engines)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lpc_runner.benchmark import floor, report, rivals
+from lpc_runner.benchmark import accuracy, deferred, floor, report, rivals
 from lpc_runner.benchmark.variants import Variant, Work, build_model, build_variants, images, measure, ratio, rows_of
 from lpc_runner.inference.chain import run_chain
 from lpc_runner.inference.preconditioning import Adam, Identity
@@ -108,3 +108,37 @@ def test_work_of_a_step_is_counted_by_hand():
     num_parameters = last.weight.numel() + 3 + 1
     assert done["bytes"] == 4 * 4 * 2 * 3 * 28 * 28 + 16 * num_parameters
     assert floor.floor_seconds({"flops": 6.0, "bytes": 8.0}, {"flops": 2.0, "bytes": 4.0}) == 3
+
+
+@pytest.mark.parametrize("side", [28, 32, 64])
+def test_deferred_weight_gradients_are_those_of_autograd(side):
+    """Of every layer, and k copies of a batch give k times the gradient."""
+    model, x = build_model(side, CPU), images(Work(side, 1, 2), CPU)
+    torch.manual_seed(3)
+    seen = deferred._seen(model, x)
+    torch.manual_seed(3)
+    z = torch.randn(2, model.latent_dim)
+    weights = {id(layer): layer.weight for layer in model.decoder if list(layer.parameters())}
+    wanted = dict(zip(weights, torch.autograd.grad(model.log_joint(x, z).sum(), list(weights.values()))))
+    assert len(seen) == len(weights) == 6
+    for part in seen:
+        gradient = wanted[id(part.layer)]
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(deferred.weight_gradient(part), gradient, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(deferred.weight_gradient(part.times(3)), 3 * gradient, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_what_deferring_could_save_is_a_share_of_a_step():
+    found = deferred.deferred_bound(TINY, CPU, num_deferred=2, rounds=1)
+    assert found["share"] == pytest.approx((found["separate"] - found["joint"]) / found["step"])
+    assert "Deferring could save at most" in deferred.markdown_of_deferred(found)
+
+
+def test_coarser_arithmetic_is_further_from_float64():
+    """bf16 keeps 8 bits, float32 24: its errors are hundreds of times as large, and a smaller σ enlarges all."""
+    errors = accuracy.drift_errors(TINY, CPU)
+    for name in ("drift_median", "drift_largest", "log_joint_largest"):
+        for fine, coarse in zip(errors["fp32"], errors["bf16"]):
+            assert 0 < fine[name] < coarse[name] / 5
+    assert errors["fp32"][0]["drift_largest"] < 1e-4 and 1e-4 < errors["bf16"][0]["drift_median"] < 0.1
+    assert accuracy.markdown_of_errors(errors).count("\n| bf16 |") == 2

@@ -67,9 +67,9 @@ def test_settings_that_do_not_apply_separate_nothing(disk):
 
 
 def test_a_difference_in_the_configuration_alone_separates_groups(disk):
-    text = "seed: {}\ntracker: {{mode: x{}}}\ntrainer: {{num_prior_batches: {}, log_every: {}}}\n"
+    text = "seed: {0}\ntracker: {{mode: x{0}}}\nengine: e{0}\ntrainer: {{num_prior_batches: {1}, log_every: {0}}}\n"
     for seed, batches in ((0, 50), (1, 50), (0, 0)):
-        disk.run(f"r{seed}{batches}", LPC, seed, config=text.format(seed, seed, batches, seed + 1))
+        disk.run(f"r{seed}{batches}", LPC, seed, config=text.format(seed, batches))
     study = read_study(disk.study)
     assert labels(study) == ["LPC jeffreys, num_prior_batches=0", "LPC jeffreys, num_prior_batches=50"]
     assert [[run.seed for run in group.runs] for group in study.groups] == [[0], [0, 1]]

@@ -18,6 +18,21 @@ from lpc_runner.files import sha256_of, write_atomically
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
+# Top-level settings that say where things lie, who watches and how fast: none of them changes what is computed, beyond
+# the rounding in which devices, numbers of threads and engines differ. (`precision` does.)
+CHANGES_NO_RESULT = (
+    "study",
+    "tracker",
+    "device",
+    "engine",
+    "check",
+    "rerun",
+    "output_dir",
+    "data_dir",
+    "num_threads",
+    "runs_per_gpu",
+    "tuned",
+)
 # What every record holds, by type.
 _RECORDS = {
     "result.json": {"status": str, "metrics": dict},

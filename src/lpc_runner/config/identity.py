@@ -12,28 +12,13 @@ from omegaconf import OmegaConf
 
 from lpc_runner.config.compose import Cell
 from lpc_runner.files import plain_name
-
-# Where things lie, who watches, and how fast: none of it changes what is computed, beyond the rounding in which
-# devices, numbers of threads and engines differ. `precision` does, and is part of the hash.
-_OUTSIDE = (
-    "study",
-    "tracker",
-    "device",
-    "engine",
-    "check",
-    "rerun",
-    "output_dir",
-    "data_dir",
-    "num_threads",
-    "runs_per_gpu",
-    "tuned",
-)
+from lpc_runner.runs import CHANGES_NO_RESULT
 
 
 def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:
     """Hex SHA-256 of what the run computes; the dataset enters by its content, not by its path."""
     values = copy.deepcopy(OmegaConf.to_container(cell.cfg, resolve=True))
-    for key in _OUTSIDE:
+    for key in CHANGES_NO_RESULT:
         values.pop(key)
     values["dataset"] = dataset_identity
     if "num_steps" not in values["sampler"]:  # without a chain, the settings of its steps change nothing

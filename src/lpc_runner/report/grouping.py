@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpc_runner.runs import CHANGES_NO_RESULT
+
 if TYPE_CHECKING:
     from lpc_runner.report.study import Run
 
@@ -16,19 +18,8 @@ CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_step
 ORDER = ("model", "preconditioning", "step_size", "beta", "num_steps", "learning_rate", "num_epochs")
 METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys")
 SYMBOLS = {"step_size": "γ", "beta": "β", "num_steps": "T", "learning_rate": "α"}
-# Parts of config.yaml in which repetitions may differ: where things lie, who watches, how fast.
-_FREE = (
-    "seed",
-    "study",
-    "tracker",
-    "device",
-    "check",
-    "rerun",
-    "output_dir",
-    "data_dir",
-    "num_threads",
-    "tuned",
-)
+# Parts of config.yaml in which repetitions may differ.
+_FREE = ("seed", *CHANGES_NO_RESULT)
 _FREE_PATHS = ("trainer.checkpoint_seconds", "trainer.log_every", "metrics.weights", "metrics.batch_size")
 _FREE_PATHS += ("dataset.data_dir", "hydra")
 

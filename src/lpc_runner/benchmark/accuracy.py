@@ -1,0 +1,64 @@
+"""What a precision costs: the error of log p(x, z) and of its drift against float64, at the same z and θ."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpc_runner.benchmark.variants import WAYS, Work, build_model, images
+from lpc_runner.inference.chain import FusedPotential
+from lpc_runner.inference.engine import make_engine
+from lpc_runner.models.conv import Conv
+
+SIGMAS = (1.0, 0.1)  # of the likelihood: where training starts, and about where it ends
+
+
+def drift_errors(work: Work, device: torch.device) -> dict[str, list[dict[str, float]]]:
+    """Per precision and σ, at first weights and z ~ N(0, I), over the batch: median and largest error of ∇z log p(x|z)
+    relative to its norm, and the largest error of log p(x, z) in nats.
+
+    The prior's part of the drift, -z, is exact at every precision and would only hide the error of the model's.
+    """
+    x, z = images(work, device), torch.randn(work.batch, build_model(work.side, device).latent_dim, device=device)
+    found: dict[str, list[dict[str, float]]] = {}
+    for sigma in SIGMAS:
+        model = build_model(work.side, device)
+        with torch.no_grad():
+            model.likelihood.log_scale.fill_(sigma).log_()
+        exact_value, exact_drift = _evaluated(copy.deepcopy(model).double(), x.double(), z.double(), "fp32", device)
+        for precision in sorted({precision for _, precision in WAYS[device.type]}):
+            value, drift = _evaluated(model, x, z, precision, device)
+            error = (drift - exact_drift).norm(dim=1) / (exact_drift + z).norm(dim=1)
+            found.setdefault(precision, []).append(
+                {
+                    "sigma": sigma,
+                    "drift_median": float(error.median()),
+                    "drift_largest": float(error.max()),
+                    "log_joint_largest": float((value - exact_value).abs().max()),
+                }
+            )
+    return found
+
+
+def _evaluated(model: Conv, x: Tensor, z: Tensor, precision: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    engine = make_engine("eager", precision, device)
+    log_joint = engine.potential_of(model.log_joint)
+    with engine.arithmetic():
+        value, drift = FusedPotential(lambda z: log_joint(x, z), ())(z, accumulate=False)
+    return value.double(), drift.double()
+
+
+def markdown_of_errors(found: dict[str, list[dict[str, float]]]) -> str:
+    """One row per precision and σ."""
+    lines = [
+        "| precision | σ | error of ∇z log p(x given z), relative, median | largest | of log p(x, z), nats, largest |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for precision, rows in found.items():
+        for row in rows:
+            numbers = (f"{row[name]:.1e}" for name in ("drift_median", "drift_largest", "log_joint_largest"))
+            lines.append(f"| {precision} | {row['sigma']} | " + " | ".join(numbers) + " |")
+    return "\n".join(lines)
