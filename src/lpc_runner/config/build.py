@@ -12,7 +12,7 @@ from typing import Any, Literal
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from lpc_runner.config.compose import dotted, unknown_key
+from lpc_runner.config.compose import dotted, options_of, recompose_group, unknown_key
 from lpc_runner.errors import UserError
 from lpc_runner.schema import PositiveInt, check_value, constructor_of, hints_of
 
@@ -99,7 +99,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
             name = choices.get(group.replace(".", "/"), "")
             raise UserError(
                 f"{group.replace('.', '/')}={name} expects {' or '.join(user.data_kinds)}, "
-                f"dataset={choices['dataset']} holds {dataset.kind}"
+                f"dataset={choices['dataset']} holds {dataset.kind}: {_fitting(group.split('.')[0], dataset.kind)}"
             )
     if sampler.num_steps == 0 and objective.needs_chain:
         raise UserError(f"objective={choices['objective']} needs a chain, and sampler=none has none")
@@ -132,6 +132,17 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         deterministic=values["deterministic"],
         num_threads=values["num_threads"],
     )
+
+
+def _fitting(group: str, kind: str) -> str:
+    """The options of a group that take data of this kind, with all that they bring along, in words."""
+    fitting = []
+    for option in options_of(group):
+        node = OmegaConf.to_container(recompose_group(group, option))
+        parts = [node, *filter(_is_object, node.values())]
+        if all(kind in getattr(_locate(part["_target_"], group), "data_kinds", [kind]) for part in parts):
+            fitting.append(option)
+    return f"{group}={', '.join(fitting)} would fit"
 
 
 def _facts(dataset: Any, wanted: Container[str]) -> dict[str, Any]:

@@ -132,7 +132,12 @@ def dotted(node: dict, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """The message for a key that does not exist, with the nearest that does, if any is near."""
+    """The message for a key that does not exist: the options that have it, else the nearest that does exist, if any."""
+    group, _, name = key.rpartition(".")
+    if owners := [
+        option for option in options_of(group) if re.search(rf"^{re.escape(name)}:", _text(group, option), re.M)
+    ]:
+        return f"unknown key {key}: a key of {group}={', '.join(owners)}"
     known = [name for name in known if name != key and not name.startswith("tuned") and "_target_" not in name]
     tail = key.rpartition(".")[2].replace("_", "")
     # The same word spelt otherwise, in whichever group, is meant more often than another word of the same group.
@@ -141,6 +146,16 @@ def unknown_key(key: str, known: list[str]) -> str:
     if near and f"{near[0]}.value" in known:
         near = [f"{near[0]}.value"]
     return f"unknown key {key}" + (f"; the nearest known one is {near[0]}" if near else "")
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group, `model` or `model.likelihood`; none for what is no group."""
+    folder = CONF_DIR / group.replace(".", "/")
+    return sorted(path.stem for path in folder.glob("*.yaml")) if group else []
+
+
+def _text(group: str, option: str) -> str:
+    return (CONF_DIR / group.replace(".", "/") / f"{option}.yaml").read_text()
 
 
 def _first_sentence(error: Exception) -> str:
