@@ -41,6 +41,19 @@ def test_a_new_run_is_timed_once_and_costs_in_proportion_to_its_chain(workplace,
     assert not list(Path("outputs").glob("*"))
 
 
+@pytest.mark.parametrize("every", [1, 4, 10])
+def test_a_thinned_chain_is_extrapolated_by_whole_periods(workplace, monkeypatch, every):
+    """Where a step costs 1 and a gradient of θ 3 more, a chain of 40 steps costs 40 + 3 · 40 / every."""
+
+    def cost(learner, *_):
+        sampler = learner.sampler
+        return 7 + sampler.num_steps + 3 * math.ceil(sampler.num_steps / sampler.theta_every)
+
+    monkeypatch.setattr("lpc_runner.pace._once", cost)
+    plan = plan_of(*TINY, "sampler.num_steps=40", f"sampler.theta_every={every}")
+    assert Pace().seconds_left(plan) == pytest.approx(6 * (7 + 40 + 120 / every))
+
+
 @pytest.mark.parametrize("words", [TINY, (*TINY_VAE, "method=vae"), (*TINY_VAE, "method=iwae")])
 def test_real_timings_are_positive(workplace, words):
     seconds = Pace().seconds_left(plan_of(*words))

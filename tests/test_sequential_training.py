@@ -152,7 +152,7 @@ def test_every_generator_trains_from_the_command_line(kind, more, tmp_path, work
     (("model=lfads", "model.encoder=free_block"), "objective=jeffreys needs a factorised q: model.encoder=free_block"),
     (("model=lfads", "model.inputs=none", "step_size=blocks"), r"step_size.values must name each block .*initial_cond"),
     (("model=lfads", "step_size=blocks", "step_size.values.inputs=-1"), "step_size.values must be a mapping of names"),
-    (("model=lds",), "model/likelihood=gaussian expects images or real-valued series, .* holds spike counts: model=.*poisson_lds"),
+    (("model=lds",), "model/likelihood=gaussian expects images or real-valued series, .*: model=.*poisson_lds"),
     (("model=mlp",), "model=mlp expects images, dataset=test_spikes holds spike counts"),
     (("model=lfads", "model.generator=elman"), "model.generator must be one of linear, additive, vanilla, gru, lstm"),
     (("model=lfads", "dataset.num_held_out=5"), "num_held_out must be less than the 5 neurons"),

@@ -16,6 +16,7 @@ from lpc_runner.run import Planned, set_up_torch
 from lpc_runner.tracking.log import MetricLog
 
 _TIMED_STEPS = (2, 6)  # lengths of the chains that are timed; longer ones cost in proportion
+_TIMED_PERIODS, _MAX_PERIOD = (1, 2), 20  # a thinned chain is timed over whole periods of theta_every steps
 _SLOWING = ("model", "objective", "sampler", "preconditioning", "optimizer")
 
 
@@ -71,7 +72,10 @@ def _time_updates(run: Planned) -> tuple[float, float]:
     shape = (experiment.trainer.batch_size, *experiment.dataset.shape)
     x = torch.ones(shape, device=experiment.device)  # a pixel's white, a spike: within every likelihood's range
     batch = Batch(x, torch.arange(len(x), device=experiment.device) % max(1, experiment.dataset.num_train))
-    lengths = _TIMED_STEPS if experiment.sampler.num_steps > 0 else (0,)
+    period = min(experiment.sampler.theta_every, _MAX_PERIOD)
+    lengths = _TIMED_STEPS if period == 1 else tuple(period * count for count in _TIMED_PERIODS)
+    if experiment.sampler.num_steps == 0:
+        lengths = (0,)
     seconds = {}
     for length in lengths:
         shortened = copy.copy(experiment)
