@@ -297,3 +297,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(mlp):
         chain = run(lambda z: mlp.log_joint(x, z), start, sampler, observe=observe, parameters=theta)
         # one step's five, the first step's two, and what the loop has not yet let go of the step before
         assert max(most) <= 12 and len(chain.trace["log_joint"]) == num_steps
+
+
+def test_chains_of_another_purpose_draw_other_noise():
+    """Of one seed and number: a chain that measures is not the chain of a training update again."""
+    train, measure = (ChainNoise(3, 7, (2, 4), "cpu", stream=stream) for stream in ("chain", "posterior chain noise"))
+    assert torch.equal(train(1), ChainNoise(3, 7, (2, 4), "cpu")(1)) and not torch.equal(train(1), measure(1))

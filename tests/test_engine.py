@@ -8,6 +8,8 @@ import torch
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiscretisedGaussian, Gaussian
 from lpc_runner.errors import UserError
+from lpc_runner.evaluation.gaps import gradients_through_rnns
+from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
 from lpc_runner.inference.objectives import Objective
@@ -251,13 +253,17 @@ def test_auto_and_what_a_device_cannot_do():
 
 
 def test_exact_arithmetic_is_put_back():
-    """fp32 is exact on CUDA whatever torch's default; outside an update the setting is as it was."""
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
+    """fp32 is exact on CUDA whatever torch's default, recurrent networks included; outside, settings are as before."""
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    settings = lambda: [part.fp32_precision for part in parts]
+    before = settings()
     for precision, inside in (("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")):
-        with Eager(precision).arithmetic():
-            assert conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == inside
-        assert conv.fp32_precision == before
+        with Eager(precision).arithmetic(), gradients_through_rnns():
+            assert settings() == [inside] * 3 and not torch.backends.cudnn.enabled
+        assert settings() == before and torch.backends.cudnn.enabled
+    with exact_arithmetic():
+        assert settings() == ["ieee"] * 3
+    assert settings() == before
 
 
 @pytest.mark.slow
@@ -340,6 +346,27 @@ def test_drift_against_float64_on_cuda(precision, bound):
         drift = engine.run(model.log_joint, (x,), z, sampler, None).first[1]
     want = Eager("fp32", torch.device("cuda")).run(exact.log_joint, (x.double(),), z.double(), sampler, None).first[1]
     assert relative_error(drift, want) < bound
+
+
+@pytest.mark.cuda
+def test_recurrent_networks_are_exact_in_fp32():
+    """cuDNN's GRU against float64: TF32, its default, is a thousand times further off."""
+    torch.manual_seed(0)
+    network, x = torch.nn.GRU(32, 64, batch_first=True).cuda(), torch.randn(16, 50, 32, device="cuda")
+    with Eager("fp32", torch.device("cuda")).arithmetic():
+        found = network(x)[0]
+    assert relative_error(found, network.double()(x.double())[0]) < 1e-5
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_process_captures_on_one_device_and_then_on_another():
+    """As a worker of a parallel sweep does, whose next run leases another GPU."""
+    for device in ("cuda:0", "cuda:1"):
+        built, batches = models(device, torch.float32)
+        sampler = Langevin(NUM_STEPS, "all", SIZES["constant"], METRICS["adam"])
+        engine = CudaGraph("fp32", torch.device(device))
+        compare(engine, built["mlp"], batches["mlp"], sampler, {"rtol": 1e-4, "atol": 1e-4}, device)
 
 
 @pytest.mark.cuda

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sequence_models import FactorModel, Guess
+from series import lds
 
 from lpc_runner.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.evaluation import kalman
 from lpc_runner.evaluation.gaps import fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound
+from lpc_runner.evaluation.sequences import SequenceEvaluator
 from lpc_runner.models.linear import Linear
 
 FIT = {"num_steps": 600, "num_samples": 8, "learning_rate": 0.05}
@@ -153,6 +158,28 @@ class TestFreePosterior:
         start = DiagonalGaussian(torch.full((8, 4), 5.0).double(), torch.ones(8, 4).double())
         found = fit_free_posterior(model, x, start, 0, num_steps=10, num_samples=4, learning_rate=0.02)
         assert found.drift.min() > 0.1
+
+    @pytest.mark.parametrize("linear_gaussian", [True, False])
+    def test_without_an_encoder_the_best_q_is_found_from_the_prior(self, linear_gaussian, monkeypatch):
+        """A posterior a hundred times narrower than the prior: in closed form, or by a first fit with larger steps;
+        one fit from the prior ends nats below."""
+        torch.manual_seed(2)
+        model = lds(num_steps=12)
+        with torch.no_grad():
+            model.likelihood.log_scale.fill_(-3)
+            x = model.decode(torch.randn(4, model.latent_dim, dtype=torch.float64))
+        best = kalman.log_likelihood(model, x) - kalman.approximation_gap(model)
+        monkeypatch.setattr(kalman, "is_linear_gaussian", lambda model: linear_gaussian)
+        ones = torch.ones(4, model.latent_dim, dtype=torch.float64)
+        prior = DiagonalGaussian(0 * ones, ones)
+        evaluator = SequenceEvaluator.__new__(SequenceEvaluator)
+        evaluator.settings = SimpleNamespace(free_steps=250, free_samples=8, free_learning_rate=0.02)
+        evaluator.seed = 0
+        elbo = lambda q: importance_bound(model, x, q, 4000, 0).elbo
+        found = elbo(evaluator._free(model, x, prior, cold=True).q)
+        assert torch.allclose(found, best, atol=0.5 if linear_gaussian else 2)
+        if not linear_gaussian:
+            assert (elbo(evaluator._free(model, x, prior, cold=False).q) < best - 10).all()
 
     def test_trials_do_not_disturb_one_another(self, correlated):
         model, x = correlated

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lpc_runner.environment import describe_environment
+from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.loading import load
 from lpc_runner.main import one_line_errors
 from lpc_runner.parts import feature_cache
@@ -25,7 +26,8 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     dataset.prepare()
     metrics.require(dataset, cache)
     evaluator = metrics.evaluator(dataset, dataset.load(), cache, run.experiment.device, run.experiment.seed)
-    numbers, facts = evaluator.final(run)
+    with exact_arithmetic():
+        numbers, facts = evaluator.final(run)
     stem = metrics.label(facts)
     folder, number = run.directory.path / "evaluations", 1
     while (folder / f"{stem}-{number}.json").exists():

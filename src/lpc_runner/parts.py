@@ -11,12 +11,14 @@ from lpc_runner.config.build import Experiment
 from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Data
 from lpc_runner.evaluation.evaluator import Evaluator
+from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.inference.step_sizes import Blocks
 from lpc_runner.randomness import seeded_layers
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.learner import Learner
+from lpc_runner.training.trainer import Counters
 
 if TYPE_CHECKING:
     from lpc_runner.run import Planned
@@ -70,6 +72,11 @@ def work_for_main(planned: Planned) -> None:
     batches = batches_of(planned, data)
     learner = build_learner(experiment, planned.ranks)
     evaluator = evaluator_of(planned, data)
+
+    def measure(_: Counters) -> dict[str, float]:
+        with exact_arithmetic():
+            return evaluator.during(learner)
+
     experiment.trainer.fit(
         learner,
         batches,
@@ -78,7 +85,8 @@ def work_for_main(planned: Planned) -> None:
         tracker=Tracker(None),
         progress=Progress(silent=True),
         traces=experiment.traces,
-        measure=lambda counters: evaluator.during(learner),
+        measure=measure,
         measure_every=experiment.metrics.every_epochs,
     )
-    evaluator.final(learner)
+    with exact_arithmetic():
+        evaluator.final(learner)

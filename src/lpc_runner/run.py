@@ -21,6 +21,7 @@ from lpc_runner.data.batches import Batches
 from lpc_runner.environment import describe_environment, warn_of_other_code
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator
+from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.files import require_writable, write_atomically
 from lpc_runner.masking import masked
 from lpc_runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
@@ -136,8 +137,9 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
                 tracker.images(update, name, path)
 
         def measure(counters: Counters) -> dict[str, float]:
-            numbers = evaluator.during(learner)
-            draw(counters.update)
+            with exact_arithmetic():
+                numbers = evaluator.during(learner)
+                draw(counters.update)
             spent = {
                 "time/train_seconds": counters.train_seconds,
                 "train/gradient_evaluations": float(counters.gradient_evaluations),
@@ -156,10 +158,11 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
                 measure=measure,
                 measure_every=experiment.metrics.every_epochs,
             )
-        _follow(planned, learner, batches)
-        result = _final(evaluator, learner, outcome, str(experiment.device))
-        result["total_seconds"] = time.perf_counter() - started
-        draw(outcome.counters.update, final=True)
+        with exact_arithmetic():
+            _follow(planned, learner, batches)
+            result = _final(evaluator, learner, outcome, str(experiment.device))
+            result["total_seconds"] = time.perf_counter() - started
+            draw(outcome.counters.update, final=True)
         tracker.summary({f"final/{name}": value for name, value in result["metrics"].items()})
         status = result["status"]
         return result

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lpc_runner.errors import UserError
+from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.evaluation.samples import sample_images, save_grid
 from lpc_runner.files import write_atomically
 from lpc_runner.loading import load
@@ -33,7 +34,8 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
         raise UserError(f"--output must end in .png or .npz, got {path}")
     if output is not None and path.exists():
         raise UserError(f"{path} exists already: name another file, or remove it")
-    images = torch.cat(list(sample_images(run.model, num, seed))).cpu()
+    with exact_arithmetic():
+        images = torch.cat(list(sample_images(run.model, num, seed))).cpu()
     if path.suffix == ".png":
         save_grid(images, path)
     else:

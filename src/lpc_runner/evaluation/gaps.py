@@ -9,6 +9,8 @@ with the maximum over all diagonal Gaussians, fitted per example.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,8 @@ _LOG_VARIANCE_RATE = 2.0  # learning rate of log variances, in units of that of 
 @dataclass(frozen=True)
 class FreePosterior:
     """q: the fitted diagonal Gaussian over (B, d). drift: what the ELBO still gained in the last fifth of the steps,
-    nats per example, (B,) float64; near 0 where the fit has converged."""
+    nats per example, (B,) float64. A large one says that the fit has not converged; since the steps shrink to 0, a
+    small one does not say that it has."""
 
     q: DiagonalGaussian
     drift: Tensor
@@ -43,7 +46,7 @@ def fit_free_posterior(
     learning_rate: float,
     num_drift_samples: int = 200,
 ) -> FreePosterior:
-    """max_q ELBO(q) over N(mean, diag(variance)) of every example of x (B, ...), from `start`.
+    """About max_q ELBO(q) over N(mean, diag(variance)) of every example of x (B, ...), from `start`: never above it.
 
     Adam on mean and log variance with a cosine decay to 0; num_samples z per step (even: in antithetic pairs). The
     gradient goes through z alone (Roeder et al. 2017): where q is the posterior it has no variance. Examples do not
@@ -76,6 +79,12 @@ def fit_free_posterior(
     return FreePosterior(fitted, bounds[1] - bounds[0])
 
 
-def gradients_through_rnns():
+@contextmanager
+def gradients_through_rnns() -> Iterator[None]:
     """cuDNN's recurrent networks have a backward pass in training mode only; torch's own have one always."""
-    return torch.backends.cudnn.flags(enabled=False, deterministic=torch.backends.cudnn.deterministic)
+    before = torch.backends.cudnn.enabled
+    try:
+        torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.func import jacrev
 
-from lpc_runner.distributions import LOG_2PI, Gaussian
+from lpc_runner.distributions import LOG_2PI, DiagonalGaussian, Gaussian
 from lpc_runner.models.generators import Linear
 from lpc_runner.models.sequential import LFADS
 
@@ -132,6 +132,13 @@ def posterior(model: LFADS, x: Tensor) -> MultivariateNormal:
     precision = torch.eye(model.latent_dim, dtype=torch.float64) + map_.T @ map_ / variance
     mean = torch.linalg.solve(precision, (centred @ map_ / variance).T).T
     return MultivariateNormal(mean, precision_matrix=precision.expand(len(x), -1, -1))
+
+
+def best_factorised(model: LFADS, x: Tensor) -> DiagonalGaussian:
+    """argmax of the ELBO over diagonal Gaussians, (B, latent_dim): the posterior's means and precisions Λ_ii."""
+    exact, like = posterior(model, x), next(model.parameters())
+    variance = exact.precision_matrix.diagonal(dim1=-2, dim2=-1).reciprocal()
+    return DiagonalGaussian(exact.mean.to(like), variance.to(like))
 
 
 def approximation_gap(model: LFADS) -> float:

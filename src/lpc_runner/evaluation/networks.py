@@ -10,20 +10,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lpc_runner.inference.engine import products_in
 from lpc_runner.randomness import generator
 
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Full float32 and fixed algorithms on CUDA: TF32 keeps 10 bits and would move neighbours."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
     try:
-        matmul.fp32_precision = cudnn.conv.fp32_precision = "ieee"
         cudnn.deterministic, cudnn.benchmark = True, False
-        yield
+        with products_in("ieee"):
+            yield
     finally:
-        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def hash_of_tensors(tensors: dict[str, Tensor]) -> str:

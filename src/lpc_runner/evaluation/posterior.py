@@ -77,7 +77,7 @@ def chain_means(
             draw = chunk * num_chains + number
             source = generator(seed, "posterior chain", draw, device=x.device)
             z = start.rsample(torch.randn(start.mean.shape, generator=source, device=x.device, dtype=x.dtype))
-            noise = ChainNoise(seed, draw, tuple(z.shape), x.device, x.dtype)
+            noise = ChainNoise(seed, draw, tuple(z.shape), x.device, x.dtype, stream="posterior chain noise")
             keep = lambda state, info: average.add(state.z)
             run_chain(partial(model.log_joint, x), z, sampler, noise, centre=start.mean, q=start, observe=keep)
     return average.means()

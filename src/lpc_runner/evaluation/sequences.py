@@ -15,12 +15,13 @@ from lpc_runner.data.sequences import COUNTS
 from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.evaluation import kalman, spikes
 from lpc_runner.evaluation.evaluator import Evaluator, Trained, finite
-from lpc_runner.evaluation.gaps import fit_free_posterior
+from lpc_runner.evaluation.gaps import FreePosterior, fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
 from lpc_runner.evaluation.sequence_quality import SequenceQuality, notes_on
 from lpc_runner.models.sequence_encoders import FreeTable
 
+COLD = 10  # times the learning rate of a free q, in a first fit from the prior
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
 
 
@@ -151,15 +152,7 @@ class SequenceEvaluator(Evaluator):
         else:
             ones = torch.ones(len(x), model.latent_dim, dtype=x.dtype, device=x.device)
             start = DiagonalGaussian(0 * ones, model.prior.scale**2 * ones)
-        fitted = fit_free_posterior(
-            model,
-            x,
-            start,
-            self.seed,
-            num_steps=settings.free_steps,
-            num_samples=settings.free_samples,
-            learning_rate=settings.free_learning_rate,
-        )
+        fitted = self._free(model, x, start, cold="encoder" not in proposals)
         proposals["free"] = fitted.q
         for name, q in proposals.items():
             found = importance_bound(model, x, q, settings.num_importance_samples, self.seed)
@@ -180,6 +173,22 @@ class SequenceEvaluator(Evaluator):
             whole = importance_bound(model, self.x, self._encoded(trained, every), 10, self.seed)
             numbers["elbo"] = float(whole.elbo.mean())
         return numbers, fitted.q
+
+    def _free(self, model: nn.Module, x: Tensor, start: DiagonalGaussian, cold: bool) -> FreePosterior:
+        """The best factorised q of every trial: in closed form where there is one, else fitted from `start`.
+
+        cold: the start knows nothing of x, so that large steps lead into the neighbourhood first.
+        """
+        if kalman.is_linear_gaussian(model):
+            return FreePosterior(kalman.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
+        settings = self.settings
+        rate, fit = (
+            settings.free_learning_rate,
+            {"num_steps": settings.free_steps, "num_samples": settings.free_samples},
+        )
+        if cold:
+            start = fit_free_posterior(model, x, start, self.seed, learning_rate=COLD * rate, **fit).q
+        return fit_free_posterior(model, x, start, self.seed, learning_rate=rate, **fit)
 
     def _of_reconstruction(self, reconstruction: Tensor) -> dict[str, float]:
         """E_q[log p(x|z)] of the gap trials, (B,), and whether it explains their spikes better than the true rates do.

@@ -87,9 +87,9 @@ class Moments:
 
 
 class ChainNoise:
-    """ξ(t) ~ N(0, I) for t = 1 .. T, drawn in blocks from generators named by (seed, update, block).
+    """ξ(t) ~ N(0, I) for t = 1 .. T, drawn in blocks from generators named by (seed, stream, update, block).
 
-    shape: (B, d) of the global batch; rows: the slice of it that this process works on.
+    shape: (B, d) of the global batch; rows: the slice of it that this process works on. stream: what the chain is for.
     """
 
     def __init__(
@@ -100,15 +100,16 @@ class ChainNoise:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         rows: slice = slice(None),
+        stream: str = "chain",
     ) -> None:
-        self.seed, self.update, self.shape, self.rows = seed, update, shape, rows
+        self.seed, self.update, self.shape, self.rows, self.stream = seed, update, shape, rows, stream
         self.device, self.dtype = device, dtype
         self.block_index, self.block = -1, None
 
     def __call__(self, t: int) -> Tensor:
         index, offset = divmod(t - 1, NOISE_BLOCK)
         if index != self.block_index:
-            source = generator(self.seed, "chain", self.update, index, device=self.device)
+            source = generator(self.seed, self.stream, self.update, index, device=self.device)
             draw = torch.randn(NOISE_BLOCK, *self.shape, generator=source, device=self.device, dtype=self.dtype)
             self.block_index, self.block = index, draw[:, self.rows]
         return self.block[offset]
@@ -161,7 +162,7 @@ def run_chain(
         moments.add(state.z)
         first = first or (info.log_joint, info.drift)
         for name, value in diagnostics(info).items():
-            trace[name][t - 1] = value
+            record(trace[name], t - 1, value)
         if observe is not None:
             observe(state, info)
     return finish_chain(potential, sampler, state.z, moments, first, trace)
@@ -186,6 +187,14 @@ def diagnostics(info: Info) -> dict[str, Tensor | float]:
         "drift_norm": info.drift.norm(dim=1).mean(),
         "noise_variance": largest.max() if torch.is_tensor(largest) else largest,
     }
+
+
+def record(trace: Tensor, index: int, value: Tensor | float) -> None:
+    """Write one number of one step; a float by a fill, for a captured graph takes no copy from the host."""
+    if torch.is_tensor(value):
+        trace[index] = value
+    else:
+        trace[index : index + 1].fill_(value)
 
 
 def finish_chain(

@@ -8,7 +8,7 @@ the random numbers are the same (tests/test_engine.py holds every engine against
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from lpc_runner.inference.chain import (
     diagnostics,
     empty_trace,
     finish_chain,
+    record,
     run_chain,
     theta_along,
 )
@@ -36,6 +37,20 @@ EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
 Precision = Literal["fp32", "tf32", "bf16"]
 LogJoint = Callable[..., Tensor]  # (*inputs, z) -> (B,) nats
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Inside, CUDA's matrix products, convolutions and recurrent networks are exact float32, or TF32."""
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = precision
+        yield
+    finally:
+        for part, setting in zip(parts, before):
+            part.fp32_precision = setting
 
 
 class Eager:
@@ -51,16 +66,9 @@ class Eager:
     def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
         self.precision, self.device = precision, device
 
-    @contextmanager
-    def arithmetic(self):
-        """Inside, CUDA's matrix products and convolutions are exact float32, or TF32 where that is the precision."""
-        matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-        before = matmul.fp32_precision, conv.fp32_precision
-        try:
-            matmul.fp32_precision = conv.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
-            yield
-        finally:
-            matmul.fp32_precision, conv.fp32_precision = before
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Inside, CUDA's products are exact float32, or TF32 where that is the precision."""
+        return products_in("tf32" if self.precision == "tf32" else "ieee")
 
     def step_by_step(self) -> Eager:
         """The same arithmetic without capture or compilation."""
@@ -137,7 +145,7 @@ class Block:
             state, info = self.sampler.step(state._replace(t=self.times[index]), potential, self.noise[index])
             self.states[index].copy_(state.z)
             for name, value in diagnostics(info).items():
-                self.trace[name][index] = value
+                record(self.trace[name], index, value)
             if index == 0:
                 self.first[0].copy_(info.log_joint), self.first[1].copy_(info.drift)
         self.z.copy_(state.z)
@@ -222,17 +230,20 @@ class CudaGraph(Blocked):
 
     WARM_UPS = 3  # runs before the capture, in which libraries choose algorithms and allocate what they keep
     _pool = None
+    _stream = None  # of this engine: torch's own capture stream stays on the first device that a process captured on
 
     def launcher(self, block: Block) -> Callable[[], None]:
         with torch.cuda.device(self.device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
+            self._stream = self._stream or torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 for _ in range(self.WARM_UPS):
                     block()
-            current.wait_stream(aside)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):  # blocks never overlap in time: they may share memory
+            # Blocks never overlap in time: they may share memory.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 block()
             self._pool = graph.pool()
         return graph.replay

@@ -123,7 +123,8 @@ class Learner:
         self.theta_optimizer.step()
         if self.phi_optimizer is not None:
             self.phi_optimizer.step()
-        self.model.observe(batch.x, gradients.z, self.ranks.mean)
+        with self.engine.arithmetic():
+            self.model.observe(batch.x, gradients.z, self.ranks.mean)
 
     def _parts(self) -> dict[str, Any]:
         parts = {
