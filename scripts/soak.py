@@ -1,7 +1,8 @@
 """Many short runs in one study under random kills: python scripts/soak.py --runs 200 --kills 12
 
-Two commands pull from the study at once; one of them, drawn at random, is killed (SIGKILL) every few seconds and
-started again. At the end every run has one result, no update is logged twice, and no run was begun again after its end.
+Two commands pull from the study at once; all along the study one of them, drawn at random, is killed (SIGKILL) at a random
+moment and started again. At the end every run has one result, no update is logged twice, and no run was begun again
+after its end.
 """
 
 import argparse
@@ -74,18 +75,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, began = Path(name), time.monotonic()
         processes = [start(folder, given.runs) for _ in range(2)]
-        kills = 0
         results = lambda: len(list(folder.glob("outputs/runs/*/result.json")))
-        while any(process.poll() is None for process in processes) or results() < given.runs:
-            time.sleep(chance.uniform(2, 15) if kills < given.kills else 1)
-            number = chance.randrange(2)
-            if kills < given.kills and processes[number].poll() is None:
-                processes[number].send_signal(signal.SIGKILL)
-                processes[number].wait()
-                kills += 1
+
+        def keep_both_running() -> None:
             for index, process in enumerate(processes):
                 if process.poll() is not None and results() < given.runs:
                     processes[index] = start(folder, given.runs)
+
+        kills = 0
+        # At results, not at times: a command that is killed before it has read its plan tests nothing.
+        for moment in sorted(chance.uniform(0, given.runs - 1) for _ in range(given.kills)):
+            while results() < moment:
+                time.sleep(0.2)
+                keep_both_running()
+            time.sleep(chance.uniform(0, 2))
+            number = chance.randrange(2)
+            if processes[number].poll() is None:
+                processes[number].send_signal(signal.SIGKILL)
+                processes[number].wait()
+                kills += 1
+        while any(process.poll() is None for process in processes) or results() < given.runs:
+            time.sleep(1)
+            keep_both_running()
         wrong = examine(folder, given.runs)
         begun = sum(len(path.read_text().splitlines()) for path in folder.glob("outputs/runs/*/sessions.jsonl"))
         print(

@@ -89,6 +89,18 @@ def test_figures(study):
     assert labels == ["VEM", "LPC jeffreys"]
 
 
+def test_where_log_p_is_exact_the_picture_shows_it_and_not_the_bound(tmp_path):
+    """A bound that is looser for one method would turn their order round."""
+    for seed in (0, 1):
+        write_run(tmp_path / "s", "VAE", seed, free_iwae=-90.0, log_evidence=-80.0, approximation_gap=2.0)
+        write_run(tmp_path / "s", "LPC jeffreys", seed, free_iwae=-95.0, log_evidence=-75.0, approximation_gap=9.0)
+    groups = read_study(tmp_path / "s").groups
+    figures = {name: figure for name, _, figure in sequence_pictures("lorenz", groups)}
+    axis = figures["lorenz-paired.png"].axes[0]
+    assert axis.get_xlabel().startswith("exact log p(x)") and "+5.00 ± 0.00" in {t.get_text() for t in axis.texts}
+    assert paired_table("lorenz", groups).columns[2:4] == ["log_evidence", "free_iwae"]
+
+
 def test_images_have_no_such_figures(tmp_path):
     write_run(tmp_path / "s", "VAE", 0, elbo=-5.0)
     assert not list(sequence_pictures("lorenz", read_study(tmp_path / "s").groups))
