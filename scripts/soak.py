@@ -1,8 +1,8 @@
 """Many short runs in one study under random kills: python scripts/soak.py --runs 200 --kills 12
 
-Two commands pull from the study at once; all along the study one of them, drawn at random, is killed (SIGKILL) at a random
-moment and started again. At the end every run has one result, no update is logged twice, and no run was begun again
-after its end.
+Two commands pull from the study at once; all along the study one of them, drawn at random, is killed (SIGKILL) at a
+random moment and started again. At the end every run has one result, no update is logged twice, and no run was begun
+again after its end.
 """
 
 import argparse

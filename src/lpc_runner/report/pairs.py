@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from lpc_runner.report.grouping import Group
 from lpc_runner.report.tables import DASH, Table, show
 
-# Compared where runs have them, in this order; all in nats per trial. log p(x) is exact where it is known at all; IWAE, a
-# bound that is loose where posteriors are correlated, may order methods the other way round.
+# Compared where runs have them, in this order; all in nats per trial. log p(x) is exact where it is known at all;
+# IWAE, a bound that is loose where posteriors are correlated, may order methods the other way round.
 PAIRED = ("log_evidence", "free_iwae", "free_elbo", "encoder_elbo", "amortisation_gap", "approximation_gap")
 TITLE = "paired differences"
 
