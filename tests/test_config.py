@@ -307,3 +307,33 @@ def test_looking_at_the_configuration_loads_no_torch(tmp_path):
 def test_draws_of_an_e_step_are_no_importance_samples():
     keys = [flat_keys(cell_of("dataset=lorenz", f"method={method}")) for method in ("vem", "iwae")]
     assert "num_importance_samples" not in keys[0] and keys[1]["num_importance_samples"] == 10
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("experiment=tune_small",),
+        ("-m", "seed=3,4", "step_size.value=0.1,1e-3", "method=vae,pc", "trainer.max_updates=null,7"),
+        ("-m", "preconditioning=none,adam", "tuned.beta=0.5,0.9", "tracker.mode='offline',disabled"),
+        ("-m", "optimizer.betas=[0.8,0.9],[0.9,0.99]", "seed=1,2", "dataset=lorenz,lds"),
+        ("-m", "seed=1,2", "seed=5", "tuned.num_steps=4,${seed}"),
+    ],
+)
+def test_cells_that_share_a_composition_are_those_composed_alone(command):
+    """Values are put into the first cell's composition: the same configuration and choices as Hydra's own."""
+    cells = cells_of(*command)
+    assert len(cells) > 1
+    for cell in cells[:: max(1, len(cells) // 8)]:
+        alone = cell_of(*cell.overrides, "hydra.mode=RUN")
+        assert OmegaConf.to_container(cell.cfg) == OmegaConf.to_container(alone.cfg)
+        assert cell.choices == alone.choices
+        assert not cell.cfg._is_interpolation() and OmegaConf.missing_keys(cell.cfg) == set()
+
+
+def test_a_sweep_over_values_composes_once(monkeypatch):
+    from lpc_runner.config import compose
+
+    calls, composed = [], compose._compose_raw
+    monkeypatch.setattr(compose, "_compose_raw", lambda *given: calls.append(given) or composed(*given))
+    assert [cell.cfg.seed for cell in cells_of("-m", "seed=range(20)", "step_size.value=0.1")] == list(range(20))
+    assert len(calls) == 2  # the question whether it is a sweep, and the cells
