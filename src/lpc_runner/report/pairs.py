@@ -71,6 +71,6 @@ def paired_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     notes = [
         f"Each method minus {base.label}, seed by seed: mean ± standard error of the mean, in nats per trial.",
         "Higher is better. " + "log_evidence: exact log p(x). " * ("log_evidence" in names) + "free_iwae, free_elbo: "
-        "bounds on it from a q fitted per validation trial, alike for every method.",
+        "bounds on log p(x) from a q fitted per validation trial, alike for every method.",
     ]
     return Table(f"{dataset}: {TITLE} to {base.label}", ["method", "pairs", *names], texts, notes)
