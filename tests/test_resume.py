@@ -16,6 +16,7 @@ from conftest import TINY, assert_same_run, cell_of, only_run, result_of, rows_o
 from lpc_runner.errors import UserError
 from lpc_runner.run import execute, plan
 from lpc_runner.tracking.log import MetricLog
+from lpc_runner.training import trainer
 from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.training.interrupts import Interrupted, Interrupts
 from lpc_runner.training.learner import Learner
@@ -117,6 +118,45 @@ def test_a_signal_during_the_last_update_leaves_the_measuring_to_the_next_comman
     run(settings("signal"))
     monkeypatch.undo()
     assert_same_run(run(settings("straight")), broken)
+
+
+def test_a_signal_during_the_last_save_leaves_the_measuring_to_the_next_command(settings, monkeypatch):
+    planned = plan(cell_of(*settings("signal")))
+    with monkeypatch.context() as patch:
+        save = trainer.save_checkpoint
+
+        def saving(*given):
+            save(*given)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(trainer, "save_checkpoint", saving)
+        with pytest.raises(Interrupted):
+            execute(planned)
+    broken = planned.directory.path
+    assert load_checkpoint(broken / "checkpoints")["counters"]["update"] == 10
+    run(settings("signal"))
+    assert_same_run(run(settings("straight")), broken)
+
+
+def test_a_terminal_that_closes_is_a_signal_unless_nohup_ignores_it():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, heard in ((signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, None)):
+            signal.signal(signal.SIGHUP, handler)
+            with Interrupts() as interrupts:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert interrupts.received == heard
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_finished_run_that_lost_its_description_gets_it_back(settings):
+    finished = run(settings("one"))
+    description = (finished / "run.json").read_text()
+    (finished / "run.json").unlink()
+    assert run(settings("one")) == finished
+    assert (finished / "run.json").read_text() == description
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])

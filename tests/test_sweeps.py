@@ -105,6 +105,21 @@ def test_a_killed_worker_is_said_in_one_line_and_the_same_command_goes_on(settin
         assert_same_run(one, two)
 
 
+@pytest.mark.faults
+def test_workers_whose_command_was_terminated_save_and_leave(settings, tmp_path):
+    """The command of a parallel sweep gets SIGTERM, as at a shutdown: its workers are not left over."""
+    sweep = ("-m", "seed=0,1", *settings, "trainer.num_epochs=2000", "trainer.checkpoint_seconds=1000")
+    folder = tmp_path / "broken"
+    process = start(folder, *sweep, "hydra/launcher=parallel")
+    until(lambda: len(rows(folder)) == 2 and min(rows(folder)) >= 3)
+    workers = [owner_pid(run) for run in runs(folder)]
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    for run in runs(folder):
+        assert RunDirectory(run.resolve()).checkpoint_files() and not (run / "result.json").exists()
+
+
 def test_two_commands_share_a_study_and_run_nothing_twice(settings, tmp_path):
     sweep = ("-m", "seed=0,1,2,3", *settings, "trainer.num_epochs=300")
     folder = tmp_path / "shared"

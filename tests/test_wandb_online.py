@@ -89,6 +89,7 @@ def test_an_agent_pulls_runs_from_a_sweep_and_may_stop_one_early(server, tmp_pat
     config["command"] = [swap.get(word, word) for word in config["command"]]
     small = ["model=mlp", "model.hidden=[16]", "model.latent_dim=4", "sampler.num_steps=3", "metrics.max_references=40"]
     config["command"][-1:-1] = [*small, "trainer.batch_size=16", "trainer.log_every=1", "num_threads=1", "device=cpu"]
+    config["command"][-1:-1] = ["trainer.num_epochs=100000"]
     values = {"step_size.value": 0.01, "preconditioning.beta": 0.5, "optimizer.learning_rate": 0.001}
     lengths = {"first": 20, "second": 100_000, "third": 30}
     waiting = {name: values | {"trainer.max_updates": count} for name, count in lengths.items()}

@@ -21,13 +21,20 @@ def plain_name(text: str) -> str:
     return re.sub(r"^\.", "_", re.sub(r"[^A-Za-z0-9_.-]", "_", text)) or "_"
 
 
-def require_writable(folder: Path) -> None:
-    """Raise UserError (one line) if `output_dir` cannot be made or written."""
+def require_folder(folder: Path, key: str) -> Path:
+    """What of `folder`, named by the setting `key`, exists. Raises UserError (one line) if that is a file."""
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        why = "is read-only" if nearest.is_dir() else "is a file"
-        raise UserError(f"output_dir={folder}: {nearest} {why}; give a folder that can be written, output_dir=...")
+    if not nearest.is_dir():
+        raise UserError(f"{key}: {nearest} is a file; give a folder, {key}=...")
+    return nearest
+
+
+def require_writable(folder: Path, key: str) -> None:
+    """Raise UserError (one line) if `folder`, named by the setting `key`, cannot be made or written."""
+    nearest = require_folder(folder, key)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {nearest} is read-only; give a folder that can be written, {key}=...")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +20,7 @@ from lpc_runner.errors import UserError
 from lpc_runner.masking import mask_logs, masked
 
 logger = logging.getLogger(__name__)
+_MAIN = "LPC_RUNNER_MAIN"  # environment variable with the process id of the command, which launchers pass on
 
 
 def main() -> None:
@@ -27,6 +31,7 @@ def main() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     args = parse_arguments()
     with one_line_errors(), _connected() as ranks:
+        _refuse(args)
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
         with _first(ranks):
             if not looking:
@@ -34,6 +39,10 @@ def main() -> None:
         if looking or args.cfg:
             _hydra(args)
             return
+        if "WANDB_SWEEP_ID" in os.environ and len(cells) > 1 and "Wandb" in cells[0].cfg.tracker._target_:
+            raise UserError(
+                "a W&B agent gives one run's id, this command makes several runs: no sweep, or tracker=none"
+            )
         from lpc_runner.planning import check_plan, frozen, print_plan, print_results, unfinished
 
         with _first(ranks):
@@ -52,6 +61,16 @@ def main() -> None:
         left = unfinished(planned)
         if left:
             raise UserError(f"{len(left)} of {len(planned)} runs did not finish: {left[0]}")
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Hydra's flags that would go around the check of the configuration. Raises UserError."""
+    if args.experimental_rerun:  # it unpickles the file
+        raise UserError("--experimental-rerun runs code from a file: the same command resumes a run")
+    for flag in ("config_name", "config_path", "package"):
+        if getattr(args, flag):
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} would replace the checked configuration: --config-dir adds options of your own")
 
 
 @contextmanager
@@ -93,16 +112,40 @@ def _hydra(args: argparse.Namespace) -> None:
     from lpc_runner.config.compose import CONF_DIR, CONFIG_NAME
 
     shown = os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own account and leaves
+    os.environ[_MAIN] = str(os.getpid())
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
     except UserError:
         raise
+    except KeyboardInterrupt:  # while jobs run elsewhere, or between two of them
+        raise SystemExit(130) from None
     except Exception as error:  # jobs let nothing through: it is the launcher's, as when one of its workers is killed
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the launcher failed; the same command goes on with what is left ({reason})") from error
     finally:
+        os.environ.pop(_MAIN, None)
         if shown == "1":
             os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def _watch_main() -> threading.Event | None:
+    """In a worker of a parallel sweep: once the command that started it is gone, SIGTERM, so that its run is saved.
+
+    The event says that this has happened. None in the command's own process.
+    """
+    main, died = os.environ.get(_MAIN), threading.Event()
+    if main is None or int(main) == os.getpid():
+        return None
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        died.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return died
 
 
 def job(cfg: DictConfig) -> None:
@@ -117,6 +160,7 @@ def job(cfg: DictConfig) -> None:
 
     mask_logs()
     hydra_cfg = HydraConfig.get()
+    main_died = _watch_main() if "joblib" in hydra_cfg.launcher._target_ else None
     ranks = Ranks.connect()
     if not ranks.is_main:
         logging.getLogger("lpc_runner").setLevel(logging.WARNING)
@@ -124,8 +168,10 @@ def job(cfg: DictConfig) -> None:
         planned = plan(cell_of_job(cfg, hydra_cfg), ranks)
         with leased(planned, hydra_cfg):
             execute(planned)
-    except Interrupted as signal:
-        raise SystemExit(signal.exit_code) from None
+    except Interrupted as interrupted:
+        if main_died is not None and main_died.is_set():
+            os._exit(interrupted.exit_code)  # nobody waits for this worker any more
+        raise SystemExit(interrupted.exit_code) from None
     except Occupied as error:
         logger.info("%s: left to it, going on with the next", error)
         if ranks.size > 1:

@@ -22,7 +22,7 @@ from lpc_runner.environment import describe_environment, warn_of_other_code
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.evaluation.networks import exact_arithmetic
-from lpc_runner.files import require_writable, write_atomically
+from lpc_runner.files import require_folder, require_writable, write_atomically
 from lpc_runner.masking import masked
 from lpc_runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
 from lpc_runner.runs import RunDirectory
@@ -51,7 +51,8 @@ class Planned:
     def require(self) -> None:
         """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
         dataset = self.experiment.dataset
-        require_writable(Path(self.cell.cfg.output_dir))
+        require_writable(Path(self.cell.cfg.output_dir) / "runs", "output_dir")
+        require_folder(Path(self.cell.cfg.data_dir), "data_dir")
         dataset.prepare()
         batch_size = self.experiment.trainer.batch_size
         if dataset.num_train < batch_size:
@@ -195,7 +196,7 @@ def _final(evaluator: Evaluator, learner: Learner, outcome: Outcome, device: str
 def _describe(planned: Planned) -> None:
     """config.yaml and run.json of a new run, its study's link, and a line about this start."""
     directory, cell = planned.directory, planned.cell
-    studies = directory.description()["studies"] if directory.state() != "new" else []
+    studies = directory.studies()
     cfg = OmegaConf.to_container(cell.cfg, resolve=True)
     config = directory.path / "config.yaml"
     if directory.state() != "done" or not config.exists():

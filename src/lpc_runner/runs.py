@@ -135,14 +135,20 @@ class RunDirectory:
     def description(self) -> dict[str, Any]:
         """run.json: name, hash, choices, keys, studies, data_shape."""
         found = self._read("run.json")
-        assert found is not None
+        if found is None:
+            raise UserError(f"{self.path} has no run.json; the command that made the run writes it again")
         return found
+
+    def studies(self) -> list[str]:
+        """The studies that use this run, the first of them first; none before it is described."""
+        return (self._read("run.json") or {}).get("studies", [])
 
     def require_hash(self, digest: str) -> None:
         """Raises UserError if the directory was begun by a run of another hash: it was renamed or edited."""
-        if self.state() != "new" and self.description()["hash"] != digest:
+        found = self._read("run.json")
+        if found is not None and found["hash"] != digest:
             raise UserError(
-                f"{self.path} belongs to another configuration (hash {self.description()['hash'][:10]} in run.json, "
+                f"{self.path} belongs to another configuration (hash {found['hash'][:10]} in run.json, "
                 f"{digest[:10]} of this run): renamed or edited; move it away, or rerun=true starts beside it"
             )
 

@@ -65,7 +65,10 @@ def _expand(args: argparse.Namespace, extra: list[str]) -> list[list[str]]:
     sweeps = [override for override in parsed if override.is_sweep_override()]
     fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
     # The experiment says whether it is a sweep; a swept experiment or method counts with its first value.
-    probe = [*fixed, *(f"{o.get_key_element()}={next(iter(o.sweep_string_iterator()))}" for o in sweeps)]
+    first = {override.get_key_element(): next(iter(override.sweep_string_iterator()), None) for override in sweeps}
+    if empty := [key for key, value in first.items() if value is None]:
+        raise UserError(f"{empty[0]}: the sweep names no value")
+    probe = [*fixed, *(f"{key}={value}" for key, value in first.items())]
     hydra_cfg = _compose_raw(probe, extra).hydra
     if not args.multirun and hydra_cfg.mode != RunMode.MULTIRUN:
         if sweeps:

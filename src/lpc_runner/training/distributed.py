@@ -39,7 +39,7 @@ class Ranks:
 
         CUDA tensors travel by NCCL, all others by gloo. Raises UserError if torchrun's variables are incomplete.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return SINGLE
         try:
             ranks = cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))

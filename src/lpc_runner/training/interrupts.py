@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -34,7 +34,9 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            # nohup has SIGHUP ignored: a closed terminal is then no reason to stop.
+            wanted = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 
     def __exit__(self, *error: object) -> None:

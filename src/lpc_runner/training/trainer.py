@@ -14,6 +14,7 @@ import torch
 from lpc_runner.data.batches import Batches
 from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.training.distributed import Ranks
 from lpc_runner.training.interrupts import Interrupts
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.traces import Traces
@@ -114,6 +115,7 @@ class Trainer:
                 if not bool(gradients.finite):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
                     self._save(learner, checkpoints, counters, tracker.metrics)
+                    self._leave_if_told(interrupts, ranks)
                     return Outcome("diverged", counters, counters.update / batches.num_batches)
                 learner.apply(batch, gradients)
                 counters.update += 1
@@ -146,7 +148,14 @@ class Trainer:
                 if stop:
                     ranks.agree(True)  # a rank that leaves has the others killed: not before rank 0 has saved
                     interrupts.leave()
+            self._leave_if_told(interrupts, ranks)  # a signal during the last save: measuring may outlast its grace
         return Outcome("finished", counters, counters.update / batches.num_batches)
+
+    @staticmethod
+    def _leave_if_told(interrupts: Interrupts, ranks: Ranks) -> None:
+        """Everything is saved; of several ranks none leaves alone."""
+        if interrupts.received is not None and ranks.size == 1:
+            interrupts.leave()
 
     @staticmethod
     def _restore(learner: Learner, folder: Path, metrics: Any) -> Counters:
