@@ -114,7 +114,8 @@ def test_workers_whose_command_was_terminated_save_and_leave(settings, tmp_path)
     until(lambda: len(rows(folder)) == 2 and min(rows(folder)) >= 3)
     workers = [owner_pid(run) for run in runs(folder)]
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
+    process.communicate(timeout=60)  # ends when the last worker has let go of the pipe
+    assert process.returncode == -signal.SIGTERM
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     for run in runs(folder):
         assert RunDirectory(run.resolve()).checkpoint_files() and not (run / "result.json").exists()
