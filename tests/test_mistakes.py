@@ -49,6 +49,8 @@ MISTAKES = [
     ("trainer.batch_size=0", ["trainer.batch_size must be an integer of at least 1"]),
     ("trainer.batch_size=5000", ["trainer.batch_size=5000", "1437"]),
     ("model.likelihood.scale=huge", ["model.likelihood.scale", "fixed, learned, optimal"]),
+    ("seed=${nope}", ["nope"]),
+    ("-m tuned.beta=1,${tuned.beta}", ["nterpolation"]),
     ("-m seed=range(0)", ["seed: the sweep names no value"]),
     ("--experimental-rerun x.pickle", ["--experimental-rerun", "the same command resumes"]),
     ("--config-name other", ["--config-name", "--config-dir"]),

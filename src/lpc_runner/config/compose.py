@@ -114,19 +114,21 @@ def _parsed(overrides: list[str]) -> list[Override]:
 
 
 def _is_plain(override: Override, folders: list[Path]) -> bool:
-    """Whether it gives one key one number, word or null, and chooses no option of a group."""
+    """Whether it gives one key one number, word or null, no reference, and chooses no option of a group."""
     key = override.key_or_group
     if override.type != OverrideType.CHANGE or override.package is not None or override.is_sweep_override():
         return False
     is_group = "/" in key or any((folder / key).is_dir() for folder in folders)
-    return not is_group and not override.is_hydra_override() and isinstance(override.value(), _PLAIN)
+    if is_group or override.is_hydra_override():
+        return False
+    return isinstance(override.value(), _PLAIN) and "${" not in str(override.value())
 
 
 def _resolved(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Cell:
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"{missing[0]} has no value: give one with {missing[0]}=...")
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(f"{missing[0]} has no value: give one with {missing[0]}=...")
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
