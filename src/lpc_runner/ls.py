@@ -66,7 +66,7 @@ def _look(path: Path) -> Listed:
     words = session.get("command", [])[1:]
     again = "rerun its command" if not words else "rerun: python -m lpc_runner " + shlex.join(map(str, words))
     try:
-        listed.studies = (run.description() if (run.path / "run.json").exists() else {}).get("studies", [])
+        listed.studies = run.studies()
         result = run.result()
     except UserError as error:
         listed.state, listed.todo = "damaged", str(error)

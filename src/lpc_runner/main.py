@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -128,6 +129,7 @@ def _hydra(args: argparse.Namespace) -> None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
+@functools.cache  # one watch per worker, which takes many runs: a second SIGTERM would end it unsaved
 def _watch_main() -> threading.Event | None:
     """In a worker of a parallel sweep: once the command that started it is gone, SIGTERM, so that its run is saved.
 

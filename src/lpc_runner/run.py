@@ -223,7 +223,7 @@ def _describe(planned: Planned) -> None:
 
 def _open_tracker(planned: Planned) -> Tracker:
     directory, cell = planned.directory, planned.cell
-    studies = directory.description()["studies"]
+    studies = directory.studies()
     restored = load_checkpoint(directory.checkpoints)
     nested = OmegaConf.to_container(cell.cfg, resolve=True)
     sink = planned.experiment.tracker(
