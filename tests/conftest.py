@@ -37,6 +37,20 @@ TINY = (
 TINY_VAE = tuple(item for item in TINY if not item.startswith("sampler."))
 
 
+# What the result.json of a run that is done holds besides status and metrics.
+ENDED = {
+    "measurement": {},
+    "num_updates": 20,
+    "num_epochs": 2.0,
+    "train_seconds": 1.0,
+    "gradient_evaluations": 60,
+    "diverged_at": None,
+    "state_measured": "final state",
+    "error": None,
+    "device": "cpu",
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
@@ -101,9 +115,9 @@ def plan_of(*overrides: str):
 
 def cells_of(*arguments: str):
     """Every cell of a command line."""
-    from lpc_runner.config.compose import compose_cells, parse_arguments
+    from lpc_runner.config.compose import compose_command, parse_arguments
 
-    return compose_cells(parse_arguments(list(arguments)))
+    return compose_command(parse_arguments(list(arguments))).cells
 
 
 def cell_of(*overrides: str):

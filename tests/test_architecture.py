@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lpc_runner"
 # Each part may import itself and those before it.
-BASE = ("errors", "masking", "schema", "randomness", "files", "runs", "environment")
+BASE = ("errors", "masking", "commands", "schema", "randomness", "files", "runs", "environment", "memory")
 ORDER = ("data", "distributions", "emissions", "models", "inference", "training", "evaluation", "tracking", "report")
 # These put the parts together and may import all of them.
 ROOT = (

@@ -180,6 +180,7 @@ def test_what_changes_no_result_changes_no_hash(workplace):
         "data_dir=elsewhere",
         "num_threads=1",
         "rerun=true",
+        "rerun=2",
         "check=true",
         "trainer.checkpoint_seconds=5",
         "metrics.extractor=random_conv",
@@ -217,7 +218,9 @@ def test_data_files_count_by_content_not_by_path(tmp_path, workplace):
     images = np.load(first)["images"]
     images[5, 0, 3, 4] ^= 1
     np.savez(tmp_path / "pixel.npz", images=images)
-    digest = lambda *files: plan_of("dataset=arrays", f"dataset.train=[{','.join(map(str, files))}]").digest
+    digest = lambda *files: (
+        plan_of("dataset=arrays", f"dataset.train=[{','.join(map(str, files))}]", "trainer.batch_size=8").digest
+    )
     assert digest(first) == digest(moved)
     assert digest(first) != digest(tmp_path / "pixel.npz")
     assert digest(first, tmp_path / "pixel.npz") != digest(tmp_path / "pixel.npz", first)

@@ -35,6 +35,7 @@ from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.distributed import Ranks, bytes_per_update, numbers_per_update
+from lpc_runner.training.interrupts import Interrupted
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.traces import Traces
@@ -361,6 +362,31 @@ def test_a_checkpoint_of_two_ranks_goes_on_at_one_and_back(settings, tmp_path, w
     straight = (*settings, "output_dir=straight")
     assert not _until(Ranks(0, 1, 0), straight, 99)
     assert_close_runs(only_run(Path("straight")), only_run())
+
+
+def _told_late(ranks: Ranks, overrides: tuple[str, ...]) -> bool:
+    """Execute a run whose rank 0 gets a signal while it saves for the last time; whether it left unmeasured."""
+    real = Trainer._save
+
+    def save(learner, folder, counters, metrics):
+        real(learner, folder, counters, metrics)
+        if ranks.is_main and counters.update == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Trainer._save = staticmethod(save)
+    try:
+        execute(plan(cell_of(*overrides), ranks))
+    except Interrupted:
+        return True
+    finally:
+        Trainer._save = staticmethod(real)
+    return False
+
+
+def test_a_signal_during_the_last_save_ends_every_rank(settings, tmp_path, workplace):
+    assert on_ranks(2, functools.partial(_told_late, overrides=settings), tmp_path) == [True, True]
+    assert not (only_run() / "result.json").exists()
+    assert weights_of(only_run())["/counters/update"] == 10
 
 
 def children_of(pid: int) -> list[int]:

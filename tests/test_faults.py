@@ -137,7 +137,7 @@ def test_another_configuration_is_another_run_and_a_renamed_folder_is_refused(wo
     shutil.copytree(only_run().resolve(), changed.directory.path)
     (changed.directory.path / "result.json").unlink()
     before = sorted(changed.directory.path.rglob("*"))
-    with pytest.raises(UserError, match=r"belongs to another configuration .* rerun=true"):
+    with pytest.raises(UserError, match=r"belongs to another configuration .* move the folder away"):
         execute(changed)
     assert [path for path in sorted(changed.directory.path.rglob("*")) if path.name != ".lock"] == [
         path for path in before if path.name != ".lock"

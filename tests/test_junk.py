@@ -262,7 +262,7 @@ def test_secrets_are_masked_in_logs_and_records(monkeypatch, command):
 
 
 def test_masking_leaves_ordinary_words_alone():
-    line = "update 3/9  tokens per second 12  num_steps=300 keyboard=us study=secrets_of_life trainer.batch_size=64"
+    line = "update 3/9  tokens per second 12  num_tokens=12 max_tokens: 8 num_steps=300 keyboard=us study=secrets_of"
     assert masked(line) == line
     assert (
         masked("WANDB_API_KEY=abc api_key: 'x y' password=\"q\"") == "WANDB_API_KEY=*** api_key: *** y' password=***\""

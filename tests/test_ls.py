@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, environment, only_run
+from conftest import ENDED, TINY, environment, only_run
 
 from lpc_runner.errors import UserError
 from lpc_runner.ls import list_runs, main
-from lpc_runner.runs import RunDirectory
+from lpc_runner.runs import DONE, RunDirectory
 from lpc_runner.training.checkpoints import save_checkpoint
 
 
@@ -26,7 +26,7 @@ def make(root: Path, name: str, result: dict | None = None, update: int = 12) ->
     run.append_session({"command": ["/x/__main__.py", "seed=3", "model.hidden=[1,2]"], "host": "here", "pid": 1})
     (run.path / "metrics.jsonl").write_text(json.dumps({"update": update, "epoch": 1.5}) + "\n" + '{"update": 13, "ep')
     if result is not None:
-        run.write("result.json", {"metrics": {}, "error": None, **result})
+        run.write("result.json", {"metrics": {}, "error": None} | (ENDED if result["status"] in DONE else {}) | result)
     return run
 
 
@@ -48,6 +48,19 @@ def outputs(tmp_path) -> Path:
     return root
 
 
+def test_records_that_were_edited_are_listed(tmp_path, command):
+    odd = {"status": "finished", "metrics": {"fid": None, "elbo": "nan", "r2": 0.5}, "num_epochs": "many"}
+    make(tmp_path, "a-odd", odd)
+    answer = command(str(tmp_path), entry=main)
+    assert answer.code == 0 and "1 runs: 1 done" in answer.out and "r2 0.5" in " ".join(answer.out.split())
+    run = make(tmp_path, "b-cut", {"status": "finished"})
+    content = json.loads((run.path / "result.json").read_text())
+    content.pop("train_seconds")
+    run.write("result.json", content)
+    (_, cut) = list_runs(tmp_path)
+    assert cut.state == "damaged" and "result.json is damaged (no train_seconds)" in cut.todo
+
+
 def damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -67,7 +80,7 @@ def test_every_state_and_what_to_do_about_it(outputs):
     assert found["d"].todo == f"rerun: {command}"
     assert (found["d"].epoch, found["d"].update, found["d"].host) == (1.5, 12, "here")  # the last whole line
     assert "damaged: goes on after update 5" in found["e"].todo
-    assert "all 1 checkpoints are damaged" in found["f"].todo and "rerun=true" in found["f"].todo
+    assert found["f"].todo == f"all 1 checkpoints are damaged: move the folder away, then rerun: {command}"
     assert "result.json is damaged" in found["g"].todo
     assert found["h"].todo.startswith(f"leave it to pid {os.getpid()} on ")
 

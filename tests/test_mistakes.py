@@ -53,6 +53,7 @@ MISTAKES = [
     ("-m tuned.beta=1,${tuned.beta}", ["nterpolation"]),
     ("-m seed=range(0)", ["seed: the sweep names no value"]),
     ("--experimental-rerun x.pickle", ["--experimental-rerun", "the same command resumes"]),
+    ("--cfg job -m seed=0,1", ["--multirun and --cfg do not go together", "check=true"]),
     ("--config-name other", ["--config-name", "--config-dir"]),
     ("num_threads=0", ["num_threads must be an integer of at least 1"]),
     ("seed=one", ["seed must be an integer"]),
@@ -61,6 +62,13 @@ MISTAKES = [
     ("study=runs", ["study"]),
     ("study=..", ["study"]),
     ("study=", ["study"]),
+    ("output_dir=", ["output_dir must be a folder's path"]),
+    ("output_dir='~/o'", ["output_dir must be a folder's path", "$HOME"]),
+    ("rerun=-1", ["rerun must be true or false or an integer of at least 0"]),
+    ("--nonsense seed=1", ["unrecognized arguments: --nonsense", "--help"]),
+    ("-m seed=0,1 hydra/launcher=parallel hydra.launcher.n_jobs=0", ["hydra.launcher.n_jobs", "got 0"]),
+    ("-m seed=0,1 hydra/launcher=slurm", ["hydra/launcher=slurm", "srun"]),
+    ("check=true trainer.batch_size=5000", ["trainer.batch_size=5000", "1437"]),
     ("device=cuda:99", ["device=cuda:99", "found"]),
     ("device=cpu engine=cuda_graph", ["engine=cuda_graph", "CUDA", "engine=auto"]),
     ("device=cpu precision=tf32", ["precision=tf32", "fp32"]),
@@ -100,6 +108,43 @@ def assert_one_line(answer, *fragments) -> None:
 def test_a_mistake_is_one_line(arguments, fragments, command, workplace):
     assert_one_line(command(*arguments.split(), "tracker=none"), *fragments)
     assert list(workplace.iterdir()) == []
+
+
+def test_flags_stand_anywhere(command, tmp_path):
+    """Hydra's parser takes flags before all overrides or after them."""
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("# @package _global_\nstudy: mine\n")
+    words = ("check=true", "--config-dir", str(tmp_path), "method=mine", "-m", "seed=0,1")
+    answer = command(*words, *TINY)
+    assert answer.code == 0 and "2 runs (0 done, 0 resume, 2 new) in outputs/mine" in answer.out, answer.err
+
+
+@pytest.mark.parametrize("mode, says", [("sometimes", "WANDB_MODE must be one of"), ("online", "no W&B API key")])
+def test_a_tracker_that_cannot_work_is_said_before_any_work(mode, says, command, workplace, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key in ~/.netrc
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    words = [word for word in TINY if not word.startswith("tracker")]
+    assert_one_line(command("-m", "seed=0,1", *words), says)
+    assert not (workplace / "outputs" / "runs").exists()
+
+
+@pytest.mark.parametrize("place", ["outputs/default", "outputs/runs"])
+def test_a_file_in_the_place_of_a_folder(place, command, workplace):
+    (workplace / "outputs").mkdir()
+    (workplace / place).write_text("mine")
+    assert_one_line(command(*TINY), place)
+    assert (workplace / place).read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_a_link(command, workplace):
+    assert command(*TINY).code == 0
+    (link,) = (workplace / "outputs" / "default").iterdir()
+    other = workplace / "outputs" / "other" / link.name
+    other.mkdir(parents=True)
+    assert_one_line(command("study=other", *TINY), "is in the way", link.name)
+    assert list(other.iterdir()) == []
 
 
 def test_cuda_without_a_device(command, workplace, monkeypatch):
@@ -145,7 +190,7 @@ def test_bad_data_files_are_named(write, says, command, workplace, tmp_path):
 
 
 def test_files_that_do_not_fit_one_another(command, workplace, tmp_path):
-    write_images(tmp_path / "train.npz")
+    write_images(tmp_path / "train.npz", count=70)
     write_images(tmp_path / "test.npz", shape=(3, 32, 32))
     files = [f"dataset.train={tmp_path}/train.npz", f"dataset.test={tmp_path}/test.npz"]
     assert_one_line(command("dataset=arrays", *files), "test.npz", "(3, 32, 32)", "(1, 28, 28)")

@@ -225,11 +225,12 @@ def test_nothing_but_damaged_checkpoints_is_the_users_decision(settings, monkeyp
     broken = interrupted(settings("broken", *EACH), monkeypatch, 7)
     for path in checkpoints(broken):
         _flip(path)
-    with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged; rerun=true"):
+    with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged; .* move the folder away"):
         run(settings("broken", *EACH))
-    again = run(settings("broken", "rerun=true", *EACH))
-    assert again.name == f"{broken.name}-rerun1"
-    assert_same_run(run(settings("straight")), again)
+    aside = broken.with_name("aside")
+    broken.rename(aside)
+    assert_same_run(run(settings("straight")), run(settings("broken", *EACH)))
+    assert all(path.exists() for path in checkpoints(aside))
 
 
 def test_a_torn_last_line_is_cut_off(settings, monkeypatch):
@@ -300,7 +301,9 @@ def test_a_damaged_record_is_named(name, settings, monkeypatch, command):
     (broken / name).write_text('{"status": "fin')
     answer = command(*settings("broken"))
     assert answer.code == 1 and "Traceback" not in answer.err
-    assert f"{broken / name} is damaged" in answer.lines[-1] and "rerun=true" in answer.lines[-1]
+    assert f"{broken / name} is damaged" in answer.lines[-1] and "move the folder away" in answer.lines[-1]
+    (broken / name).parent.rename(broken.with_name("aside"))
+    assert command(*settings("broken")).code == 0
 
 
 def test_a_lost_or_damaged_config_does_not_stop_a_resumption(settings, monkeypatch, command):

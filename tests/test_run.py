@@ -126,8 +126,12 @@ def test_rerun_starts_beside_the_old_run(run, command):
     assert result_of(second)["metrics"] == result_of(run)["metrics"]  # the same seed: a repetition, not a resumption
     assert rows_of(second) == rows_of(run)
     assert {path.name for path in Path("outputs/default").iterdir()} == {run.name, second.name}
-    assert command("rerun=true", *TINY).code == 0
-    assert (Path("outputs/runs") / f"{run.name}-rerun2" / "result.json").exists()
+    before = contents(Path("outputs"))
+    answer = command("rerun=1", *TINY)  # the same command: a sweep of repetitions goes on where it stopped
+    assert answer.code == 0 and "already done" in answer.err and "rerun=2" in answer.err
+    assert contents(Path("outputs")) == before
+    assert command("-m", "rerun=1,2,1", *TINY).code == 0
+    assert {path.name for path in Path("outputs/default").iterdir()} == {run.name, second.name, f"{run.name}-rerun2"}
 
 
 def test_evaluate_measures_again_without_training(run, command):
@@ -196,7 +200,9 @@ def test_sample_and_load_give_the_runs_own_images(run, command, tmp_path):
     assert command(str(run), "--num", "10", "--seed", "1", "--output", f"{tmp_path}/1.npz", entry=main).code == 0
     assert not np.array_equal(np.load(tmp_path / "1.npz")["images"], images)
     assert command(str(run), "--num", "64", entry=main).code == 0  # the run's own grid again, the seed being 0
-    assert (run / "samples" / "sample-64-seed0.png").read_bytes() == (run / "samples" / "final.png").read_bytes()
+    assert (run / "samples" / "sample-64-seed0-update6.png").read_bytes() == (
+        run / "samples" / "final.png"
+    ).read_bytes()
     x = Digits().to_model(Digits().load().test.values[:3])
     encode = loaded.encoder(type("Batch", (), {"x": x, "index": torch.arange(3)}))
     assert encode.mean.shape == (3, 4) and bool((encode.mean[0] != encode.mean[1]).any())
@@ -219,6 +225,11 @@ def test_init_from_takes_the_weights_and_nothing_else(run, command):
 
     answer = command(f"trainer.init_from={run}", *(w.replace("[16]", "[8]") for w in TINY))
     assert answer.code == 1 and "does not fit" in answer.lines[-1]
+
+    (run / "result.json").unlink()  # weights that may still change would make another run under the same name
+    answer = command(f"trainer.init_from={run}", "study=later", *TINY, "trainer.max_updates=2")
+    assert answer.code == 1 and len(answer.lines) == 1 and "is not finished" in answer.err
+    assert command(f"trainer.init_from={run}", "study=onward", *TINY, "trainer.max_updates=1").code == 0  # it is done
 
 
 @pytest.mark.parametrize(
@@ -288,6 +299,8 @@ def test_a_failing_job_does_not_end_the_sweep(command, monkeypatch, tmp_path):
     answer = command(*sweep)  # the failed one is tried again, the finished one is left alone
     assert answer.code == 0, answer.err
     assert result_of(failed)["status"] == "finished" and contents(finished.resolve()) == before
+    sessions = [json.loads(line) for line in (failed / "sessions.jsonl").read_text().splitlines()]
+    assert [session["failed_before"] for session in sessions] == [None, "RuntimeError: out of memory"]
     assert "already done" in answer.err
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, assert_same_run, cells_of, environment, result_of, write_images
@@ -40,11 +41,11 @@ def settings(tmp_path) -> tuple[str, ...]:
     )
 
 
-def start(cwd: Path, *arguments: str) -> subprocess.Popen:
+def start(cwd: Path, *arguments: str, **more: Any) -> subprocess.Popen:
     cwd.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "lpc_runner", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **pipes)
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **pipes, **more)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -116,9 +117,51 @@ def test_workers_whose_command_was_terminated_save_and_leave(settings, tmp_path)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)  # ends when the last worker has let go of the pipe
     assert process.returncode == -signal.SIGTERM
+    assert_saved_and_left(folder, workers)
+
+
+def assert_saved_and_left(folder: Path, workers: list[int]) -> None:
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     for run in runs(folder):
-        assert RunDirectory(run.resolve()).checkpoint_files() and not (run / "result.json").exists()
+        if not (run / "result.json").exists():
+            assert RunDirectory(run.resolve()).checkpoint_files()
+    assert any(not (run / "result.json").exists() for run in runs(folder))
+
+
+@pytest.mark.faults
+def test_a_worker_saves_its_second_run_too(settings, tmp_path):
+    """A worker takes many runs: what it was told of the command must hold for the later ones."""
+    sweep = ("-m", "trainer.num_epochs=2,2000", "seed=0,1", *(word for word in settings if "num_epochs" not in word))
+    folder = tmp_path / "broken"
+    process = start(folder, *sweep, "trainer.checkpoint_seconds=1000", "hydra/launcher=parallel")
+    running = lambda: [run for run in runs(folder) if not (run / "result.json").exists() and (run / ".owner").exists()]
+    until(lambda: (folder / "outputs" / "default").exists() and len(runs(folder)) == 4 and len(running()) == 2)
+    until(lambda: all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size for run in running()))
+    workers = [owner_pid(run) for run in running()]
+    pids = [session["pid"] for run in runs(folder) for session in sessions(run)]
+    assert any(pids.count(pid) > 1 for pid in workers)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert_saved_and_left(folder, workers)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("everyone", [True, False], ids=["from the terminal", "to the command"])
+def test_control_c_on_a_parallel_sweep_saves_every_run(everyone, settings, tmp_path):
+    """A terminal interrupts the whole process group; `kill -INT` the command alone."""
+    sweep = ("-m", "seed=0,1", *settings, "trainer.checkpoint_seconds=1000", "trainer.num_epochs=300")
+    folder = tmp_path / "broken"
+    process = start(folder, *sweep, "hydra/launcher=parallel", start_new_session=True)
+    until(lambda: len(rows(folder)) == 2 and min(rows(folder)) >= 3)
+    workers = [owner_pid(run) for run in runs(folder)]
+    (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
+    out = finish(process, code=128 + signal.SIGINT)
+    assert "the workers save after this update; the same command goes on" in out and "Traceback" not in out
+    assert_saved_and_left(folder, workers)
+    finish(start(folder, *sweep, "hydra/launcher=parallel"))
+    finish(start(tmp_path / "one", *sweep))
+    for one, two in zip(runs(tmp_path / "one"), runs(folder), strict=True):
+        assert_same_run(one, two)
 
 
 def test_two_commands_share_a_study_and_run_nothing_twice(settings, tmp_path):
@@ -150,6 +193,8 @@ def test_submitit_requeues_a_preempted_job_which_goes_on(settings, tmp_path):
     out = finish(process)
     assert out.count("finished: 160 updates") == 2
     assert len(sessions(victim)) == 2
+    words = [session["command"][1:] for run in runs(broken) for session in sessions(run)]
+    assert set(map(tuple, words)) == {(*sweep, "hydra/launcher=submitit_local")}  # what `ls` says to type again
     logs = "".join(path.read_text() for path in (broken / "outputs" / ".sweeps").rglob("*_log.*"))
     assert "Requeued job" in logs, logs
     assert "resuming after update" in logs, logs

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from conftest import ENDED
 from PIL import Image
 
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking import wandb_service
 from lpc_runner.tracking.log import MetricLog
 
-# What a result holds beside its metrics.
-AS_MEASURED = {"measurement": {}, "num_epochs": 2.0, "train_seconds": 1.0, "gradient_evaluations": 60, "error": None}
 KEY = "0123456789abcdef" * 2 + "01234567"
 ENTITY = "tester"
 _OPERATION = re.compile(r"^(?:\s|#[^\n]*\n)*(?:query|mutation)\s+(\w+)")
@@ -449,7 +448,7 @@ def make_run(outputs: Path, name: str, studies: tuple[str, ...] = ("fig4",), sta
         Image.fromarray(pixels).save(run.samples / picture)
     run.write(
         "result.json",
-        {"status": status, "metrics": {"fd_random_conv": 7.25, "elbo": -20.0}, "num_updates": 20} | AS_MEASURED,
+        ENDED | {"status": status, "metrics": {"fd_random_conv": 7.25, "elbo": -20.0}},
     )
     for study in studies:
         run.link_into(outputs, study)

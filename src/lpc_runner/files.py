@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import uuid
 from pathlib import Path
 
 from lpc_runner.errors import UserError
@@ -41,7 +42,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside `path`, flush, rename over it, flush the folder: a reader sees old or new, never half."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: on two machines with a shared folder it may be the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -52,6 +54,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_temporary(path: Path) -> None:
+    """Remove what a killed `write_atomically` left beside `path` (its name may be a pattern); nobody may be writing."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -48,12 +48,13 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     cfg = _read_config(directory.path / "config.yaml")
     # How the chain was computed in training is nothing to those who look, perhaps on a machine without a GPU.
     cfg.device, cfg.engine, cfg.precision = device, "auto", "fp32"
+    choices = dict(directory.description()["choices"])
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key.split(".")[0] not in _CHANGEABLE:
             raise UserError(f"{override}: a finished run can be read again with other {', '.join(_CHANGEABLE)} only")
         if key == "metrics":
-            cfg.metrics = recompose_group("metrics", value)
+            cfg.metrics, choices["metrics"] = recompose_group("metrics", value), value
         else:
             try:
                 OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value, force_add=True)
@@ -61,7 +62,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
                 raise UserError(f"{override}: not a value: {str(error).splitlines()[0]}") from None
         if key == "data_dir" and "data_dir" in cfg.dataset:
             cfg.dataset.data_dir = value
-    experiment = build(cfg, directory.description()["choices"])
+    experiment = build(cfg, choices)
     set_up_torch(experiment)
     learner = build_learner(experiment)
     state = load_checkpoint(directory.checkpoints, experiment.device)

@@ -8,6 +8,7 @@ import shlex
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +57,7 @@ def _look(path: Path) -> Listed:
     listed = Listed(
         name=run.name,
         state="interrupted",
-        epoch=row.get("epoch"),
+        epoch=_number(row.get("epoch")),
         update=row.get("update"),
         metrics={},
         age=_age(run.path),
@@ -75,7 +76,8 @@ def _look(path: Path) -> Listed:
     status = result["status"] if result else None
     if result:
         listed.metrics = result["metrics"]
-        listed.epoch, listed.update = result.get("num_epochs", listed.epoch), result.get("num_updates", listed.update)
+        listed.epoch = _number(result.get("num_epochs", listed.epoch))
+        listed.update = result.get("num_updates", listed.update)
     if owner:
         listed.state, listed.todo = "running", f"leave it to {owner}"
     elif status == "finished":
@@ -91,10 +93,15 @@ def _look(path: Path) -> Listed:
         whole = next((number for number, found in enumerate(checkpoints) if found.is_whole()), None)
         if checkpoints and whole is None:
             listed.state = "damaged"
-            listed.todo = f"all {len(checkpoints)} checkpoints are damaged; {again} rerun=true starts it anew"
+            listed.todo = f"all {len(checkpoints)} checkpoints are damaged: move the folder away, then {again}"
         elif whole:
             listed.todo += f" (the newest checkpoint is damaged: goes on after update {checkpoints[whole].update})"
     return listed
+
+
+def _number(value: Any) -> float | None:
+    """`value` if it is a number: a record may have been edited."""
+    return value if isinstance(value, int | float) else None
 
 
 def _age(path: Path) -> float | None:
@@ -117,9 +124,10 @@ def _table(runs: list[Listed]) -> Table:
         table.add_column(name, overflow="fold")  # a name cut short could not be looked for
     colours = {"done": "green", "running": "cyan", "interrupted": "yellow"}
     for run in runs:
-        shown = [key for start in _METRICS for key in run.metrics if key.startswith(start)][:2]
+        known = [key for key, value in run.metrics.items() if _number(value) is not None]
+        shown = [key for start in _METRICS for key in known if key.startswith(start)][:2]
         numbers = "  ".join(f"{key} {run.metrics[key]:.4g}" for key in shown)
-        epoch = "" if run.epoch is None else f"{float(run.epoch):.1f}"
+        epoch = "" if run.epoch is None else f"{run.epoch:.1f}"
         state = f"[{colours.get(run.state, 'red')}]{run.state}[/]"
         table.add_row(run.name, state, epoch, numbers, _ago(run.age), run.host or "", run.todo.replace("[", "\\["))
     return table

@@ -13,33 +13,35 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
+from lpc_runner.commands import main_process, told_to_workers
 from lpc_runner.errors import UserError
 from lpc_runner.masking import mask_logs, masked
 
 logger = logging.getLogger(__name__)
-_MAIN = "LPC_RUNNER_MAIN"  # environment variable with the process id of the command, which launchers pass on
 
 
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
-    from lpc_runner.config.compose import compose_cells, parse_arguments
+    from lpc_runner.config.compose import compose_command, flags_first, parse_arguments
 
-    # argparse, which Hydra asks once more, takes flags before or after the overrides but not between them.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    args = parse_arguments()
     with one_line_errors(), _connected() as ranks:
+        args = parse_arguments(sys.argv[1:])
+        # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
+        sys.argv[1:] = flags_first(sys.argv[1:], args)
         _refuse(args)
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
         with _first(ranks):
             if not looking:
-                cells = compose_cells(args)  # all, so that a mistake in the last is found before the first runs
+                composed = compose_command(args)  # all, so that a mistake in the last is found before the first runs
         if looking or args.cfg:
             _hydra(args)
             return
+        cells = composed.cells
         if "WANDB_SWEEP_ID" in os.environ and len(cells) > 1 and "Wandb" in cells[0].cfg.tracker._target_:
             raise UserError(
                 "a W&B agent gives one run's id, this command makes several runs: no sweep, or tracker=none"
@@ -56,7 +58,7 @@ def main() -> None:
         if cells[0].cfg.check:
             print_plan(planned)
             return
-        with frozen(cells):
+        with frozen(cells), _interruptible() if "joblib" in composed.launcher else nullcontext():
             _hydra(args)
         print_results(planned)
         left = unfinished(planned)
@@ -68,6 +70,9 @@ def _refuse(args: argparse.Namespace) -> None:
     """Hydra's flags that would go around the check of the configuration. Raises UserError."""
     if args.experimental_rerun:  # it unpickles the file
         raise UserError("--experimental-rerun runs code from a file: the same command resumes a run")
+    one_of = ("run", "multirun", "cfg", "info", "shell_completion")
+    if len(given := [f"--{flag.replace('_', '-')}" for flag in one_of if getattr(args, flag)]) > 1:
+        raise UserError(f"{' and '.join(given)} do not go together; check=true lists the runs of a sweep")
     for flag in ("config_name", "config_path", "package"):
         if getattr(args, flag):
             name = flag.replace("_", "-")
@@ -96,14 +101,23 @@ def _first(ranks: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A UserError becomes one line on standard error and exit code 1; LPC_TRACEBACK=1 shows the traceback too."""
+    """A UserError, or a refusal of the system, becomes one line on standard error and exit code 1.
+
+    LPC_TRACEBACK=1 shows the traceback too.
+    """
     try:
         yield
     except UserError as error:
-        if os.environ.get("LPC_TRACEBACK"):
-            traceback.print_exception(error)
-        print(f"lpc_runner: {masked(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _leave_with(error, str(error))
+    except OSError as error:  # a full disk, a folder without permission
+        _leave_with(error, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _leave_with(error: Exception, text: str) -> NoReturn:
+    if os.environ.get("LPC_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"lpc_runner: {masked(text)}", file=sys.stderr)
+    raise SystemExit(1) from None
 
 
 def _hydra(args: argparse.Namespace) -> None:
@@ -113,9 +127,9 @@ def _hydra(args: argparse.Namespace) -> None:
     from lpc_runner.config.compose import CONF_DIR, CONFIG_NAME
 
     shown = os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own account and leaves
-    os.environ[_MAIN] = str(os.getpid())
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
+        with told_to_workers():
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
     except UserError:
         raise
     except KeyboardInterrupt:  # while jobs run elsewhere, or between two of them
@@ -124,9 +138,27 @@ def _hydra(args: argparse.Namespace) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the launcher failed; the same command goes on with what is left ({reason})") from error
     finally:
-        os.environ.pop(_MAIN, None)
         if shown == "1":
             os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C on a parallel sweep: the command goes at once, for joblib would kill its workers before it did.
+
+    Those, which a terminal interrupts too, save their runs and leave.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        del frame
+        os.write(2, b"lpc_runner: interrupted: the workers save after this update; the same command goes on\n")
+        os._exit(128 + number)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @functools.cache  # one watch per worker, which takes many runs: a second SIGTERM would end it unsaved
@@ -135,10 +167,9 @@ def _watch_main() -> threading.Event | None:
 
     The event says that this has happened. None in the command's own process.
     """
-    main, died = os.environ.get(_MAIN), threading.Event()
-    if main is None or int(main) == os.getpid():
+    if main_process() is None:
         return None
-    parent = os.getppid()
+    parent, died = os.getppid(), threading.Event()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 
-_NAMED = r"[\w.]*(?:api_?key|token|secret|passw(?:or)?d|credential)\w*"
+# num_tokens and its like count words of a text.
+_NAMED = r"[\w.]*(?:api_?key|(?<!num_)(?<!max_)(?<!min_)token|secret|passw(?:or)?d|credential)\w*"
 _ASSIGNED = re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*)(['\"]?)[^\s'\",;&]+")
 _SHORTEST = 8  # characters; shorter values of such variables ('true', '1') would mask ordinary words
 

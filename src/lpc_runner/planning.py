@@ -96,8 +96,10 @@ def check_plan(cells: list[Cell], ranks: Ranks = SINGLE) -> list[Planned]:
         try:
             found = plan(cell, ranks)
             planned.append(found)
-            if not cell.cfg.check and found.directory.state() != "done":
-                found.require()
+            if not cell.cfg.check:
+                found.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)
+                if found.directory.state() != "done":
+                    found.require()
         except UserError as error:
             where = f" (in the cell {' '.join(cell.overrides)})" if len(cells) > 1 else ""
             raise UserError(f"{error}{where}") from None
@@ -179,7 +181,7 @@ def print_measurement(name: str, metrics: dict[str, float], facts: dict[str, Any
 def _print_sequences(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
     """Every number beside that of the true rates, where there is one, and its unit."""
     table = Table(box=None, padding=(0, 1))
-    table.add_column("", min_width=max(map(len, metrics)), no_wrap=True)
+    table.add_column("", min_width=max(map(len, metrics), default=0), no_wrap=True)
     for column in ("model", "true rates"):
         table.add_column(column, justify="right", header_style="dim", no_wrap=True)
     table.add_column("")

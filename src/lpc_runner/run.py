@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from lpc_runner.commands import command_words
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
@@ -24,6 +24,7 @@ from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.files import require_folder, require_writable, write_atomically
 from lpc_runner.masking import masked
+from lpc_runner.memory import keep_freed_memory
 from lpc_runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking.log import MetricLog
@@ -49,31 +50,40 @@ class Planned:
     ranks: Ranks
 
     def require(self) -> None:
-        """Data and weights are there, or are fetched, before anything starts. Raises UserError (one line)."""
+        """Data, weights and a tracker's server are there, or are fetched, before anything starts.
+
+        Raises UserError (one line).
+        """
         dataset = self.experiment.dataset
         require_writable(Path(self.cell.cfg.output_dir) / "runs", "output_dir")
         require_folder(Path(self.cell.cfg.data_dir), "data_dir")
+        if self.ranks.is_main:  # the one that logs
+            tracker = self.experiment.tracker
+            tracker.func.require(**tracker.keywords)
         dataset.prepare()
-        batch_size = self.experiment.trainer.batch_size
-        if dataset.num_train < batch_size:
-            raise UserError(f"trainer.batch_size={batch_size} is more than the {dataset.num_train} training examples")
         self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
 
 
 def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
     """Build and check everything a cell needs, without loading data. Raises UserError (one line)."""
     experiment = build(cell.cfg, cell.choices)
-    ranks.rows(experiment.trainer.batch_size)
+    batch_size, num_train = experiment.trainer.batch_size, experiment.dataset.num_train
+    if num_train < batch_size:
+        raise UserError(f"trainer.batch_size={batch_size} is more than the {num_train} training examples")
+    ranks.rows(batch_size)
     experiment.device = ranks.device(experiment.device)
     digest = run_hash(cell, experiment.dataset.identity())
-    directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), cell.cfg.rerun)
-    if experiment.trainer.init_from is not None:
-        RunDirectory.open(experiment.trainer.init_from)
+    directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), int(cell.cfg.rerun))
+    if experiment.trainer.init_from is not None and directory.state() != "done":
+        source = RunDirectory.open(experiment.trainer.init_from)
+        if source.state() != "done":  # its weights may still change
+            raise UserError(f"trainer.init_from={source.path} is not finished: its own command ends it")
     return Planned(cell, experiment, directory, digest, ranks)
 
 
 def set_up_torch(experiment: Experiment) -> None:
-    """Threads and determinism, for the whole process."""
+    """Threads, determinism and memory, for the whole process."""
+    keep_freed_memory()
     if experiment.num_threads is not None:
         torch.set_num_threads(experiment.num_threads)
     torch.use_deterministic_algorithms(experiment.deterministic)
@@ -97,7 +107,8 @@ def execute(planned: Planned) -> dict[str, Any]:
         directory.require_hash(planned.digest)
         if directory.state() == "done":
             _describe(planned)
-            logger.info("already done: %s", directory.path)
+            again = int(planned.cell.cfg.rerun) + 1
+            logger.info("already done: %s (rerun=%d makes it once more, beside it)", directory.path, again)
             return directory.result()
         set_up_torch(experiment)
         _describe(planned)
@@ -215,10 +226,16 @@ def _describe(planned: Planned) -> None:
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
         warn_of_other_code(directory.last_session())
-        session = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": list(map(masked, sys.argv))}
-        directory.append_session(
-            session | describe_environment(planned.experiment.device) | {"num_ranks": planned.ranks.size}
-        )
+        failed = directory.result()
+        session = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command_words(),
+            **describe_environment(planned.experiment.device),
+            "num_ranks": planned.ranks.size,
+            "failed_before": failed and failed.get("error"),
+        }
+        directory.append_session(session)
+        directory.discard_failure()
 
 
 def _open_tracker(planned: Planned) -> Tracker:

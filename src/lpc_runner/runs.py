@@ -7,14 +7,14 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from lpc_runner.errors import UserError
-from lpc_runner.files import sha256_of, write_atomically
+from lpc_runner.files import remove_temporary, sha256_of, write_atomically
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
@@ -38,6 +38,19 @@ _RECORDS = {
     "result.json": {"status": str, "metrics": dict},
     "run.json": {"hash": str, "studies": list, "choices": dict, "keys": dict},
 }
+# What result.json holds besides once a run is done.
+_RESULT = {
+    "measurement": dict,
+    "num_updates": int,
+    "train_seconds": float | int,
+    "gradient_evaluations": int,
+    "device": str,
+    "state_measured": str,
+    "diverged_at": dict | None,
+}
+# What only whoever has the run's lock writes: a temporary file of these belongs to a process that was killed.
+_LOCKED = ("result.json", "run.json", "config.yaml", "trajectories.npz", "checkpoints/*", "traces/*")
+_START_AGAIN = "move the folder away, and its command starts it again"
 _TAIL = 65536  # bytes of a log that are read from its end
 
 
@@ -73,6 +86,11 @@ def last_row(path: Path) -> dict[str, Any]:
         return {}
 
 
+def damaged(what: str) -> UserError:
+    """The error for a run that has lost something for good: starting it again must be the user's decision."""
+    return UserError(f"{what}; restore it, or {_START_AGAIN}")
+
+
 class Occupied(UserError):
     """Another process is at work on this run."""
 
@@ -88,14 +106,9 @@ class RunDirectory:
         self.path = Path(path)
 
     @classmethod
-    def locate(cls, output_dir: Path, name: str, rerun: bool) -> RunDirectory:
-        """The directory of a run of that name; with `rerun` the newest repetition that is not done, or a new one."""
-        run = cls(Path(output_dir) / "runs" / name)
-        number = 0
-        while rerun and (number == 0 or run.state() == "done"):
-            number += 1
-            run = cls(Path(output_dir) / "runs" / f"{name}-rerun{number}")
-        return run
+    def locate(cls, output_dir: Path, name: str, rerun: int) -> RunDirectory:
+        """The directory of a run of that name, or of its repetition number `rerun`, from 1 on."""
+        return cls(Path(output_dir) / "runs" / (f"{name}-rerun{rerun}" if rerun else name))
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
@@ -149,7 +162,7 @@ class RunDirectory:
         if found is not None and found["hash"] != digest:
             raise UserError(
                 f"{self.path} belongs to another configuration (hash {found['hash'][:10]} in run.json, "
-                f"{digest[:10]} of this run): renamed or edited; move it away, or rerun=true starts beside it"
+                f"{digest[:10]} of this run): renamed or edited; {_START_AGAIN}"
             )
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -160,9 +173,12 @@ class RunDirectory:
             return None
         except (ValueError, RecursionError):
             content = None
-        for key, kind in _RECORDS[name].items():
+        required = _RECORDS[name]
+        if name == "result.json" and isinstance(content, dict) and content.get("status") in DONE:
+            required = required | _RESULT
+        for key, kind in required.items():
             if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-                raise UserError(f"{path} is damaged (no {key}); restore it, or rerun=true starts again beside it")
+                raise damaged(f"{path} is damaged (no {key})")
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
@@ -170,6 +186,11 @@ class RunDirectory:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=2, allow_nan=False, default=str) + "\n")
+
+    def discard_failure(self) -> None:
+        """Remove the result.json of a run that failed and is tried again; of one that is done, nothing."""
+        if self.state() != "done":
+            (self.path / "result.json").unlink(missing_ok=True)
 
     def append_session(self, session: dict[str, Any]) -> None:
         """One line about this start: command, versions, device; a line that a crash tore before it stays alone."""
@@ -184,16 +205,22 @@ class RunDirectory:
 
     def link_into(self, output_dir: Path, study: str) -> Path:
         """outputs/<study>/<run>, a relative link, so that studies share runs; returns its path."""
+        self.require_linkable(output_dir, study)
         folder = Path(output_dir) / study
         folder.mkdir(parents=True, exist_ok=True)
         link = folder / self.name
         if not link.is_symlink():
-            try:
+            with suppress(FileExistsError):  # another run of the study was faster
                 link.symlink_to(os.path.relpath(self.path, folder.resolve()))
-            except FileExistsError:
-                if not link.is_symlink():
-                    raise UserError(f"{link} is in the way: it is not a link to a run; move it") from None
         return link
+
+    def require_linkable(self, output_dir: Path, study: str) -> None:
+        """Raises UserError if something else has the place of the link in a study's folder."""
+        folder = Path(output_dir) / study
+        link = folder / self.name
+        for path, is_in_the_way in ((folder, not folder.is_dir()), (link, not link.is_symlink())):
+            if os.path.lexists(path) and is_in_the_way:
+                raise UserError(f"{path} is in the way of a link to the run; move it, or study=... takes another name")
 
     def owner(self) -> str | None:
         """pid and host of the process that runs this run now, None if there is none (one that was killed is none)."""
@@ -219,6 +246,8 @@ class RunDirectory:
             raise Occupied(f"{self.path} is being run by {who}") from None
         try:
             owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            for name in _LOCKED:
+                remove_temporary(self.path / name)
             yield
         finally:
             owner.unlink(missing_ok=True)

@@ -20,8 +20,8 @@ from lpc_runner.main import one_line_errors
 def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int = 0) -> Path:
     """Write `num` decoder means of z ~ p(z): .png a grid, .npz `images` uint8 (N, C, H, W); returns the path.
 
-    Default output: RUN_DIR/samples/sample-<num>-seed<seed>.png. Raises UserError for another ending, num below 1, a
-    file that already exists, or a run on sequences.
+    Default output: RUN_DIR/samples/sample-<num>-seed<seed>-update<update>.png. Raises UserError for another ending,
+    num below 1, a file that already exists, or a run on sequences.
     """
     if num < 1:
         raise UserError(f"--num must be an integer of at least 1, got {num}")
@@ -29,7 +29,7 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
     kind = run.experiment.dataset.kind
     if kind != "images":
         raise UserError(f"{run_dir} is a run on {kind}: images alone can be drawn, its pictures are in samples/")
-    path = output or run.directory.samples / f"sample-{num}-seed{seed}.png"
+    path = output or run.directory.samples / f"sample-{num}-seed{seed}-update{run.update}.png"
     if path.suffix not in (".png", ".npz"):
         raise UserError(f"--output must end in .png or .npz, got {path}")
     if output is not None and path.exists():

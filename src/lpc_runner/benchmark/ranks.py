@@ -18,6 +18,7 @@ from lpc_runner.inference.objectives import Objective
 from lpc_runner.inference.preconditioning import Adam, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
+from lpc_runner.memory import keep_freed_memory
 from lpc_runner.training.distributed import Ranks, bytes_per_update
 
 
@@ -45,6 +46,7 @@ def measure(size: int, work: Work, rounds: int, shared: bool) -> tuple[float, in
 
 def _rank(rank: int, size: int, port: int, work: Work, rounds: int, shared: bool, answers: Any) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in where.items()}
     ranks = Ranks.connect()

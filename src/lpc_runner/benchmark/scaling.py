@@ -14,6 +14,7 @@ from lpc_runner.benchmark.floor import median_seconds, wait
 from lpc_runner.benchmark.variants import Work, build_learner, chain, images, ours
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import Objective
+from lpc_runner.memory import keep_freed_memory
 
 # Kernel classes by what a kernel or operator is called; the first that fits counts.
 CLASSES = {
@@ -41,6 +42,7 @@ def time_of(work: Work, device: torch.device, way: tuple[str, str], rounds: int 
 
 def _peak_on_cpu(work: Work, num_threads: int) -> float:
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     update = _update(work, torch.device("cpu"), ("eager", "fp32"))
     update(0), update(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

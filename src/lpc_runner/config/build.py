@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lpc_runner.config.compose import dotted, options_of, recompose_group, unknown_key
 from lpc_runner.errors import UserError
-from lpc_runner.schema import PositiveInt, check_value, constructor_of, hints_of
+from lpc_runner.schema import NonNegativeInt, PositiveInt, check_value, constructor_of, hints_of
 
 # Keys of the root that belong to no group, with their types.
 ROOT = {
@@ -29,7 +29,7 @@ ROOT = {
     "output_dir": str,
     "data_dir": str,
     "check": bool,
-    "rerun": bool,
+    "rerun": bool | NonNegativeInt,
 }
 GROUPS = (
     "dataset",
@@ -225,6 +225,9 @@ def _check_root(values: dict[str, Any]) -> None:
             check_value(key, values[key], hint)
         except ValueError as error:
             raise UserError(str(error)) from None
+    for key in ("output_dir", "data_dir"):
+        if not values[key] or values[key].startswith("~"):  # no shell expands the ~ behind a =
+            raise UserError(f"{key} must be a folder's path, got {values[key]!r}: $HOME/... is yours, . is this one")
     study = values["study"]
     plain = study.isprintable() and not set(study) & set("/\\") and not study.startswith(".") and len(study) <= 100
     if not study or not plain or study == "runs":

@@ -6,9 +6,11 @@ import argparse
 import copy
 import difflib
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -34,6 +36,14 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
+class Composed:
+    """A command: its cells, and the class of Hydra's launcher that will start them."""
+
+    cells: list[Cell]
+    launcher: str
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run to be: its resolved configuration, which option of each group it uses, its overrides."""
 
@@ -42,12 +52,29 @@ class Cell:
     overrides: tuple[str, ...]
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Hydra's own command line."""
-    return get_args_parser().parse_args(argv)
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Hydra's own command line, flags in any place. Raises UserError (one line) for an unknown flag."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists what there is)")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    return parser.parse_intermixed_args(argv)
 
 
-def compose_cells(args: argparse.Namespace) -> list[Cell]:
+def flags_first(argv: list[str], args: argparse.Namespace) -> list[str]:
+    """The words of a parsed command line, flags before overrides."""
+    overrides, flags = list(args.overrides), []
+    for word in reversed(argv):
+        if overrides and word == overrides[-1]:
+            overrides.pop()
+        else:
+            flags.append(word)
+    return [*reversed(flags), *args.overrides]
+
+
+def compose_command(args: argparse.Namespace) -> Composed:
     """All cells of a command, one unless it is a sweep. Raises UserError (one line) if any does not compose."""
     extra = []
     if args.config_dir is not None:
@@ -56,11 +83,12 @@ def compose_cells(args: argparse.Namespace) -> list[Cell]:
             raise UserError(f"--config-dir: {folder} is not a folder")
         extra = [f"hydra.searchpath=['file://{folder}']"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return _compose_all(_expand(args, extra), extra, [CONF_DIR, *([folder] if extra else [])])
+        cells, launcher = _expand(args, extra)
+        return Composed(_compose_all(cells, extra, [CONF_DIR, *([folder] if extra else [])]), launcher)
 
 
-def _expand(args: argparse.Namespace, extra: list[str]) -> list[list[str]]:
-    """The overrides of every cell: the product of the command line's and the experiment's sweeps."""
+def _expand(args: argparse.Namespace, extra: list[str]) -> tuple[list[list[str]], str]:
+    """The overrides of every cell, the product of the command line's and the experiment's sweeps; the launcher."""
     parsed = _parsed(args.overrides)
     sweeps = [override for override in parsed if override.is_sweep_override()]
     fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
@@ -69,16 +97,27 @@ def _expand(args: argparse.Namespace, extra: list[str]) -> list[list[str]]:
     if empty := [key for key, value in first.items() if value is None]:
         raise UserError(f"{empty[0]}: the sweep names no value")
     probe = [*fixed, *(f"{key}={value}" for key, value in first.items())]
-    hydra_cfg = _compose_raw(probe, extra).hydra
+    composed = _compose_raw(probe, extra)
+    hydra_cfg = composed.hydra
     if not args.multirun and hydra_cfg.mode != RunMode.MULTIRUN:
         if sweeps:
             raise UserError(f"{sweeps[0].input_line}: several values are a sweep: add -m")
-        return [list(args.overrides)]
+        return [list(args.overrides)], "none"
+    if not args.cfg and composed.get("check") is not True:
+        _require_launcher(hydra_cfg.launcher)
     params = hydra_cfg.sweeper.get("params") or {}
     lines = [*(f"{key}={value}" for key, value in params.items()), *args.overrides]
     parsed = [o for o in _parsed(lines) if not o.is_hydra_override()]
     (batch,) = BasicSweeper.split_arguments(parsed, None)
-    return [list(cell) for cell in batch]
+    return [list(cell) for cell in batch], hydra_cfg.launcher._target_
+
+
+def _require_launcher(launcher: DictConfig) -> None:
+    """Raises UserError for what a launcher would find out when everything else is ready."""
+    if "joblib" in launcher._target_ and launcher.n_jobs == 0:
+        raise UserError("hydra.launcher.n_jobs must be an integer other than 0 (-1: as many as there are cores), got 0")
+    if launcher._target_.endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        raise UserError("hydra/launcher=slurm: there is no srun here: start it where SLURM's commands are")
 
 
 def _compose_all(cells: list[list[str]], extra: list[str], folders: list[Path]) -> list[Cell]:

@@ -13,7 +13,15 @@ from lpc_runner.runs import DONE
 from lpc_runner.schema import NonNegativeInt, checked
 from lpc_runner.tracking.published import destination, note_published
 from lpc_runner.tracking.tracker import Status
-from lpc_runner.tracking.wandb_service import Places, one_line, reachable_mode, requested_mode, start_service, tear_down
+from lpc_runner.tracking.wandb_service import (
+    Places,
+    one_line,
+    reachable_mode,
+    requested_mode,
+    require_online,
+    start_service,
+    tear_down,
+)
 
 _logger = logging.getLogger("lpc_runner")
 
@@ -38,6 +46,12 @@ class WandbTracker:
 
     settings: ClassVar[dict[str, Any]] = SETTINGS
     keeps_service: ClassVar[bool] = False  # whether W&B's service process may outlive a run that ended well
+
+    @staticmethod
+    def require(mode: str, **_: Any) -> None:
+        """Raise UserError (one line) for a WANDB_MODE unknown to W&B, or if `online` finds no key or no server."""
+        if requested_mode(mode) == "online":
+            require_online("tracker.mode=online (tracker.mode=auto goes on without)")
 
     @checked
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -131,3 +132,10 @@ def online(purpose: str) -> Iterator[None]:
         finally:
             tear_down()
             places.restore()
+
+
+@functools.cache  # a sweep asks for every cell
+def require_online(purpose: str) -> None:
+    """Raise UserError (one line) without a key or a server for `purpose`."""
+    with online(purpose):
+        pass

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from lpc_runner.errors import UserError
 from lpc_runner.files import write_atomically
-from lpc_runner.runs import checkpoint_files
+from lpc_runner.runs import checkpoint_files, damaged
 
 logger = logging.getLogger(__name__)
 KEPT = 2
@@ -47,7 +46,5 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         logger.warning("checkpoint %s is damaged (after update %d): falling back to the one before", path, update)
     if found:
-        raise UserError(
-            f"all {len(found)} checkpoints in {folder} are damaged; rerun=true starts again beside this run"
-        )
+        raise damaged(f"all {len(found)} checkpoints in {folder} are damaged")
     return None

@@ -137,9 +137,8 @@ class Trainer:
                     tracker.log(counters.update, values["epoch"], measured)
                     values |= measured
                 progress.update(counters.update, total, values)
-                stop = (
-                    interrupts.received is not None
-                )  # after the last update too: measuring may take longer than we have
+                # After the last update too: measuring may take longer than we have.
+                stop = interrupts.received is not None
                 if ranks.size > 1:  # what the ranks were told together: they must leave after the same update
                     stop = bool(gradients.stop)
                 if due or last or stop or time.monotonic() - saved_at > self.checkpoint_seconds:
@@ -153,8 +152,8 @@ class Trainer:
 
     @staticmethod
     def _leave_if_told(interrupts: Interrupts, ranks: Ranks) -> None:
-        """Everything is saved; of several ranks none leaves alone."""
-        if interrupts.received is not None and ranks.size == 1:
+        """Everything is saved. Of several ranks none leaves alone: what rank 0 was told counts."""
+        if ranks.agree(interrupts.received is not None):
             interrupts.leave()
 
     @staticmethod
