@@ -4,6 +4,7 @@ python scripts/benchmark.py --side 32 --steps 50 --batch 64    one table
 python scripts/benchmark.py --growth                           memory against T; time against T, batch and side
 python scripts/benchmark.py --profile                          where an update's time goes, by kernel class
 python scripts/benchmark.py --accuracy                         error of each precision; what deferring could save
+python scripts/benchmark.py --kept-memory                      what it saves to keep freed memory
 python scripts/benchmark.py --throughput 1,2                   runs per hour with so many runs at once
 python scripts/benchmark.py --cuda-suite FOLDER                tests and all of this on a CUDA device, ten minutes
 """
@@ -12,12 +13,14 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lpc_runner.benchmark import report
 from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
 from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
+from lpc_runner.benchmark.kept import kept_memory, markdown_of_kept
 from lpc_runner.benchmark.scaling import profile
 from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
 from lpc_runner.benchmark.variants import Work
@@ -30,6 +33,34 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
+
+
+def measured(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], str]:
+    """Name, numbers and Markdown of the one stage that was asked for."""
+    device, work = torch.device(arguments.device), Work(arguments.side, arguments.steps, arguments.batch)
+    way = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")
+    if arguments.growth:
+        steps = (work.num_steps, 4 * work.num_steps, 16 * work.num_steps)
+        name, result = "growth", report.growth(work, device, way, steps)
+        text = report.markdown_of_growth(result)
+    elif arguments.profile:
+        name, result = "profile", profile(work, device, way)
+        text = report.markdown_of_profile(result)
+    elif arguments.accuracy:
+        name, result = "accuracy", {"errors": drift_errors(work, device), "deferred": deferred_bound(work, device)}
+        text = f"{markdown_of_errors(result['errors'])}\n\n{markdown_of_deferred(result['deferred'])}"
+    elif arguments.kept_memory:
+        name, result = "kept-memory", kept_memory(work, arguments.rounds)
+        text = markdown_of_kept(result)
+    elif arguments.throughput:
+        numbers = [positive(number) for number in arguments.throughput.split(",")]
+        name, result = "throughput", throughput(numbers, arguments.device)
+        text = markdown_of_throughput(result)
+    else:
+        engines = tuple(arguments.engines.split(","))
+        name, result = f"compare-{work.side}", report.compare(work, arguments.rounds, device, engines)
+        text = report.markdown_of(result)
+    return name, result, text
 
 
 def main() -> None:
@@ -46,6 +77,7 @@ def main() -> None:
     what.add_argument("--growth", action="store_true", help="memory against T; time against T, batch and side")
     what.add_argument("--profile", action="store_true", help="time by kernel class")
     what.add_argument("--accuracy", action="store_true", help="precisions against float64; deferred weight gradients")
+    what.add_argument("--kept-memory", action="store_true", help="with freed memory kept, and given back (CPU)")
     what.add_argument("--throughput", metavar="N,M", help="runs per hour with N, M runs at once")
     what.add_argument("--cuda-suite", type=Path, metavar="FOLDER", help="check and time everything on a CUDA device")
     parser.add_argument("--stages", default="", help="of the CUDA suite, separated by commas (default: all)")
@@ -59,26 +91,8 @@ def main() -> None:
     if arguments.cuda_suite:
         only = tuple(filter(None, arguments.stages.split(",")))
         sys.exit(0 if report.cuda_suite(arguments.cuda_suite, only) else "a test marked cuda failed: see tests.json")
-    device, work = torch.device(arguments.device), Work(arguments.side, arguments.steps, arguments.batch)
-    way = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")
-    if arguments.growth:
-        steps = (work.num_steps, 4 * work.num_steps, 16 * work.num_steps)
-        name, result = "growth", report.growth(work, device, way, steps)
-        text = report.markdown_of_growth(result)
-    elif arguments.profile:
-        name, result = "profile", profile(work, device, way)
-        text = report.markdown_of_profile(result)
-    elif arguments.accuracy:
-        name, result = "accuracy", {"errors": drift_errors(work, device), "deferred": deferred_bound(work, device)}
-        text = f"{markdown_of_errors(result['errors'])}\n\n{markdown_of_deferred(result['deferred'])}"
-    elif arguments.throughput:
-        numbers = [positive(number) for number in arguments.throughput.split(",")]
-        name, result = "throughput", throughput(numbers, arguments.device)
-        text = markdown_of_throughput(result)
-    else:
-        engines = tuple(arguments.engines.split(","))
-        name, result = f"compare-{work.side}", report.compare(work, arguments.rounds, device, engines)
-        text = report.markdown_of(result)
+    name, result, text = measured(arguments)
+    device = torch.device(arguments.device)
     if arguments.out is not None:
         report.Folder(arguments.out, device).keep(name, result, text)
     else:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lpc_runner.benchmark import accuracy, deferred, floor, report, rivals
+from lpc_runner.benchmark import accuracy, deferred, floor, kept, report, rivals
 from lpc_runner.benchmark.variants import Variant, Work, build_model, build_variants, images, measure, ratio, rows_of
 from lpc_runner.inference.chain import run_chain
 from lpc_runner.inference.preconditioning import Adam, Identity
@@ -142,3 +142,15 @@ def test_coarser_arithmetic_is_further_from_float64():
             assert 0 < fine[name] < coarse[name] / 5
     assert errors["fp32"][0]["drift_largest"] < 1e-4 and 1e-4 < errors["bf16"][0]["drift_median"] < 0.1
     assert accuracy.markdown_of_errors(errors).count("\n| bf16 |") == 2
+
+
+@pytest.mark.slow
+def test_variants_in_processes_of_their_own_are_compared_with_the_literal_one():
+    result = kept.kept_memory(TINY, rounds=1)
+    rows = result["rows"]
+    assert [(row["variant"], row["kept"]) for row in rows] == [
+        ("literal", False), ("literal", True), ("ours", False), ("ours", True),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ratio"] == pytest.approx(rows[0]["ms_per_step"] / row["ms_per_step"])
+    assert kept.markdown_of_kept(result).count("| ours |") == 2

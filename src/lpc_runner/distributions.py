@@ -39,7 +39,7 @@ class _LogBinProbability(torch.autograd.Function):
     def forward(ctx, x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
         inverse_scale = torch.exp(-log_scale)
         t = (x - mean).mul_(inverse_scale)
-        sign = torch.where(t < 0, -1.0, 1.0)
+        sign = torch.ones_like(t).copysign_(t)
         u, h = t.abs(), BIN_HALF_WIDTH * inverse_scale
         near, far = u - h, u + h
         # The outer side of the two end bins, seen after the reflection that makes t positive.

@@ -38,12 +38,16 @@ def require_writable(folder: Path, key: str) -> None:
         raise UserError(f"{key}: {nearest} is read-only; give a folder that can be written, {key}=...")
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder for what will be renamed to `path`, no other process's, on whichever machine."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside `path`, flush, rename over it, flush the folder: a reader sees old or new, never half."""
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    # Not the process id: on two machines with a shared folder it may be the same.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
-    from lpc_runner.config.compose import compose_command, flags_first, parse_arguments
+    from lpc_runner.config.compose import compose_command, flags_last, parse_arguments
 
     with one_line_errors(), _connected() as ranks:
         args = parse_arguments(sys.argv[1:])
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
-        sys.argv[1:] = flags_first(sys.argv[1:], args)
+        sys.argv[1:] = flags_last(sys.argv[1:], args)
         _refuse(args)
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
         with _first(ranks):
@@ -146,12 +146,15 @@ def _hydra(args: argparse.Namespace) -> None:
 def _interruptible() -> Iterator[None]:
     """Ctrl-C on a parallel sweep: the command goes at once, for joblib would kill its workers before it did.
 
-    Those, which a terminal interrupts too, save their runs and leave.
+    They notice (`_watch_main`), save their runs and leave.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started by a script in the background
+        yield
+        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         del frame
-        os.write(2, b"lpc_runner: interrupted: the workers save after this update; the same command goes on\n")
+        os.write(2, b"lpc_runner: interrupted: the workers save their runs and leave; then the same command goes on\n")
         os._exit(128 + number)
 
     before = signal.signal(signal.SIGINT, leave)
@@ -165,11 +168,14 @@ def _interruptible() -> Iterator[None]:
 def _watch_main() -> threading.Event | None:
     """In a worker of a parallel sweep: once the command that started it is gone, SIGTERM, so that its run is saved.
 
-    The event says that this has happened. None in the command's own process.
+    The event says that this has happened. None in the command's own process, where joblib leaves a single worker's
+    runs: there Ctrl-C saves as it does without a launcher.
     """
-    if main_process() is None:
+    parent, died = main_process(), threading.Event()
+    if parent is None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return None
-    parent, died = os.getppid(), threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's: one signal per worker, the watch's
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -114,7 +114,7 @@ def unfinished(planned: list[Planned]) -> list[str]:
         result = run.directory.result()
         if result is None or result["status"] not in DONE:
             owner = run.directory.owner()
-            why = f"is being run by {owner}" if owner else (result["error"] if result else "no result")
+            why = f"is being run by {owner}" if owner else (result.get("error") if result else "no result")
             lines.append(f"{run.directory.path}: {why}")
     return lines
 
@@ -158,7 +158,7 @@ def print_results(planned: list[Planned]) -> None:
             continue
         print_measurement(run.directory.name, result["metrics"], result["measurement"])
         seconds, updates = result["train_seconds"], result["num_updates"]
-        ending = f" at update {result['diverged_at']['update']:,}" if result["diverged_at"] else ""
+        ending = f" at update {result['diverged_at'].get('update')}" if result["diverged_at"] else ""
         console.print(
             f"  {result['status']}{ending}: {updates:,} updates, {result['gradient_evaluations']:,} decoder gradients, "
             f"{seconds:.1f} s of training on {result['device']}; metrics of the {result['state_measured']}"

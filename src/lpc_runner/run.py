@@ -59,7 +59,8 @@ class Planned:
         require_folder(Path(self.cell.cfg.data_dir), "data_dir")
         if self.ranks.is_main:  # the one that logs
             tracker = self.experiment.tracker
-            tracker.func.require(**tracker.keywords)
+            if hasattr(tracker.func, "require"):
+                tracker.func.require(**tracker.keywords)
         dataset.prepare()
         self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
 

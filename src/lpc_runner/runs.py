@@ -50,6 +50,10 @@ _RESULT = {
 }
 # What only whoever has the run's lock writes: a temporary file of these belongs to a process that was killed.
 _LOCKED = ("result.json", "run.json", "config.yaml", "trajectories.npz", "checkpoints/*", "traces/*")
+_WRITTEN_AGAIN = {
+    "result.json": "the run's command measures again, from its last checkpoint",
+    "run.json": "the run's command writes it again",
+}
 _START_AGAIN = "move the folder away, and its command starts it again"
 _TAIL = 65536  # bytes of a log that are read from its end
 
@@ -86,7 +90,7 @@ def last_row(path: Path) -> dict[str, Any]:
         return {}
 
 
-def damaged(what: str) -> UserError:
+def lost(what: str) -> UserError:
     """The error for a run that has lost something for good: starting it again must be the user's decision."""
     return UserError(f"{what}; restore it, or {_START_AGAIN}")
 
@@ -177,8 +181,8 @@ class RunDirectory:
         if name == "result.json" and isinstance(content, dict) and content.get("status") in DONE:
             required = required | _RESULT
         for key, kind in required.items():
-            if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-                raise damaged(f"{path} is damaged (no {key})")
+            if not isinstance(content, dict) or key not in content or not isinstance(content[key], kind):
+                raise UserError(f"{path} is damaged (no {key}); restore it, or remove it: {_WRITTEN_AGAIN[name]}")
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
@@ -215,12 +219,14 @@ class RunDirectory:
         return link
 
     def require_linkable(self, output_dir: Path, study: str) -> None:
-        """Raises UserError if something else has the place of the link in a study's folder."""
+        """Raises UserError if something else has the place of the run, or of the link in a study's folder."""
         folder = Path(output_dir) / study
         link = folder / self.name
-        for path, is_in_the_way in ((folder, not folder.is_dir()), (link, not link.is_symlink())):
-            if os.path.lexists(path) and is_in_the_way:
-                raise UserError(f"{path} is in the way of a link to the run; move it, or study=... takes another name")
+        for path, fits in ((self.path, self.path.is_dir()), (folder, folder.is_dir()), (link, link.is_symlink())):
+            if os.path.lexists(path) and not fits:
+                raise UserError(
+                    f"{path} is in the way: it is no {'link to a run' if path == link else 'folder'}; move it"
+                )
 
     def owner(self) -> str | None:
         """pid and host of the process that runs this run now, None if there is none (one that was killed is none)."""

@@ -63,15 +63,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def flags_first(argv: list[str], args: argparse.Namespace) -> list[str]:
-    """The words of a parsed command line, flags before overrides."""
+def flags_last(argv: list[str], args: argparse.Namespace) -> list[str]:
+    """The words of a parsed command line, overrides before flags, some of which may take the next word for theirs."""
     overrides, flags = list(args.overrides), []
     for word in reversed(argv):
         if overrides and word == overrides[-1]:
             overrides.pop()
         else:
             flags.append(word)
-    return [*reversed(flags), *args.overrides]
+    return [*args.overrides, *reversed(flags)]
 
 
 def compose_command(args: argparse.Namespace) -> Composed:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lpc_runner.errors import UserError
-from lpc_runner.files import sha256_of, sync_folder
+from lpc_runner.files import remove_temporary, sha256_of, sync_folder, temporary_beside
 
 
 def content_hash(path: Path) -> str:
@@ -44,9 +44,11 @@ def _md5(path: Path, size: int, modified: int) -> str:
 def save_images(folder: Path, stem: str, count: int, chunks: Iterator[np.ndarray]) -> Path:
     """Write chunks uint8 (n, C, H, W), `count` images in all, to folder/<stem>-<hash>.npy, wholly or not.
 
-    One chunk is in memory at a time. <hash>: the first 16 hex digits of the file's SHA-256.
+    One chunk is in memory at a time. <hash>: the first 16 hex digits of the file's SHA-256. Callers hold the folder's
+    lock.
     """
-    temporary = folder / f".{stem}.{os.getpid()}.tmp"
+    remove_temporary(folder / stem)
+    temporary = temporary_beside(folder / stem)
     digest = hashlib.sha256()
     try:
         with open(temporary, "wb") as file:

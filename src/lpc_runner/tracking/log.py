@@ -57,12 +57,12 @@ class MetricLog:
         if offset > self._offset:
             raise UserError(
                 f"{self.path} holds {self._offset} bytes but the checkpoint was saved at {offset}: "
-                "the log was cut or replaced; restore it, or delete the run's folder to start again"
+                "the log was cut or replaced; restore it, or move the run's folder away to start again"
             )
         if offset and os.pread(self._file.fileno(), 1, offset - 1) != b"\n":
             raise UserError(
                 f"{self.path} has no line ending at the checkpoint's byte {offset}: "
-                "the log was edited; restore it, or delete the run's folder to start again"
+                "the log was edited; restore it, or move the run's folder away to start again"
             )
         self._cut(offset)
 

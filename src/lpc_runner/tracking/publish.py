@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from lpc_runner.errors import UserError
 from lpc_runner.files import sha256_of
-from lpc_runner.runs import DONE, RunDirectory, damaged
+from lpc_runner.runs import DONE, RunDirectory
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.published import destination, note_published, read_published
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
@@ -137,7 +137,7 @@ def settings_of(run: RunDirectory) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
-        raise damaged(f"{path} is missing or damaged")
+        raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
     return content
 
 

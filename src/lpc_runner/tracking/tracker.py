@@ -18,6 +18,10 @@ _logger = logging.getLogger("lpc_runner")
 class Sink(Protocol):
     """Where numbers go besides metrics.jsonl; what it raises costs the run that sink and nothing else."""
 
+    @staticmethod
+    def require(**settings: Any) -> None:
+        """Optional: raise UserError (one line), before any work, if these values of the YAML file cannot be had."""
+
     def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
         """Record the values of one update."""
 

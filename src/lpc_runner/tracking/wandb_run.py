@@ -51,7 +51,8 @@ class WandbTracker:
     def require(mode: str, **_: Any) -> None:
         """Raise UserError (one line) for a WANDB_MODE unknown to W&B, or if `online` finds no key or no server."""
         if requested_mode(mode) == "online":
-            require_online("tracker.mode=online (tracker.mode=auto goes on without)")
+            asked = "WANDB_MODE=online" if os.environ.get("WANDB_MODE") else "tracker.mode=online"
+            require_online(f"{asked} (offline or auto go on without)")
 
     @checked
     def __init__(

@@ -48,7 +48,9 @@ def reachable_mode(asked: str) -> tuple[str, str]:
     import wandb
 
     standing = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave this in W&B's settings file
-    if asked == "auto" and standing in ("offline", "disabled"):
+    if standing in ("offline", "disabled"):
+        if asked == "online":
+            raise wandb.errors.UsageError(f"W&B's settings file says {standing}: `wandb online` changes it")
         return standing, "as W&B's settings file says"
     if wandb.login(prompt=False):
         return "online", ""

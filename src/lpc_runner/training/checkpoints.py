@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lpc_runner.files import write_atomically
-from lpc_runner.runs import checkpoint_files, damaged
+from lpc_runner.runs import checkpoint_files, lost
 
 logger = logging.getLogger(__name__)
 KEPT = 2
@@ -46,5 +46,5 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         logger.warning("checkpoint %s is damaged (after update %d): falling back to the one before", path, update)
     if found:
-        raise damaged(f"all {len(found)} checkpoints in {folder} are damaged")
+        raise lost(f"all {len(found)} checkpoints in {folder} are damaged")
     return None

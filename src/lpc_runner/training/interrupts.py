@@ -34,8 +34,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            # nohup has SIGHUP ignored: a closed terminal is then no reason to stop.
-            wanted = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            # nohup has SIGHUP ignored, a script's background SIGINT: then neither is a reason to stop.
+            wanted = [n for n in _SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
             self._previous = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 
