@@ -64,6 +64,8 @@ MISTAKES = [
     ("study=", ["study"]),
     ("output_dir=", ["output_dir must be a folder's path"]),
     ("output_dir='~/o'", ["output_dir must be a folder's path", "$HOME"]),
+    ("output_dir=~/o", ["output_dir=~/o", "$HOME"]),
+    ("study=a!b", ["study=a!b", "quote it twice"]),
     ("rerun=-1", ["rerun must be true or false or an integer of at least 0"]),
     ("--nonsense seed=1", ["unrecognized arguments: --nonsense", "--help"]),
     ("-m seed=0,1 hydra/launcher=parallel hydra.launcher.n_jobs=0", ["hydra.launcher.n_jobs", "got 0"]),

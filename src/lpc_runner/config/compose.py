@@ -149,7 +149,11 @@ def _parsed(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise UserError(_first_sentence(error)) from None
+        kind, _, line = _first_sentence(error).partition(": ")
+        if kind != "LexerNoViableAltException":
+            raise UserError(_first_sentence(error)) from None
+        remedy = "no shell expands this ~: $HOME is your folder" if "=~" in line else "quote it twice: 'key=\"value\"'"
+        raise UserError(f"{line}: a character that Hydra does not read; {remedy}") from None
 
 
 def _is_plain(override: Override, folders: list[Path]) -> bool:
