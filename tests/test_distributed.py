@@ -329,6 +329,21 @@ def test_torchrun_with_two_ranks_is_the_run_of_one_process(settings, tmp_path, c
     assert (other / "result.json").read_bytes() == before
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+@pytest.mark.parametrize("engine", ["eager", "cuda_graph"])
+def test_two_gpus_joined_by_nccl_are_the_run_of_one(engine, settings, tmp_path, command):
+    # adam_shared sums over the ranks at every step, which no graph holds.
+    metric = "adam" if engine == "cuda_graph" else "adam_shared"
+    keep = [word for word in settings if not word.startswith(("device=", "preconditioning="))]
+    on_cuda = [*keep, "device=cuda", f"engine={engine}", f"preconditioning={metric}"]
+    together = tmp_path / "together"
+    out = finish(torchrun(together, 2, *on_cuda))
+    assert out.count("finished: 10 updates") == 1
+    assert command(*on_cuda).code == 0
+    assert_close_runs(only_run(), only_run(together / "outputs"))
+
+
 class Stop(BaseException):
     """As sudden as a kill: nothing below catches it."""
 
