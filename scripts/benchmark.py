@@ -35,6 +35,12 @@ def positive(text: str) -> int:
     return value
 
 
+def several(text: str) -> int:
+    if (value := positive(text)) < 2:  # quartiles
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
+    return value
+
+
 def measured(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], str]:
     """Name, numbers and Markdown of the one stage that was asked for."""
     device, work = torch.device(arguments.device), Work(arguments.side, arguments.steps, arguments.batch)
@@ -68,7 +74,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, choices=SIDES, help="pixels (default: 32)")
     parser.add_argument("--steps", type=positive, default=50, help="steps of the chain, T (default: 50)")
     parser.add_argument("--batch", type=positive, default=64, help="images per update (default: 64)")
-    parser.add_argument("--rounds", type=positive, default=5, help="timed repetitions (default: 5)")
+    parser.add_argument("--rounds", type=several, default=5, help="timed repetitions, at least 2 (default: 5)")
     parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--engines", default="eager,compiled,cuda_graph", help="of ours (default: all there are)")

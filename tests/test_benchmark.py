@@ -146,11 +146,12 @@ def test_coarser_arithmetic_is_further_from_float64():
 
 @pytest.mark.slow
 def test_variants_in_processes_of_their_own_are_compared_with_the_literal_one():
-    result = kept.kept_memory(TINY, rounds=1)
+    result = kept.kept_memory(TINY, rounds=2)
     rows = result["rows"]
     assert [(row["variant"], row["kept"]) for row in rows] == [
         ("literal", False), ("literal", True), ("ours", False), ("ours", True),
     ]  # fmt: skip
     for row in rows:
-        assert row["ratio"] == pytest.approx(rows[0]["ms_per_step"] / row["ms_per_step"])
+        assert row["ms_per_step"] > 0 and row["quartiles_ms"][0] <= row["ms_per_step"] <= row["quartiles_ms"][1]
+    assert rows[0]["ratio"] == 1
     assert kept.markdown_of_kept(result).count("| ours |") == 2

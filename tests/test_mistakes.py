@@ -53,6 +53,8 @@ MISTAKES = [
     ("-m tuned.beta=1,${tuned.beta}", ["nterpolation"]),
     ("-m seed=range(0)", ["seed: the sweep names no value"]),
     ("--experimental-rerun x.pickle", ["--experimental-rerun", "the same command resumes"]),
+    ("hydra.mode=${seed}", ["hydra.mode", "seed"]),
+    ("hydra.mode=???", ["hydra.mode"]),
     ("--cfg job -m seed=0,1", ["--multirun and --cfg do not go together", "check=true"]),
     ("--config-name other", ["--config-name", "--config-dir"]),
     ("num_threads=0", ["num_threads must be an integer of at least 1"]),

@@ -8,6 +8,7 @@ import difflib
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -82,9 +83,18 @@ def compose_command(args: argparse.Namespace) -> Composed:
         if not folder.is_dir():
             raise UserError(f"--config-dir: {folder} is not a folder")
         extra = [f"hydra.searchpath=['file://{folder}']"]
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"), _naming_the_key():
         cells, launcher = _expand(args, extra)
         return Composed(_compose_all(cells, extra, [CONF_DIR, *([folder] if extra else [])]), launcher)
+
+
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    """What OmegaConf says of a value, when it is read, as one line with the key."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
 
 
 def _expand(args: argparse.Namespace, extra: list[str]) -> tuple[list[list[str]], str]:
@@ -168,13 +178,10 @@ def _is_plain(override: Override, folders: list[Path]) -> bool:
 
 
 def _resolved(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Cell:
-    try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:
-            raise UserError(f"{missing[0]} has no value: give one with {missing[0]}=...")
-        OmegaConf.resolve(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give one with {missing[0]}=...")
+    OmegaConf.resolve(cfg)
     return Cell(cfg, choices, tuple(overrides))
 
 
