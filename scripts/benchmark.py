@@ -41,9 +41,9 @@ def several(text: str) -> int:
     return value
 
 
-def measured(arguments: argparse.Namespace) -> tuple[str, dict[str, Any], str]:
+def measured(arguments: argparse.Namespace, device: torch.device) -> tuple[str, dict[str, Any], str]:
     """Name, numbers and Markdown of the one stage that was asked for."""
-    device, work = torch.device(arguments.device), Work(arguments.side, arguments.steps, arguments.batch)
+    work = Work(arguments.side, arguments.steps, arguments.batch)
     way = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")
     if arguments.growth:
         steps = (work.num_steps, 4 * work.num_steps, 16 * work.num_steps)
@@ -97,8 +97,8 @@ def main() -> None:
     if arguments.cuda_suite:
         only = tuple(filter(None, arguments.stages.split(",")))
         sys.exit(0 if report.cuda_suite(arguments.cuda_suite, only) else "a test marked cuda failed: see tests.json")
-    name, result, text = measured(arguments)
     device = torch.device(arguments.device)
+    name, result, text = measured(arguments, device)
     if arguments.out is not None:
         report.Folder(arguments.out, device).keep(name, result, text)
     else:

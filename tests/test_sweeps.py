@@ -117,15 +117,13 @@ def test_workers_whose_command_was_terminated_save_and_leave(settings, tmp_path)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)  # ends when the last worker has let go of the pipe
     assert process.returncode == -signal.SIGTERM
-    assert_saved_and_left(folder, workers)
+    assert_saved_and_left(runs(folder), workers)
 
 
-def assert_saved_and_left(folder: Path, workers: list[int]) -> None:
+def assert_saved_and_left(interrupted: list[Path], workers: list[int]) -> None:
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-    for run in runs(folder):
-        if not (run / "result.json").exists():
-            assert RunDirectory(run.resolve()).checkpoint_files()
-    assert any(not (run / "result.json").exists() for run in runs(folder))
+    for run in interrupted:
+        assert RunDirectory(run.resolve()).checkpoint_files() and not (run / "result.json").exists()
 
 
 @pytest.mark.faults
@@ -137,12 +135,13 @@ def test_a_worker_saves_its_second_run_too(settings, tmp_path):
     running = lambda: [run for run in runs(folder) if not (run / "result.json").exists() and (run / ".owner").exists()]
     until(lambda: (folder / "outputs" / "default").exists() and len(runs(folder)) == 4 and len(running()) == 2)
     until(lambda: all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size for run in running()))
-    workers = [owner_pid(run) for run in running()]
+    interrupted = running()
+    workers = [owner_pid(run) for run in interrupted]
     pids = [session["pid"] for run in runs(folder) for session in sessions(run)]
     assert any(pids.count(pid) > 1 for pid in workers)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert_saved_and_left(folder, workers)
+    assert_saved_and_left(interrupted, workers)
 
 
 @pytest.mark.faults
@@ -157,7 +156,7 @@ def test_control_c_on_a_parallel_sweep_saves_every_run(everyone, settings, tmp_p
     (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
     out = finish(process, code=128 + signal.SIGINT)
     assert "the workers save their runs and leave" in out and "Traceback" not in out
-    assert_saved_and_left(folder, workers)
+    assert_saved_and_left(runs(folder), workers)
     finish(start(folder, *sweep, "hydra/launcher=parallel"))
     finish(start(tmp_path / "one", *sweep))
     for one, two in zip(runs(tmp_path / "one"), runs(folder), strict=True):

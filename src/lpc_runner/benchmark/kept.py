@@ -5,15 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
 
 from lpc_runner.benchmark.floor import median_seconds
-from lpc_runner.benchmark.variants import Work, build_learner, chain, images, literally, ours
-from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.benchmark.scaling import update_of
+from lpc_runner.benchmark.variants import Work, literally, ours
 from lpc_runner.memory import keep_freed_memory
 
 _UPDATES = {"literal": literally, "ours": ours}
@@ -24,9 +22,7 @@ def _alone(work: Work, name: str, kept: bool, num_threads: int) -> float:
     if kept and not keep_freed_memory():
         raise RuntimeError("another C library than glibc, or glibc's variables are set: there is nothing to compare")
     device = torch.device("cpu")
-    data = Batch(images(work, device), torch.arange(work.batch))
-    learner = build_learner(work, device, chain(work.num_steps), Objective(0.5, 0.5))
-    return median_seconds(partial(_UPDATES[name], learner, data, 0), device, 3)
+    return median_seconds(update_of(work, device, ("eager", "fp32"), _UPDATES[name]), device, 3)
 
 
 def kept_memory(work: Work, rounds: int) -> dict[str, Any]:

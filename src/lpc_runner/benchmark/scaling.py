@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import resource
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -29,21 +30,22 @@ CLASSES = {
 }
 
 
-def _update(work: Work, device: torch.device, way: tuple[str, str]):
+def update_of(work: Work, device: torch.device, way: tuple[str, str], make: Callable = ours) -> Callable[..., Any]:
+    """A Jeffreys update of fresh weights, by its number; make: `ours` or `literally`."""
     data = Batch(images(work, device), torch.arange(work.batch, device=device))
     learner = build_learner(work, device, chain(work.num_steps), Objective(0.5, 0.5), way)
-    return lambda number=0: ours(learner, data, number)
+    return lambda number=0: make(learner, data, number)
 
 
 def time_of(work: Work, device: torch.device, way: tuple[str, str], rounds: int = 3) -> float:
     """Median ms per Jeffreys update."""
-    return 1e3 * median_seconds(_update(work, device, way), device, rounds)
+    return 1e3 * median_seconds(update_of(work, device, way), device, rounds)
 
 
 def _peak_on_cpu(work: Work, num_threads: int) -> float:
     torch.set_num_threads(num_threads)
     keep_freed_memory()
-    update = _update(work, torch.device("cpu"), ("eager", "fp32"))
+    update = update_of(work, torch.device("cpu"), ("eager", "fp32"))
     update(0), update(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
@@ -54,7 +56,7 @@ def peak_memory(work: Work, device: torch.device, way: tuple[str, str]) -> float
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-        update = _update(work, device, way)
+        update = update_of(work, device, way)
         update(0), update(1)
         wait(device)
         return (torch.cuda.max_memory_reserved(device) - before) / 2**20
@@ -67,7 +69,7 @@ def profile(work: Work, device: torch.device, way: tuple[str, str]) -> dict[str,
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    update = _update(work, device, way)
+    update = update_of(work, device, way)
     update(0)
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]

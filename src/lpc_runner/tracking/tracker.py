@@ -87,10 +87,6 @@ class Tracker:
 class NoTracker:
     """tracker=none: takes what every tracker takes at run time and records nothing beside metrics.jsonl."""
 
-    @staticmethod
-    def require() -> None:
-        """Nothing is needed."""
-
     @checked
     def __init__(
         self,
