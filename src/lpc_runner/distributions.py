@@ -14,73 +14,66 @@ from lpc_runner.schema import PositiveFloat, between, checked
 
 LOG_2PI = math.log(2 * math.pi)
 BIN_HALF_WIDTH = 1 / 255  # 256 levels on [-1, 1]: bins of width 2/255
-# Beyond this many standard deviations erfc nears underflow, and the asymptotic series of the tail is exact to rounding.
+# Beyond this many standard deviations erfc nears underflow, and erfcx(y) = exp(y²) erfc(y) takes its place.
 TAIL_START = {torch.float32: 10.0, torch.float64: 25.0}
+EDGE = -2 / math.sqrt(math.pi)  # d erfc(y)/dy = EDGE exp(-y²)
 
 
-def _tail_series(y: Tensor) -> Tensor:
-    """S(y) = 1 - 1/y² + 3/y⁴ - 15/y⁶ + ..., so that the upper tail is Q(y) = φ(y) S(y) / y for large y."""
-    r = y.reciprocal().square()
-    series = torch.ones_like(r)
-    for n in range(7, 0, -1):  # Horner form of Σ (-1)ⁿ (2n-1)!! rⁿ
-        series = 1 - (2 * n - 1) * r * series
-    return series
+def _tail(near: Tensor, far: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """log(erfc near - erfc far) and exp(-near²) over that difference; decay: exp(near² - far²)."""
+    scaled = torch.special.erfcx(near).addcmul_(torch.special.erfcx(far), decay, value=-1)
+    return torch.log(scaled).addcmul_(near, near, value=-1), scaled.reciprocal_()
 
 
 class _LogBinProbability(torch.autograd.Function):
     """log of the Gaussian mass of each pixel's bin, with its exact derivatives.
 
-    With t = (x - mean)/σ, u = |t| and h = (1/255)/σ, reflection puts the bin into the upper tail:
-    P = Q(u - h) - Q(u + h), Q(y) = erfc(y/√2)/2, which keeps full relative precision; an end bin is open on its
-    outer side. Beyond TAIL_START the same difference is taken in logarithms.
+    Lengths are in units of √2 σ. With u = |x - mean| and a bin's half width h, reflection puts the bin into the upper
+    tail: P = (erfc(u - h) - erfc(u + h))/2, which keeps full relative precision; an end bin is open on its outer side.
+    Beyond TAIL_START the same difference is taken of erfcx.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-        inverse_scale = torch.exp(-log_scale)
-        t = (x - mean).mul_(inverse_scale)
+        # In place where a value is not needed again: this function's time is that of its passes over memory, and on a
+        # GPU that of its launches.
+        unit = torch.exp(-log_scale) * math.sqrt(0.5)
+        t = (x - mean).mul_(unit)
         sign = torch.ones_like(t).copysign_(t)
-        u, h = t.abs(), BIN_HALF_WIDTH * inverse_scale
+        u, h = t.abs_(), BIN_HALF_WIDTH * unit
         near, far = u - h, u + h
         # The outer side of the two end bins, seen after the reflection that makes t positive.
         outward = x * sign
-        closed_far = (outward < 1 - BIN_HALF_WIDTH).to(x.dtype)
-        closed_near = outward > -1 + BIN_HALF_WIDTH
+        closed_near, closed_far = outward > -1 + BIN_HALF_WIDTH, outward < 1 - BIN_HALF_WIDTH
 
-        # In place where a value is not needed again: this function's time is that of its passes over memory.
-        upper = torch.where(closed_near, (near * math.sqrt(0.5)).erfc_(), 2.0)
-        probability = upper.addcmul_((far * math.sqrt(0.5)).erfc_(), closed_far, value=-1).mul_(0.5)
-        decay = (u * h).mul_(-2).exp_().mul_(closed_far)  # φ(far)/φ(near), 0 where there is no far edge
-        ratio = near.square().add_(LOG_2PI).mul_(-0.5).exp_().div_(probability)  # φ(near)/P
-        inside = torch.log(probability)
+        twice = torch.where(closed_near, near.erfc(), 2.0).sub_(torch.where(closed_far, far.erfc(), 0.0))  # 2 P
+        at_near = near.square().neg_().exp_().div_(twice)  # exp(-near²)/2P: the density at the edge, but for √(2π) σ
+        decay = torch.where(closed_far, u.mul_(-4 * h).exp_(), 0.0)  # exp(near² - far²), 0 where there is no far edge
+        log_twice = twice.log_()
 
-        start = TAIL_START[x.dtype]
+        start = TAIL_START[x.dtype] * math.sqrt(0.5)
         is_tail = (near > start) & closed_near
-        # A GPU, or compiled code, computes both branches rather than wait for the answer; a CPU has it at once, and it
-        # is mostly no.
-        if torch.compiler.is_compiling() or inside.is_cuda or bool(is_tail.any()):
-            y = near.clamp_min(start)
-            series = _tail_series(y)
-            y_far = torch.maximum(far, y)  # outside the tail these values are discarded, but must stay finite
-            kept = 1 - decay * (y / y_far) * (_tail_series(y_far) / series)  # 1 - Q(far)/Q(near)
-            kept = torch.where(is_tail, kept, 1.0)
-            tail = torch.log(series * kept / y) - 0.5 * (y * y + LOG_2PI)
-            inside = torch.where(is_tail, tail, inside)
-            ratio = torch.where(is_tail, y / (series * kept), ratio)
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            # All elements in both ways rather than wait for the answer which are in the tail; the rest is discarded.
+            tail, tail_at_near = _tail(near.clamp_min(start), far.clamp_min(start), decay)
+            log_twice, at_near = torch.where(is_tail, tail, log_twice), torch.where(is_tail, tail_at_near, at_near)
+        elif bool(is_tail.any()):  # a CPU has the answer at once, and it is mostly no
+            where = is_tail.nonzero(as_tuple=True) if is_tail.ndim else ...
+            log_twice[where], at_near[where] = _tail(near[where], far[where], decay[where])
 
-        far_ratio = ratio * decay  # φ(far)/P
-        near_ratio = torch.where(closed_near, ratio, 0.0)
-        slope = (far_ratio - near_ratio).mul_(sign)  # d log P / dt
-        spread = far_ratio + near_ratio  # d log P / dh
-        ctx.save_for_backward(slope * inverse_scale, slope * t + spread * h)
-        return inside
+        at_far = at_near * decay
+        at_near = torch.where(closed_near, at_near, 0.0)
+        to_log_scale = (at_far * far).addcmul_(at_near, near, value=-1)
+        to_mean = at_far.sub_(at_near).mul_(sign).mul_(unit * EDGE)
+        ctx.save_for_backward(to_mean, to_log_scale)
+        return log_twice.sub_(math.log(2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         to_mean, to_log_scale = ctx.saved_tensors
-        for_mean = -gradient * to_mean if ctx.needs_input_grad[1] else None
-        for_scale = -(gradient * to_log_scale).sum() if ctx.needs_input_grad[2] else None
+        for_mean = gradient * to_mean if ctx.needs_input_grad[1] else None
+        for_scale = (gradient * to_log_scale).sum() * EDGE if ctx.needs_input_grad[2] else None
         return None, for_mean, for_scale
 
 
