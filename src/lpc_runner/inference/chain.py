@@ -37,7 +37,7 @@ class FusedPotential:
         with torch.enable_grad(), nullcontext() if accumulate else constant(self.parameters):
             value = self.log_joint(z)
             wanted = [z, *self.parameters] if accumulate else [z]
-            drift, *theta = torch.autograd.grad(value.sum(), wanted)
+            drift, *theta = torch.autograd.grad(value, wanted, torch.ones_like(value))
         if theta:
             torch._foreach_add_(self.sums, theta)
         self.num_evaluations += 1
@@ -161,8 +161,9 @@ def run_chain(
         state, info = sampler.step(state, partial(potential, accumulate=accumulate), xi)
         moments.add(state.z)
         first = first or (info.log_joint, info.drift)
-        for name, value in diagnostics(info).items():
-            record(trace[name], t - 1, value)
+        record(trace["noise_variance"], t - 1, info.noise_variance)
+        for name, value in diagnostics(info.log_joint, info.drift).items():
+            trace[name][t - 1] = value
         if observe is not None:
             observe(state, info)
     return finish_chain(potential, sampler, state.z, moments, first, trace)
@@ -179,22 +180,17 @@ def empty_trace(num_steps: int, z: Tensor) -> dict[str, Tensor]:
     return {name: torch.empty(num_steps, dtype=z.dtype, device=z.device) for name in names}
 
 
-def diagnostics(info: Info) -> dict[str, Tensor | float]:
-    """What the trace keeps of one step: means over the batch, and the largest 2γG."""
-    largest = info.noise_variance
-    return {
-        "log_joint": info.log_joint.mean(),
-        "drift_norm": info.drift.norm(dim=1).mean(),
-        "noise_variance": largest.max() if torch.is_tensor(largest) else largest,
-    }
+def diagnostics(log_joint: Tensor, drift: Tensor) -> dict[str, Tensor]:
+    """What the trace keeps of one step or several, means over the batch: log_joint (..., B), drift (..., B, d)."""
+    return {"log_joint": log_joint.mean(-1), "drift_norm": drift.norm(dim=-1).mean(-1)}
 
 
-def record(trace: Tensor, index: int, value: Tensor | float) -> None:
-    """Write one number of one step; a float by a fill, for a captured graph takes no copy from the host."""
-    if torch.is_tensor(value):
-        trace[index] = value
+def record(trace: Tensor, index: int, variance: Tensor | float) -> None:
+    """Write the largest 2γG of one step; a float by a fill, for a captured graph takes no copy from the host."""
+    if torch.is_tensor(variance):
+        trace[index] = variance.max()
     else:
-        trace[index : index + 1].fill_(value)
+        trace[index : index + 1].fill_(variance)
 
 
 def finish_chain(

@@ -31,11 +31,12 @@ from lpc_runner.inference.chain import (
     run_chain,
     theta_along,
 )
-from lpc_runner.inference.samplers import State
+from lpc_runner.inference.samplers import Info, State
 
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
 Precision = Literal["fp32", "tf32", "bf16"]
 LogJoint = Callable[..., Tensor]  # (*inputs, z) -> (B,) nats
+Step = Callable[..., tuple[State, Info]]  # (state, potential, noise), of a sampler
 CPU = torch.device("cpu")
 
 
@@ -120,21 +121,23 @@ def _clone(value: Any) -> Any:
 class Block:
     """`length` steps of a chain on fixed tensors, written in place; calling it makes them.
 
-    potential: z, accumulate -> (value, drift), its sums among the fixed tensors. noise (length, B, d), times (length,):
-    read. z, metric: the chain's state, moved on. states (length, B, d), trace (3, length): written. first: the value
-    and drift of the block's first step.
+    potential: z, accumulate -> (value, drift), its sums among the fixed tensors. step: the sampler's. noise
+    (length, B, d), times (length,): read. z, metric: the chain's state, moved on. Written, for every step: states
+    (length, B, d), log_joints (length, B) and drifts (length, B, d) before it, the largest 2γG (length,).
     """
 
-    def __init__(self, potential: FusedPotential, sampler: Any, start: State, length: int, along: bool) -> None:
+    def __init__(
+        self, potential: FusedPotential, step: Step, sampler: Any, start: State, length: int, along: bool
+    ) -> None:
         z = start.z
-        self.potential, self.sampler, self.length, self.along = potential, sampler, length, along
+        self.potential, self.step, self.sampler = potential, step, sampler
+        self.length, self.along = length, along
         self.z = torch.zeros_like(z)
         self.metric = pytree.tree_map(_clone, start.metric)
         self.noise = z.new_zeros(length, *z.shape) if sampler.noisy else [None] * length
         self.times = torch.zeros(length, dtype=torch.float64, device=z.device)
-        self.states = z.new_zeros(length, *z.shape)
-        self.trace = {name: values.zero_() for name, values in empty_trace(length, z).items()}
-        self.first = z.new_zeros(len(z)), torch.zeros_like(z)
+        self.states, self.drifts = z.new_zeros(2, length, *z.shape)
+        self.log_joints, self.variances = z.new_zeros(length, len(z)), z.new_zeros(length)
 
     def __call__(self) -> None:
         state = State(self.z, self.metric, 0)
@@ -142,12 +145,10 @@ class Block:
             # A block's length is a multiple of theta_every, so that the same steps accumulate in each.
             accumulate = self.along and index % self.sampler.theta_every == 0
             potential = partial(self.potential, accumulate=accumulate)
-            state, info = self.sampler.step(state._replace(t=self.times[index]), potential, self.noise[index])
+            state, info = self.step(state._replace(t=self.times[index]), potential, self.noise[index])
             self.states[index].copy_(state.z)
-            for name, value in diagnostics(info).items():
-                record(self.trace[name], index, value)
-            if index == 0:
-                self.first[0].copy_(info.log_joint), self.first[1].copy_(info.drift)
+            self.log_joints[index].copy_(info.log_joint), self.drifts[index].copy_(info.drift)
+            record(self.variances, index, info.noise_variance)
         self.z.copy_(state.z)
         self.load_metric(state.metric)
 
@@ -170,6 +171,10 @@ class Blocked(Eager):
     def launcher(self, block: Block) -> Callable[[], None]:
         """What runs the block, for all later chains of the same shapes."""
         return block
+
+    def step_of(self, sampler: Any) -> Step:
+        """One step of the sampler, as this engine makes it."""
+        return sampler.step
 
     def run(self, log_joint, inputs, z, sampler, noise, *, parameters=(), centre=None, q=None, observe=None) -> Chain:
         if observe is not None or sampler.num_steps == 0:
@@ -195,7 +200,7 @@ class _Program:
         self.length = min(num_steps, every * max(1, NOISE_BLOCK // every))
         along, self.blocks, self.launchers = theta_along(sampler, parameters), {}, {}
         for length in {self.length, num_steps % self.length or self.length}:
-            self.blocks[length] = Block(self.potential, sampler, start, length, along)
+            self.blocks[length] = Block(self.potential, engine.step_of(sampler), sampler, start, length, along)
             self.launchers[length] = engine.launcher(self.blocks[length])
         self.times = torch.arange(num_steps, dtype=torch.float64, device=start.z.device)  # made before each step
 
@@ -217,9 +222,10 @@ class _Program:
                 torch.stack([noise(t) for t in range(made + 1, made + length + 1)], out=block.noise)
             self.launchers[length]()
             moments.add_states(block.states)
-            for name, values in block.trace.items():
+            trace["noise_variance"][steps] = block.variances
+            for name, values in diagnostics(block.log_joints, block.drifts).items():
                 trace[name][steps] = values
-            first = first or tuple(value.clone() for value in block.first)
+            first = first or (block.log_joints[0].clone(), block.drifts[0].clone())
             z, metric = block.z, block.metric
         self.potential.num_evaluations = self.sampler.num_steps  # a replayed graph does not count
         return finish_chain(self.potential, self.sampler, z.clone(), moments, first, trace)
@@ -250,7 +256,7 @@ class CudaGraph(Blocked):
 
 
 class Compiled(Blocked):
-    """The potential, forward and backward, by torch.compile, in blocks launched by Python (CPU).
+    """The potential, forward and backward, and the sampler's move by torch.compile, in blocks launched by Python (CPU).
 
     torch keeps a few compiled forms of one function and then runs it uncompiled; so that the many runs of a sweep do
     not get there, every engine starts with none of those before it.
@@ -258,18 +264,27 @@ class Compiled(Blocked):
 
     def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
         super().__init__(precision, device)
-        self._compiled: dict[LogJoint, LogJoint] = {}
+        self._compiled: dict[Any, Callable] = {}
 
-    def potential_of(self, log_joint: LogJoint) -> LogJoint:
+    def _compile(self, key: Any, function: Callable) -> Callable:
         if not self._compiled:
             torch.compiler.reset()
-        if log_joint not in self._compiled:
-            self._compiled[log_joint] = torch.compile(super().potential_of(log_joint), dynamic=False)
-        return self._compiled[log_joint]
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(function, dynamic=False)
+        return self._compiled[key]
+
+    def potential_of(self, log_joint: LogJoint) -> LogJoint:
+        return self._compile(log_joint, super().potential_of(log_joint))
+
+    def step_of(self, sampler: Any) -> Step:
+        if not hasattr(sampler, "move"):
+            return super().step_of(sampler)
+        move = self._compile(sampler, sampler.move)
+        return lambda state, potential, noise: move(state, *potential(state.z), noise)
 
 
 class CompiledCudaGraph(Compiled, CudaGraph):
-    """The potential by torch.compile, whose fused kernels are captured like all others (CUDA)."""
+    """Potential and move by torch.compile, whose fused kernels are captured like all others (CUDA)."""
 
 
 def make_engine(name: EngineName, precision: Precision, device: torch.device) -> Eager:

@@ -58,7 +58,7 @@ class Adam:
             moved = torch.lerp(self.second_moment(drift), state, self.beta)
             state = torch.where(t > last, state, moved) if torch.is_tensor(t) and last is not t else moved
         corrected = state / (1 - self.beta**last)
-        return state, 1 / (corrected.sqrt() + self.eps)
+        return state, (corrected.sqrt() + self.eps).reciprocal()
 
 
 class SharedAdam(Adam):

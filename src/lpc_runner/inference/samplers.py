@@ -2,7 +2,8 @@
 
 `init(z, q)` starts a chain at z (B, d), whose preconditioner may read the encoder's q(z|x). A step receives
 `potential`, which maps z (B, d) to log p(x, z) (B,) and its gradient (B, d) in one backward pass, and `noise` (B, d)
-~ N(0, I), so that the same step serves every model, a slice of a batch, or a test.
+~ N(0, I), so that the same step serves every model, a slice of a batch, or a test. A sampler whose step is one
+evaluation and then arithmetic has the latter as `move`, which engine=compiled fuses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lpc_runner.distributions import DiagonalGaussian
@@ -61,15 +63,21 @@ class Langevin:
         return State(z, self.preconditioner.init(z, q), 0)
 
     def step(self, state: State, potential: Potential, noise: Tensor | None) -> tuple[State, Info]:
+        return self.move(state, *potential(state.z), noise)
+
+    def move(self, state: State, log_joint: Tensor, drift: Tensor, noise: Tensor | None) -> tuple[State, Info]:
         t = state.t + 1
-        step_size = self.step_size(t)
-        log_joint, drift = potential(state.z)
         metric, scale = self.preconditioner.update(state.metric, drift, t)
-        variance = 2 * step_size * scale if self.noisy else 0.0
-        z = state.z + step_size * scale * drift
+        rate = self.step_size(t) * scale  # γ G
+        variance = 2 * rate if self.noisy else 0.0
+        z = _ahead(state.z, rate, drift)
         if self.noisy:
-            z = z + variance**0.5 * noise
+            z = _ahead(z, variance**0.5, noise)
         return State(z, metric, t), Info(log_joint, drift, variance)
+
+
+def _ahead(z: Tensor, rate: Tensor | float, direction: Tensor) -> Tensor:
+    return torch.addcmul(z, rate, direction) if torch.is_tensor(rate) else z + rate * direction
 
 
 class Map(Langevin):
