@@ -1,6 +1,8 @@
 """Networks against the paper's Table 2, and the linear model against Gaussian algebra."""
 
+import copy
 import math
+import operator
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.distributions import MultivariateNormal
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiscretisedGaussian, Gaussian
-from lpc_runner.models.conv import Conv, FromPoint
+from lpc_runner.models.conv import Conv, Doubling, FromPoint
 from lpc_runner.models.latent import Encoder
 from lpc_runner.models.linear import Linear
 from lpc_runner.models.mlp import MLP
@@ -178,3 +180,43 @@ def test_first_transposed_convolution_is_a_matrix_product():
             for out, layer in ((one, ours), (other, theirs))
         ]
         torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("out_channels", [1, 3, 4, 7])
+def test_doubling_is_torchs_transposed_convolution(out_channels):
+    """Value and gradients from the same parameters, sides that differ, either memory format."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = Doubling(5, out_channels).double().to(memory_format=layout)
+        theirs = nn.ConvTranspose2d(5, out_channels, 4, 2, 1).double()
+        theirs.load_state_dict(ours.state_dict())
+        hidden = torch.randn(3, 5, 4, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        one, other = ours(hidden), theirs(hidden)
+        assert one.shape == (3, out_channels, 8, 12)
+        torch.testing.assert_close(one, other)
+        seed = torch.randn_like(other)
+        gradients = [
+            torch.autograd.grad(out, [hidden, *layer.parameters()], seed)
+            for out, layer in ((one, ours), (other, theirs))
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_doubling_in_bfloat16_sums_weight_gradients_in_float32():
+    """Under autocast: bfloat16 out, float32 gradients of θ, nearer to the exact ones than torch's own layer's."""
+    ours, theirs = Doubling(16, 3), nn.ConvTranspose2d(16, 3, 4, 2, 1)
+    theirs.load_state_dict(ours.state_dict())
+    hidden = torch.randn(64, 16, 16, 16)
+    seed, gradients = torch.randn(64, 3, 32, 32).bfloat16(), {}
+    for layer in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(hidden)
+        assert out.dtype == torch.bfloat16
+        gradients[layer] = torch.autograd.grad(out, list(layer.parameters()), seed)
+    exact = copy.deepcopy(theirs).double()
+    wanted = torch.autograd.grad(exact(hidden.double()), list(exact.parameters()), seed.double())
+    errors = {
+        layer: [((one - want).norm() / want.norm()).item() for one, want in zip(found, wanted)]
+        for layer, found in gradients.items()
+    }
+    assert {gradient.dtype for gradient in gradients[ours]} == {torch.float32}
+    assert max(errors[ours]) < 1e-2 and all(map(operator.le, errors[ours], errors[theirs]))

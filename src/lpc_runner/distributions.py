@@ -38,13 +38,13 @@ class _LogBinProbability(torch.autograd.Function):
         # In place where a value is not needed again: this function's time is that of its passes over memory, and on a
         # GPU that of its launches.
         unit = torch.exp(-log_scale) * math.sqrt(0.5)
-        t = (x - mean).mul_(unit)
+        t = (mean - x).mul_(unit)  # in the mean's layout, for x may come in another
         sign = torch.ones_like(t).copysign_(t)
         u, h = t.abs_(), BIN_HALF_WIDTH * unit
         near, far = u - h, u + h
         # The outer side of the two end bins, seen after the reflection that makes t positive.
-        outward = x * sign
-        closed_near, closed_far = outward > -1 + BIN_HALF_WIDTH, outward < 1 - BIN_HALF_WIDTH
+        inward = sign * x
+        closed_near, closed_far = inward < 1 - BIN_HALF_WIDTH, inward > -1 + BIN_HALF_WIDTH
 
         twice = torch.where(closed_near, near.erfc(), 2.0).sub_(torch.where(closed_far, far.erfc(), 0.0))  # 2 P
         at_near = near.square().neg_().exp_().div_(twice)  # exp(-near²)/2P: the density at the edge, but for √(2π) σ
@@ -64,7 +64,7 @@ class _LogBinProbability(torch.autograd.Function):
         at_far = at_near * decay
         at_near = torch.where(closed_near, at_near, 0.0)
         to_log_scale = (at_far * far).addcmul_(at_near, near, value=-1)
-        to_mean = at_far.sub_(at_near).mul_(sign).mul_(unit * EDGE)
+        to_mean = at_far.sub_(at_near).mul_(sign).mul_(unit * -EDGE)
         ctx.save_for_backward(to_mean, to_log_scale)
         return log_twice.sub_(math.log(2))
 

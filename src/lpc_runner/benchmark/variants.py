@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lpc_runner.benchmark.floor import wait
+from lpc_runner.benchmark.floor import torchs_layers, wait
 from lpc_runner.benchmark.rivals import BETA, EPS, STEP_SIZE, jax_chain, torchebm_chain
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiscretisedGaussian
@@ -105,10 +105,10 @@ def ours(learner: Learner, batch: Batch, update: int) -> None:
 
 
 def literally(learner: Learner, batch: Batch, update: int) -> None:
-    """The same by `inference/literal.py`."""
+    """The same by `inference/literal.py` and torch's own layers."""
     noise = UpdateNoise(0, update, (len(batch.x), LATENT_DIM), batch.x.device)
     model, encoder = learner.model, learner.encoder
-    with learner.engine.arithmetic():
+    with learner.engine.arithmetic(), torchs_layers(model):
         result = literal_gradients(
             model, encoder, learner.sampler, learner.objective, batch, noise=noise, start_from_prior=False
         )
