@@ -1,0 +1,171 @@
+"""Whole runs on a device whose memory the CPU cannot read: what would fail on a GPU, on machines without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, TINY_VAE, environment, only_run, result_of
+from test_sequence_run import LORENZ, SMALL
+
+HERE = Path(__file__).parent
+CONV = (*(item for item in TINY if not item.startswith("model")), "sampler.num_steps=2", "trainer.max_updates=3")
+SHORT = ("sampler.num_steps=2", "trainer.max_updates=2", "metrics.num_gap_trials=2", "metrics.free_steps=2")
+FAST = {
+    "default": (*TINY, "model.likelihood.scale=optimal", "step_size=polynomial"),
+    "conv": CONV,
+    "vae": (*TINY_VAE, "method=vae", "model/likelihood=gaussian"),
+    "iwae": (*TINY_VAE, "method=iwae"),
+    "lfads_vae": ("model=lfads", *LORENZ, *SHORT[1:], "method=vae"),
+}
+SLOW = {
+    "classifier": (*TINY, "metrics.extractor=classifier"),
+    "pc": (*TINY, "method=pc"),
+    "no_warm_start": (*TINY, "method=no_warm_start"),
+    "thinned": (*TINY, "sampler.theta_every=2", "preconditioning=adam"),
+    "last": (*TINY, "sampler.theta_states=last", "preconditioning=adam_damped"),
+    "linear": (*(item for item in TINY if "hidden" not in item), "model=linear"),
+    "lfads": ("model=lfads", *LORENZ, *SHORT, "objective=jeffreys", "dataset.num_held_out=3"),
+    "lds": ("model=lds", "dataset=lds", *SMALL, *SHORT, "objective=jeffreys"),
+    "lds_vem": ("model=lds", "dataset=lds", *SMALL, *SHORT[1:], "method=vem"),
+    "poisson_lds": ("model=poisson_lds", *LORENZ, *SHORT, "objective=reverse"),
+    "nonlinear": ("model=nonlinear", *LORENZ, *SHORT, "objective=jeffreys"),
+    "factor_analysis": (*(item for item in LORENZ if "_dim" not in item), "model=factor_analysis", "objective=forward"),
+}
+CASES = {name: pytest.param(arguments, id=name) for name, arguments in FAST.items()} | {
+    name: pytest.param(arguments, id=name, marks=pytest.mark.slow) for name, arguments in SLOW.items()
+}
+
+
+class Server:
+    """A process in which the device is simulated: it changes torch for good."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, command = log, [sys.executable, str(HERE / "simulated.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, **pipes, stderr=file, env=environment())
+        self.answer()
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()
+        return json.loads(line)
+
+    def run(self, arguments, folder: Path, module: str = "lpc_runner.main") -> dict:
+        order = {"module": module, "argv": list(arguments), "cwd": str(folder)}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    started = Server(tmp_path_factory.mktemp("simulated") / "log")
+    yield started
+    started.process.stdin.close()
+    started.process.wait()
+    started.process.stdout.close()
+
+
+@pytest.mark.parametrize("arguments", CASES.values())
+def test_a_run_on_a_device_of_its_own(command, workplace, server, arguments):
+    """Numbers of the CPU's run; no block that a graph captures waits for the device, nor does the rest of an update.
+
+    Data, updates, traces, checkpoints, metrics and pictures are all made there. (E-steps look after each whether the
+    encoder's gradient is finite.)
+    """
+    assert command(*arguments, "output_dir=here").code == 0
+    answer = server.run([*arguments, "output_dir=there"], workplace)
+    assert answer["code"] == 0, server.log.read_text()[-3000:]
+    assert answer["waits_in_blocks"] == []
+    assert answer["waits_in_updates"] == [] or "method=vem" in arguments
+    there, here = (result_of(only_run(workplace / name)) for name in ("there", "here"))
+    assert (there["device"], here["device"]) == ("simulated:0", "cpu")
+    assert there["metrics"] == pytest.approx(here["metrics"], rel=2e-3, abs=1e-5) and len(here["metrics"]) > 5
+
+
+def test_a_run_goes_on_there_and_is_read_there(workplace, server):
+    """Resuming, evaluating and sampling: checkpoints and caches cross to the device."""
+    arguments = (*TINY, "trainer.checkpoint_seconds=1e-9")
+    assert server.run(arguments, workplace)["code"] == 0
+    run = only_run()
+    first, (newest, *_) = result_of(run), sorted((run / "checkpoints").iterdir(), reverse=True)
+    newest.unlink(), (run / "result.json").unlink()
+    assert server.run(arguments, workplace)["code"] == 0, server.log.read_text()[-3000:]
+    assert result_of(run)["metrics"] == first["metrics"]
+    assert len((run / "sessions.jsonl").read_text().splitlines()) == 2
+    for module, more in (("evaluate", ["metrics.num_samples=30"]), ("sample", ["--num", "5", "--output", "five.npz"])):
+        answer = server.run([str(run), *more], workplace, f"lpc_runner.{module}")
+        assert answer["code"] == 0, server.log.read_text()[-3000:]
+    assert np.load("five.npz")["images"].shape == (5, 1, 28, 28)
+
+
+SCRIPT = """
+import torch
+from simulated import DEVICE, launches, waits
+
+one = torch.ones(3, device=DEVICE)
+assert float((one + 1).sum()) == 6 and waits == ["_local_scalar_dense"] and launches[1:3] == ["add", "sum"]
+for wrong in (lambda: one + torch.ones(3), lambda: one.numpy(), lambda: torch.cat([one, torch.ones(3)])):
+    try:
+        wrong()
+    except (RuntimeError, TypeError):
+        continue
+    raise SystemExit("a CPU read the device's memory")
+waits.clear()
+one[one > 0], one.cpu(), torch.ones(3).to(DEVICE)
+assert len(waits) == 3, waits
+weight = torch.nn.Linear(3, 2).to(DEVICE).weight
+weight.sum().backward()
+assert weight.grad.device == DEVICE and weight.grad.tolist() == [[1.0] * 3] * 2
+"""
+
+
+def test_the_device_is_not_the_cpu():
+    """Mixing devices and reading its memory fail, waits are noticed, gradients are there."""
+    path = {"PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment() | path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+LAUNCHES = """
+import torch
+from simulated import DEVICE, launches
+from lpc_runner.distributions import DiscretisedGaussian
+from lpc_runner.inference.chain import ChainNoise
+from lpc_runner.inference.engine import Blocked
+from lpc_runner.inference.preconditioning import Adam
+from lpc_runner.inference.samplers import Langevin
+from lpc_runner.inference.step_sizes import Constant
+from lpc_runner.models.conv import Conv
+
+class Counting(Blocked):
+    def launcher(self, block):
+        def launch():
+            before = len(launches)
+            block()
+            print((len(launches) - before) / block.length)
+        return launch
+
+model = Conv((3, 64, 64), 40, 1.0, DiscretisedGaussian("learned", 1.0, 0.9), 0.3).to(DEVICE)
+sampler = Langevin(32, "all", Constant(1e-3), Adam(0.25, 1e-3, None))
+x, z = torch.zeros(2, 3, 64, 64), torch.zeros(2, 40)
+noise, theta = ChainNoise(0, 0, (2, 40), DEVICE), list(model.parameters())
+Counting("fp32", DEVICE).run(model.log_joint, (x.to(DEVICE),), z.to(DEVICE), sampler, noise, parameters=theta)
+"""
+
+
+def test_a_step_launches_no_more_kernels_than_it_did():
+    """What a step costs on a GPU where each kernel is small: docs/benchmarks.md has the number."""
+    path = {"PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], env=environment() | path, capture_output=True, text=True, check=True
+    )
+    assert 60 < float(done.stdout) <= 119
