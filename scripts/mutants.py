@@ -56,20 +56,21 @@ OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "
 MUTANTS = [
     # The Langevin step, by closed forms
     Mutant("drift has the wrong sign", SAMPLERS,
-           "state.z + step_size", "state.z - step_size", chain("stationary")),
+           "_ahead(state.z, rate, drift)", "_ahead(state.z, -rate, drift)", chain("stationary")),
     Mutant("noise without its factor 2", SAMPLERS,
-           "2 * step_size * scale if", "step_size * scale if", chain("stationary")),
+           "2 * rate if", "rate if", chain("stationary")),
     Mutant("z(t-1) is missing", SAMPLERS,
-           "z = state.z + step_size", "z = step_size", chain("stationary or mode")),
+           "_ahead(state.z, rate, drift)", "_ahead(0 * state.z, rate, drift)", chain("stationary or mode")),
     Mutant("noise not preconditioned", SAMPLERS,
-           "2 * step_size * scale if", "2 * step_size if", chain("preconditioner")),
+           "2 * rate if", "2 * self.step_size(t) if", chain("preconditioner")),
     Mutant("drift not preconditioned", SAMPLERS,
-           "step_size * scale * drift", "step_size * drift", chain("preconditioner")),
+           "_ahead(state.z, rate, drift)", "_ahead(state.z, self.step_size(t), drift)", chain("preconditioner")),
     Mutant("step size of the step before", SAMPLERS,
            "self.step_size(t)", "self.step_size(state.t)", chain("step_sizes")),
     Mutant("same noise in every block", CHAIN,
-           '"chain", self.update, index', '"chain", self.update, 0', chain("noise")),
-    Mutant("drift averaged over the batch", CHAIN, "grad(value.sum()", "grad(value.mean()", chain("fused")),
+           "self.update, index", "self.update, 0", chain("noise")),
+    Mutant("drift averaged over the batch", CHAIN,
+           "torch.ones_like(value)", "torch.ones_like(value) / len(value)", chain("fused")),
     # Preconditioning
     Mutant("bias correction one step late", METRIC,
            "self.beta**last", "self.beta ** (last + 1)", chain("bias")),
@@ -118,13 +119,20 @@ MUTANTS = [
            'norms.append(scalars["train/encoder_gradient_norm"])', "pass", objectives("finite")),
     # The likelihood
     Mutant("upper end bin closed", DENSITY,
-           "outward < 1 - BIN_HALF_WIDTH", "outward < 2", distributions("sum or end")),
+           "inward > -1 + BIN_HALF_WIDTH", "inward > -2", distributions("sum or end")),
     Mutant("lower end bin closed", DENSITY,
-           "outward > -1 + BIN_HALF_WIDTH", "outward > -2", distributions("sum or end")),
+           "inward < 1 - BIN_HALF_WIDTH", "inward < 2", distributions("sum or end")),
     Mutant("no tail in float32", DENSITY,
            "torch.float32: 10.0", "torch.float32: 1e9", distributions("far_tail")),
     Mutant("σ's gradient lacks a term", DENSITY,
-           "slope * t + spread * h", "slope * t", distributions("gradcheck")),
+           "addcmul_(at_near, near, value=-1)", "addcmul_(at_near, near, value=0)", distributions("gradcheck")),
+    Mutant("tail without its exponential", DENSITY,
+           "addcmul_(near, near, value=-1)", "addcmul_(near, near, value=0)", distributions("far_tail")),
+    Mutant("a device's tail is its core", DENSITY,
+           "tail, log_twice), torch", "log_twice, log_twice), torch", ("tests/test_simulated_device.py", "likelihood")),
+    # Layers
+    Mutant("columns of a doubling by its rows' weights", "models/conv.py",
+           "i::2, j::2", "i::2, i::2", ("tests/test_models.py", "doubling")),
 ]  # fmt: skip
 
 
@@ -162,6 +170,7 @@ def main() -> None:
         files[mutant.tests[0]].add(mutant.tests[1])
     selections = [(file, " or ".join(sorted(expressions))) for file, expressions in files.items()]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(NUM_WORKERS) as pool:
+        (Path(folder) / "conf").symlink_to(ROOT / "conf")  # where a package in a checkout looks for it
         sound = list(pool.map(lambda tests: judge(None, tests, Path(folder)), selections))
         broken = [tests for tests, answer in zip(selections, sound) if answer != "SURVIVED"]
         if broken:

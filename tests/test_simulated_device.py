@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,15 @@ def test_a_run_goes_on_there_and_is_read_there(workplace, server):
     assert np.load("five.npz")["images"].shape == (5, 1, 28, 28)
 
 
+def printed_by(script: str) -> str:
+    """What a script prints, which may import the device."""
+    path = {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    pipes = {"capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", script], env=environment() | path, check=False, **pipes)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 SCRIPT = """
 import torch
 from simulated import DEVICE, launches, waits
@@ -128,11 +138,35 @@ assert weight.grad.device == DEVICE and weight.grad.tolist() == [[1.0] * 3] * 2
 
 def test_the_device_is_not_the_cpu():
     """Mixing devices and reading its memory fail, waits are noticed, gradients are there."""
-    path = {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment() | path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    printed_by(SCRIPT)
+
+
+LIKELIHOOD = """
+import math
+import torch
+from simulated import DEVICE, launches
+from lpc_runner.distributions import log_bin_probability
+
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+    for sigma in (1e-3, 1e-2, 0.1, 1.0, 10.0):
+        x = (torch.arange(256, dtype=dtype) / 127.5 - 1)[:, None].expand(256, 200)
+        away = torch.linspace(-60, 60, 200, dtype=dtype) * sigma
+        found = []
+        for device in ("cpu", DEVICE):
+            mean = (x + away).to(device).detach().requires_grad_()
+            log_scale = torch.tensor(math.log(sigma), dtype=dtype, device=device).requires_grad_()
+            value = log_bin_probability(x.to(device), mean, log_scale)
+            parts = value, *torch.autograd.grad(value.sum(), [mean, log_scale])
+            found.append([part.detach().cpu() for part in parts])
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance / sigma)
+assert "special_erfcx" in launches
+"""
+
+
+def test_the_likelihood_there_is_that_of_the_cpu():
+    """A device takes every pixel in both ways, core and tail, where a CPU takes each in its own."""
+    printed_by(LIKELIHOOD)
 
 
 LAUNCHES = """
@@ -164,8 +198,4 @@ Counting("fp32", DEVICE).run(model.log_joint, (x.to(DEVICE),), z.to(DEVICE), sam
 
 def test_a_step_launches_no_more_kernels_than_it_did():
     """What a step costs on a GPU where each kernel is small: docs/benchmarks.md has the number."""
-    path = {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES], env=environment() | path, capture_output=True, text=True, check=True
-    )
-    assert 60 < float(done.stdout) < 120
+    assert 60 < float(printed_by(LAUNCHES)) < 120

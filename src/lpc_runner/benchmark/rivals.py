@@ -27,6 +27,7 @@ def torchebm_chain(model: Conv, x: Tensor, num_steps: int) -> tuple[Callable[[in
         def forward(self, z: Tensor) -> Tensor:
             return -model.log_joint(x, z)
 
+    model.requires_grad_(False)  # no gradient of θ is asked for
     sampler = LangevinDynamics(Energy(device=x.device), step_size=STEP_SIZE, device=x.device)
 
     def update(number: int) -> Tensor:

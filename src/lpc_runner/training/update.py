@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.inference.acceptance import ShadowMetropolis
-from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential
+from lpc_runner.inference.chain import Chain, ChainNoise, FusedPotential, constant
 from lpc_runner.inference.engine import Eager
 from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients
 from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
@@ -117,7 +117,7 @@ def compute_gradients(
     if q is not None:
         at_warm = chain.first
         if start is not warm:
-            with engine.autocast():
+            with engine.autocast(), constant(theta):
                 at_warm = FusedPotential(log_joint, ())(warm, False)
             num_evaluations += len(warm)
 
