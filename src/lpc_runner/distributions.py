@@ -47,7 +47,7 @@ class _LogBinProbability(torch.autograd.Function):
         closed_near, closed_far = inward < 1 - BIN_HALF_WIDTH, inward > -1 + BIN_HALF_WIDTH
 
         twice = torch.where(closed_near, near.erfc(), 2.0).sub_(torch.where(closed_far, far.erfc(), 0.0))  # 2 P
-        at_near = near.square().neg_().exp_().div_(twice)  # exp(-near²)/2P: the density at the edge, but for √(2π) σ
+        at_near = near.square().neg_().exp_().div_(twice)  # exp(-near²)/2P
         decay = torch.where(closed_far, u.mul_(-4 * h).exp_(), 0.0)  # exp(near² - far²), 0 where there is no far edge
         log_twice = twice.log_()
 
