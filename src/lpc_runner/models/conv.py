@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from lpc_runner.models.latent import Encoder, LatentVariableModel
 from lpc_runner.schema import PositiveFloat, PositiveInt, checked
@@ -57,14 +58,7 @@ class _DoublingOnCPU(torch.autograd.Function):
         (hidden, weight), (to_hidden, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
         for_hidden = nn.functional.conv2d(gradient, weight.to(gradient.dtype), None, 2, 1) if to_hidden else None
         exact = gradient.to(weight.dtype) if to_weight or to_bias else None
-        for_weight = (
-            torch.ops.aten.convolution_backward(
-                hidden.to(weight.dtype), exact, weight, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1,
-                [False, True, False],
-            )[1]
-            if to_weight
-            else None
-        )  # fmt: skip
+        for_weight = conv2d_weight(exact, weight.shape, hidden.to(weight.dtype), 2, 1) if to_weight else None
         return for_hidden, for_weight, exact.sum((0, 2, 3)) if to_bias else None
 
 
