@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
     """Have malloc keep freed blocks of up to 32 MiB in this process; returns whether it does.
 
     Every step of a chain frees and takes the same megabytes. Given back to the system, they come again page by page:
-    1,000 to 2,500 page faults a step at 32 pixels and batch 64 (docs/benchmarks.md). The largest resident set is the same.
-    Other allocators, and whoever has set glibc's own variables, are left alone.
+    1,000 to 2,500 page faults a step at 32 pixels and batch 64 (docs/benchmarks.md). The largest resident set is the
+    same. Other allocators, and whoever has set glibc's own variables, are left alone.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _VARIABLES):
         return False
