@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: nobody counts on the clock, the system counts page faults."""
+"""Freed memory stays with the process: nobody counts on the clock, the system says how large the process is."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ import resource, sys, torch
 from lpc_runner.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory() == (len(sys.argv) == 2)
-def step():
+def size():  # bytes that the process has from the system; not page faults, which some systems do not count
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[0]) * resource.getpagesize()
+def given_back():
     layers = [torch.ones(2**19) for _ in range(8)]  # 2 MiB each, as a layer's activations
-    return sum(float(layer[0]) for layer in layers)
+    at_work = size()
+    layers.clear()
+    return at_work - size()
 for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    given_back()
+print(given_back())
 """
 
 
-def page_faults(*words: str, **variables: str) -> int:
+def given_back(*words: str, **variables: str) -> int:
+    """Bytes that a step has freed and the process no longer has."""
     command = [sys.executable, "-c", CHAIN, *words]
     done = subprocess.run(command, env=environment() | variables, capture_output=True, text=True, check=True)
     return int(done.stdout)
@@ -34,6 +37,8 @@ def page_faults(*words: str, **variables: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_steps_take_the_memory_that_the_steps_before_have_freed():
-    kept = page_faults("keep") + 1
-    assert page_faults("no") > 20 * kept  # why there is something to do
-    assert page_faults("keep", "left alone", MALLOC_TRIM_THRESHOLD_="131072") > 20 * kept
+    # Left to itself, glibc moves its thresholds by what was freed before: some processes keep, others do not.
+    fixed = {"MALLOC_TRIM_THRESHOLD_": "131072"}  # as they are at the start
+    assert given_back("no", **fixed) >= 16 * 2**20  # why there is something to do
+    assert given_back("keep", "left alone", **fixed) >= 16 * 2**20
+    assert given_back("keep") == 0
