@@ -124,7 +124,7 @@ def cells_of(*arguments: str):
     """Every cell of a command line."""
     from lpc_runner.config.compose import compose_command, parse_arguments
 
-    return compose_command(parse_arguments(list(arguments))).cells
+    return compose_command(parse_arguments(list(arguments))[0]).cells
 
 
 def cell_of(*overrides: str):

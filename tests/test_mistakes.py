@@ -123,6 +123,9 @@ def test_flags_stand_anywhere(command, tmp_path):
     assert answer.code == 0 and len(list(Path("outputs/mine").iterdir())) == 2, answer.err
     answer = command("seed=0", *TINY, "--info", "config")
     assert answer.code == 0 and "Config search path" in answer.out
+    Path("seed=1").symlink_to(tmp_path)  # the word that a flag takes is an override too
+    answer = command("method=mine", *TINY, "seed=1", "--config-dir", "seed=1")
+    assert answer.code == 0, answer.err
 
 
 @pytest.mark.parametrize("mode, says", [("sometimes", "WANDB_MODE must be one of"), ("online", "no W&B API key")])

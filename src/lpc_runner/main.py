@@ -27,12 +27,11 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
-    from lpc_runner.config.compose import compose_command, flags_last, parse_arguments
+    from lpc_runner.config.compose import compose_command, parse_arguments
 
     with one_line_errors(), _connected() as ranks:
-        args = parse_arguments(sys.argv[1:])
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
-        sys.argv[1:] = flags_last(sys.argv[1:], args)
+        args, sys.argv[1:] = parse_arguments(sys.argv[1:])
         _refuse(args)
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
         with _first(ranks):

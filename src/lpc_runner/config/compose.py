@@ -53,26 +53,26 @@ class Cell:
     overrides: tuple[str, ...]
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Hydra's own command line, flags in any place. Raises UserError (one line) for an unknown flag."""
+class _Word(str):
+    """A word of the command line, to be told from an equal one by identity."""
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's own command line, flags in any place, and the same words with overrides before flags.
+
+    Raises UserError (one line) for an unknown flag.
+    """
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists what there is)")
 
     parser = get_args_parser()
     parser.error = refuse
-    return parser.parse_intermixed_args(argv)
-
-
-def flags_last(argv: list[str], args: argparse.Namespace) -> list[str]:
-    """The words of a parsed command line, overrides before flags, some of which may take the next word for theirs."""
-    overrides, flags = list(args.overrides), []
-    for word in reversed(argv):
-        if overrides and word == overrides[-1]:
-            overrides.pop()
-        else:
-            flags.append(word)
-    return [*args.overrides, *reversed(flags)]
+    words = [_Word(word) for word in argv]
+    args = parser.parse_intermixed_args(words)
+    overrides = {id(word) for word in args.overrides}  # a flag may have taken an equal word for its value
+    args.overrides = [str(word) for word in args.overrides]
+    return args, [*args.overrides, *(str(word) for word in words if id(word) not in overrides)]
 
 
 def compose_command(args: argparse.Namespace) -> Composed:
