@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, cells_of, only_run
+from conftest import TINY, cells_of, only_run, plan_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mistakes import words
@@ -24,6 +24,7 @@ from lpc_runner.files import plain_name
 from lpc_runner.loading import load
 from lpc_runner.ls import list_runs
 from lpc_runner.masking import masked
+from lpc_runner.planning import print_results
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
@@ -198,7 +199,8 @@ def finished(command) -> RunDirectory:
 
 @both(200, 2000)
 def test_records_of_a_run(count, finished):
-    """Whatever stands in a run's records: listing it gives a row, loading it gives a model or one line."""
+    """Whatever stands in a run's records: listing it gives a row; loading or showing it works or says why in a line."""
+    planned = [plan_of(*TINY)]
     kept = {name: (finished.path / name).read_bytes() for name in ("config.yaml", "run.json", "result.json")}
 
     @settings(max_examples=count, **CONFIG)
@@ -208,9 +210,20 @@ def test_records_of_a_run(count, finished):
         path.write_bytes(json.dumps(tree).encode() if replaced else damage(kept[name], changes, cut))
         attempt(lambda: list_runs(finished.path.parent))
         attempt(lambda: load(finished.path))
+        attempt(lambda: print_results(planned))
         path.write_bytes(kept[name])
 
     check()
+
+
+@pytest.mark.parametrize("changed", [{"extractor": None}, {"num_samples": "many"}, {"extractor_hash": 7}])
+def test_a_measurement_edited_by_hand_is_one_line(changed, finished, command):
+    result = finished.result()
+    finished.write("result.json", result | {"measurement": result["measurement"] | changed})
+    answer = command(*TINY)
+    assert answer.code == 1 and "its measurement has lost something" in answer.err.splitlines()[-1]
+    (finished.path / "result.json").unlink()  # as the line says
+    assert command(*TINY).code == 0 and finished.result()["measurement"] == result["measurement"]
 
 
 @both()

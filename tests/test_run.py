@@ -189,7 +189,11 @@ def test_a_run_of_a_gpu_is_read_without_one(run, command, tmp_path, monkeypatch)
 def test_sample_and_load_give_the_runs_own_images(run, command, tmp_path):
     from lpc_runner.sample import main
 
+    torch.set_num_threads(2)
     loaded = lpc_runner.load(run)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert num_threads == 2  # the run had one: a caller's process is not the run's
     assert loaded.update == 6 and not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert command(str(run), "--num", "10", "--output", f"{tmp_path}/ten.npz", entry=main).code == 0

@@ -13,6 +13,7 @@ from lpc_runner.loading import load
 from lpc_runner.main import one_line_errors
 from lpc_runner.parts import feature_cache
 from lpc_runner.planning import print_measurement
+from lpc_runner.run import set_up_torch
 
 
 def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
@@ -22,6 +23,7 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     UserError if the run, the data or the weights are missing.
     """
     run = load(run_dir, overrides)
+    set_up_torch(run.experiment)
     metrics, dataset, cache = run.experiment.metrics, run.experiment.dataset, feature_cache(run.cfg)
     dataset.prepare()
     metrics.require(dataset, cache)

@@ -16,7 +16,6 @@ from lpc_runner.config.compose import recompose_group
 from lpc_runner.errors import UserError
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.parts import build_learner
-from lpc_runner.run import set_up_torch
 from lpc_runner.runs import RunDirectory
 from lpc_runner.training.checkpoints import load_checkpoint
 
@@ -41,8 +40,9 @@ class LoadedRun:
 def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "auto") -> LoadedRun:
     """Model and encoder of a run, in evaluation mode, from its newest whole checkpoint.
 
-    overrides: `metrics=...`, `metrics.key=...`, `dataset.data_dir=...`, `device=...`. Raises UserError if run_dir is
-    no run, has no checkpoint, or an override does not fit.
+    overrides: `metrics=...`, `metrics.key=...`, `dataset.data_dir=...`, `device=...`. Threads and determinism of the
+    process stay as they are (`lpc_runner.run.set_up_torch` sets the run's). Raises UserError if run_dir is no run, has
+    no checkpoint, or an override does not fit.
     """
     directory = RunDirectory.open(run_dir)
     cfg = _read_config(directory.path / "config.yaml")
@@ -63,7 +63,6 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
         if key == "data_dir" and "data_dir" in cfg.dataset:
             cfg.dataset.data_dir = value
     experiment = build(cfg, choices)
-    set_up_torch(experiment)
     learner = build_learner(experiment)
     state = load_checkpoint(directory.checkpoints, experiment.device)
     if state is None:

@@ -150,13 +150,19 @@ def _updates(run: Planned) -> int:
 
 
 def print_results(planned: list[Planned]) -> None:
-    """The closing table of every run that is done: metrics with what they were measured on, and the paths."""
-    console = Console()
+    """The closing table of every run that is done: metrics with what they were measured on, and the paths.
+
+    Raises UserError for a result whose measurement is not one.
+    """
     for run in planned:
         result = run.directory.result()
         if result is None or result["status"] not in DONE:
             continue
-        print_measurement(run.directory.name, result["metrics"], result["measurement"])
+        try:
+            print_measurement(run.directory.name, result["metrics"], result["measurement"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # edited by hand
+            raise run.directory.damaged("result.json", "its measurement has lost something") from error
+        console = Console()
         seconds, updates = result["train_seconds"], result["num_updates"]
         ending = f" at update {result['diverged_at'].get('update')}" if result["diverged_at"] else ""
         console.print(

@@ -182,8 +182,12 @@ class RunDirectory:
             required = required | _RESULT
         for key, kind in required.items():
             if not isinstance(content, dict) or key not in content or not isinstance(content[key], kind):
-                raise UserError(f"{path} is damaged (no {key}); restore it, or remove it: {_WRITTEN_AGAIN[name]}")
+                raise self.damaged(name, f"no {key}")
         return content
+
+    def damaged(self, name: str, how: str) -> UserError:
+        """The error for a record that is there and cannot be read."""
+        return UserError(f"{self.path / name} is damaged ({how}); restore it, or remove it: {_WRITTEN_AGAIN[name]}")
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file of this run atomically."""

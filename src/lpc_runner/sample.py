@@ -15,6 +15,7 @@ from lpc_runner.evaluation.samples import sample_images, save_grid
 from lpc_runner.files import write_atomically
 from lpc_runner.loading import load
 from lpc_runner.main import one_line_errors
+from lpc_runner.run import set_up_torch
 
 
 def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int = 0) -> Path:
@@ -26,6 +27,7 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
     if num < 1:
         raise UserError(f"--num must be an integer of at least 1, got {num}")
     run = load(run_dir)
+    set_up_torch(run.experiment)
     kind = run.experiment.dataset.kind
     if kind != "images":
         raise UserError(f"{run_dir} is a run on {kind}: images alone can be drawn, its pictures are in samples/")
