@@ -115,6 +115,10 @@ def test_check_shows_the_plan_and_starts_nothing(run, command, workplace):
     before = contents(workplace)
     answer = command("-m", "check=true", "seed=0,1", *TINY)
     assert answer.code == 0 and "2 runs (1 done, 0 resume, 1 new)" in answer.out
+    assert "to download" not in answer.out
+    answer = command("-m", "check=true", "dataset=cifar10", "metrics.extractor=inception", "seed=0,1", *TINY)
+    says = "to download first: cifar10 into data, Inception's weights into data/features"
+    assert answer.code == 0 and says in answer.out.splitlines()
     assert contents(workplace) == before
 
 

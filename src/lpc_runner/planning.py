@@ -120,7 +120,7 @@ def unfinished(planned: list[Planned]) -> list[str]:
 
 
 def print_plan(planned: list[Planned]) -> None:
-    """What a command would do, run by run, and how long the rest of it will train."""
+    """What a command would do, run by run, what it would download, and how long the rest of it will train."""
     from lpc_runner.pace import Pace, show_duration
 
     console, pace = Console(), Pace()
@@ -134,6 +134,9 @@ def print_plan(planned: list[Planned]) -> None:
             first = line is cell or not cell
             console.print(f"{facts if first else '':<32}   {line}", highlight=False, soft_wrap=True)
     states = [run.directory.state() for run in planned]
+    fetched = dict.fromkeys(what for run in planned if run.directory.state() != "done" for what in run.to_fetch())
+    if fetched:
+        console.print(f"to download first: {', '.join(fetched)}", highlight=False, soft_wrap=True)
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "resume", "new"))
     study, device = planned[0].cell.cfg.study, planned[0].experiment.device
     console.print(

@@ -64,6 +64,11 @@ class Planned:
         dataset.prepare()
         self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
 
+    def to_fetch(self) -> list[str]:
+        """What `require` would download, and where to."""
+        wanted = self.experiment.dataset.to_fetch(), self.experiment.metrics.to_fetch(feature_cache(self.cell.cfg))
+        return [what for what in wanted if what is not None]
+
 
 def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
     """Build and check everything a cell needs, without loading data. Raises UserError (one line)."""

@@ -65,6 +65,10 @@ class Dataset(ABC):
     def prepare(self) -> None:
         """Make sure the data are there, by a download if need be; raise UserError (one line) if not."""
 
+    def to_fetch(self) -> str | None:
+        """What `prepare` would download, and where to; None if nothing."""
+        return None
+
     @abstractmethod
     def load(self) -> Data:
         """Read both splits; raise UserError (one line: which file, what was expected) if damaged."""

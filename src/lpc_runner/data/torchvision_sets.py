@@ -58,6 +58,10 @@ class TorchvisionImages(ImageDataset):
         """Name and version of the preprocessing; the files themselves have published checksums."""
         return {"name": self.name, "preprocessing": self.version}
 
+    def to_fetch(self) -> str | None:
+        """The set, unless it is there and undamaged."""
+        return None if self._complete() else f"{self.name} into {self._folder}"
+
     def prepare(self) -> None:
         """Download what is missing or damaged, with progress. Raises UserError: which files to put where."""
         if self._complete():
