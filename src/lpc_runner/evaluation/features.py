@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -195,3 +196,27 @@ class Inception:
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, content)
+
+
+def extract(
+    extractor: Extractor,
+    images: Iterable[Tensor],
+    num_images: int,
+    batch_size: int,
+    shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Features (num_images, d) float32, on the extractor's device, of the first num_images of `images`."""
+    parts, missing = [], num_images
+    for chunk in images:
+        if chunk.dtype != torch.uint8 or (shape is not None and tuple(chunk.shape[1:]) != shape):
+            raise ValueError(f"expected uint8 images (B, *{shape}), got {chunk.dtype} {tuple(chunk.shape)}")
+        kept = chunk[:missing]
+        parts += [extractor(batch) for batch in kept.split(batch_size)]
+        missing -= len(kept)
+        if missing <= 0:
+            break
+    if missing > 0:
+        raise ValueError(f"{num_images} images were promised, {num_images - missing} came")
+    features = torch.cat(parts) if parts else torch.empty(0, extractor.dimension)
+    assert features.isfinite().all(), "uint8 images cannot give features that are not finite"
+    return features

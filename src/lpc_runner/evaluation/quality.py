@@ -7,34 +7,37 @@ holds the references; `measure` is called as often as one likes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics
-from lpc_runner.evaluation.features import INCEPTION_FILE, Extractor, ExtractorName, Inception, make_extractor
-from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
-from lpc_runner.evaluation.kernel import kernel_distance, within_term
-from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
+from lpc_runner.evaluation.features import (
+    INCEPTION_FILE,
+    Extractor,
+    ExtractorName,
+    Inception,
+    extract,
+    make_extractor,
+)
+from lpc_runner.evaluation.frechet import frechet_distance, moments
+from lpc_runner.evaluation.kernel import kernel_distance
+from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling
 from lpc_runner.evaluation.networks import hash_of_tensors
+from lpc_runner.evaluation.references import VERSION, Reference
 from lpc_runner.evaluation.samples import share_of
-from lpc_runner.files import write_atomically
 from lpc_runner.randomness import generator
 from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.training.distributed import SINGLE, Ranks
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
 
 
 class SampleQuality(Metrics):
@@ -141,7 +144,7 @@ class SampleQuality(Metrics):
         real = _choose(split, self.max_references, "references")
         floor = _choose(other, len(real), "floor")
         key = {
-            "version": _VERSION,
+            "version": VERSION,
             "identity": identity,
             "split": self.reference,
             "images": hash_of_tensors({"real": real, "floor": floor}),  # whatever the identity says
@@ -158,72 +161,6 @@ class SampleQuality(Metrics):
             reference = Reference.compute(extractor, real, floor, self.k, self.batch_size)
             reference.write(path, digest)
         return Measurer(extractor, reference, tuple(real.shape[1:]), self, device)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Everything about the real images that no generated one changes.
-
-    features: (N, d) float32. radii: (N,) float64, squared, to the k-th neighbour. within: the real part of
-    the kernel distance. floor: Fréchet distance to num_floor real images of the other split, None where that
-    has fewer than 2.
-    """
-
-    features: Tensor
-    radii: Tensor
-    moments: Moments
-    within: float
-    floor: float | None
-    num_floor: int
-
-    @classmethod
-    def compute(cls, extractor: Extractor, real: Tensor, floor: Tensor, k: int, batch_size: int) -> Reference:
-        """From real (N, C, H, W) and disjoint floor (n, C, H, W) uint8 images."""
-        features = _extract(extractor, real.split(batch_size), len(real), batch_size)
-        summary = moments(features)
-        distance = None
-        if len(floor) >= 2:
-            others = _extract(extractor, floor.split(batch_size), len(floor), batch_size)
-            distance = frechet_distance(summary, moments(others))
-        radii, within = squared_radii(features, k), within_term(features)
-        return cls(features.cpu(), radii.cpu(), summary.to("cpu"), within, distance, len(floor))
-
-    @classmethod
-    def read(cls, path: Path, key: str) -> Reference | None:
-        """The reference kept under `key`; None, with a warning, when the file is not whole or not its."""
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                stored = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "seal"}
-                whole = str(archive["seal"]) == _seal(stored, key)
-            if not whole:
-                raise ValueError("its hash does not fit its content")
-        except Exception as error:  # zip, header and shape errors alike mean: compute it again
-            _log.warning("%s is damaged (%s); computing the reference again", path, type(error).__name__)
-            return None
-        within, floor, num_floor = stored["scalars"].tolist()
-        return cls(
-            stored["features"],
-            stored["radii"],
-            Moments(stored["mean"], stored["covariance"]),
-            within,
-            None if num_floor < 2 else floor,
-            int(num_floor),
-        )
-
-    def write(self, path: Path, key: str) -> None:
-        """Keep it in one file, sealed with a hash over its content and `key`."""
-        floor = -1.0 if self.floor is None else self.floor
-        stored = {
-            "features": self.features,
-            "radii": self.radii,
-            "mean": self.moments.mean,
-            "covariance": self.moments.covariance,
-            "scalars": torch.tensor([self.within, floor, self.num_floor], dtype=torch.float64),
-        }
-        buffer = io.BytesIO()
-        np.savez(buffer, seal=_seal(stored, key), **{name: tensor.numpy() for name, tensor in stored.items()})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
 
 
 class Measurer:
@@ -252,7 +189,7 @@ class Measurer:
         images run out. Of several ranks, each brings its own share of the images, and rank 0 gets the numbers.
         """
         shares = share_of(num_samples, ranks)
-        samples = _extract(self.extractor, images, shares[ranks.rank], self._settings.batch_size, self._shape)
+        samples = extract(self.extractor, images, shares[ranks.rank], self._settings.batch_size, self._shape)
         samples = ranks.gather_rows(samples, shares)
         if not ranks.is_main:
             return {}
@@ -295,31 +232,3 @@ def _choose(split: Split, limit: int | None, stream: str) -> Tensor:
         return split.values.cpu()
     chosen = torch.randperm(len(split), generator=generator(0, f"quality/{stream}"))[:limit]
     return split.values.cpu()[chosen.sort().values]
-
-
-def _extract(
-    extractor: Extractor,
-    images: Iterable[Tensor],
-    num_images: int,
-    batch_size: int,
-    shape: tuple[int, ...] | None = None,
-) -> Tensor:
-    """Features (num_images, d) float32, on the extractor's device, of the first num_images of `images`."""
-    parts, missing = [], num_images
-    for chunk in images:
-        if chunk.dtype != torch.uint8 or (shape is not None and tuple(chunk.shape[1:]) != shape):
-            raise ValueError(f"expected uint8 images (B, *{shape}), got {chunk.dtype} {tuple(chunk.shape)}")
-        kept = chunk[:missing]
-        parts += [extractor(batch) for batch in kept.split(batch_size)]
-        missing -= len(kept)
-        if missing <= 0:
-            break
-    if missing > 0:
-        raise ValueError(f"{num_images} images were promised, {num_images - missing} came")
-    features = torch.cat(parts) if parts else torch.empty(0, extractor.dimension)
-    assert features.isfinite().all(), "uint8 images cannot give features that are not finite"
-    return features
-
-
-def _seal(stored: dict[str, Tensor], key: str) -> str:
-    return hashlib.sha256((hash_of_tensors(stored) + key).encode()).hexdigest()
