@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -11,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_VAE, only_run, result_of, rows_of, weights_of
+from conftest import TINY, TINY_VAE, only_run, plan_of, result_of, rows_of, weights_of
 from omegaconf import OmegaConf
 from PIL import Image
 
 import lpc_runner
 from lpc_runner.data.digits import Digits
 from lpc_runner.evaluation.samples import sample_images
+from lpc_runner.run import execute
+from lpc_runner.tracking.log import MetricLog
 from lpc_runner.training.learner import Learner
 
 QUALITY = ("fd", "kid", "precision", "recall", "density", "coverage")
@@ -109,6 +112,35 @@ def test_a_finished_run_is_not_run_twice(run, command, monkeypatch):
     assert json.loads((run / "run.json").read_text())["studies"] == ["default", "second"]
     after = contents(run)
     assert {name for name in after if after[name] != before.get(name)} == {"run.json"}
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_done_run_is_recorded_again_where_a_tracker_wants_it(wanted, run):
+    """An agent of W&B's sweeps gives every choice of values a run, and waits for that run's numbers."""
+    recorded = []
+
+    class Sink:
+        wants_done_runs = staticmethod(lambda: wanted)
+        log = staticmethod(lambda *row: recorded.append(row))
+        images = staticmethod(lambda update, name, path: recorded.append((update, name, path.name)))
+        summary = staticmethod(recorded.append)
+        close = staticmethod(recorded.append)
+
+        def __init__(self, **facts):
+            recorded.append((facts["name"], facts["resume_step"]))
+
+    planned = plan_of(*TINY)
+    planned.experiment.tracker = functools.partial(Sink)
+    execute(planned)
+    if not wanted:
+        assert recorded == []
+        return
+    rows: dict[tuple[int, float], dict[str, float]] = {}  # one per update, which may have several lines in the log
+    for row in MetricLog.read(run / "metrics.jsonl"):
+        rows.setdefault((row.pop("update"), row.pop("epoch")), {}).update(row)
+    pictures = [(6, "samples", "final.png"), (6, "reconstructions", "reconstructions.png")]
+    final = {f"final/{name}": value for name, value in result_of(run)["metrics"].items()}
+    assert recorded == [(run.name, 0), *((*when, row) for when, row in rows.items()), *pictures, final, "finished"]
 
 
 def test_check_shows_the_plan_and_starts_nothing(run, command, workplace):

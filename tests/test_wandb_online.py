@@ -83,7 +83,10 @@ def test_an_agents_run_takes_the_agents_id_and_publishing_knows_it(server, tmp_p
 
 @pytest.mark.faults
 def test_an_agent_pulls_runs_from_a_sweep_and_may_stop_one_early(server, tmp_path):
-    """`wandb agent` itself: three runs of scripts/sweep_bayes.yaml's command, the second stopped as by hyperband."""
+    """`wandb agent` itself: runs of scripts/sweep_bayes.yaml's command, the second stopped as by hyperband.
+
+    The last has the first one's values: its numbers are the first one's.
+    """
     config = yaml.safe_load((SCRIPTS / "sweep_bayes.yaml").read_text())
     swap = {"dataset=svhn": "dataset=digits", "metrics.every_epochs=1": "metrics.num_samples=40"}
     config["command"] = [swap.get(word, word) for word in config["command"]]
@@ -91,7 +94,7 @@ def test_an_agent_pulls_runs_from_a_sweep_and_may_stop_one_early(server, tmp_pat
     config["command"][-1:-1] = [*small, "trainer.batch_size=16", "trainer.log_every=1", "num_threads=1", "device=cpu"]
     config["command"][-1:-1] = ["trainer.num_epochs=100000"]
     values = {"step_size.value": 0.01, "preconditioning.beta": 0.5, "optimizer.learning_rate": 0.001}
-    lengths = {"first": 20, "second": 100_000, "third": 30}
+    lengths = {"first": 20, "second": 100_000, "third": 30, "again": 20}
     waiting = {name: values | {"trainer.max_updates": count} for name, count in lengths.items()}
     server.sweeps["sweep1"] = StoredSweep(config, waiting, stop=("second",))
 
@@ -105,10 +108,13 @@ def test_an_agent_pulls_runs_from_a_sweep_and_may_stop_one_early(server, tmp_pat
     assert done.returncode == 0, done.stderr
 
     stored = {run.name: run for run in server.runs.values()}
-    assert list(stored) == ["first", "second", "third"], done.stderr
+    assert list(stored) == ["first", "second", "third", "again"], done.stderr
     assert {run.fields["sweep"] for run in stored.values()} == {"sweep1"}
     assert stored["first"].exit_code == stored["third"].exit_code == 0 and stored["second"].exit_code != 0
     assert stored["first"].history[-1]["_step"] == 20
+    first, again = ({k: v for k, v in stored[name].summary.items() if k[0] != "_"} for name in ("first", "again"))
+    assert again == first and len(stored["again"].history) == len(stored["first"].history)
+    assert any(key.startswith("final/") for key in again) and stored["again"].exit_code == 0
     assert sorted(run.state for run in list_runs(tmp_path / "outputs")) == ["done", "done", "interrupted"]
 
 

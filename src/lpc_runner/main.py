@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
     from lpc_runner.config.compose import compose_command, parse_arguments
+    from lpc_runner.tracking.wandb_service import under_agent
 
     with one_line_errors(), _connected() as ranks:
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
@@ -41,7 +42,7 @@ def main() -> None:
             _hydra(args)
             return
         cells = composed.cells
-        if "WANDB_SWEEP_ID" in os.environ and len(cells) > 1 and "Wandb" in cells[0].cfg.tracker._target_:
+        if under_agent() and len(cells) > 1 and "Wandb" in cells[0].cfg.tracker._target_:
             raise UserError(
                 "a W&B agent gives one run's id, this command makes several runs: no sweep, or tracker=none"
             )

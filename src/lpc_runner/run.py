@@ -29,7 +29,8 @@ from lpc_runner.parts import batches_of, build_learner, evaluator_of, feature_ca
 from lpc_runner.runs import RunDirectory
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
-from lpc_runner.tracking.tracker import Tracker
+from lpc_runner.tracking.rows import final_numbers, rows_of
+from lpc_runner.tracking.tracker import Sink, Tracker
 from lpc_runner.training.checkpoints import load_checkpoint
 from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.interrupts import Interrupted
@@ -115,6 +116,7 @@ def execute(planned: Planned) -> dict[str, Any]:
             _describe(planned)
             again = int(planned.cell.cfg.rerun) + 1
             logger.info("already done: %s (rerun=%d makes it once more, beside it)", directory.path, again)
+            _report_again(planned)
             return directory.result()
         set_up_torch(experiment)
         _describe(planned)
@@ -181,7 +183,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
             result = _final(evaluator, learner, outcome, str(experiment.device))
             result["total_seconds"] = time.perf_counter() - started
             draw(outcome.counters.update, final=True)
-        tracker.summary({f"final/{name}": value for name, value in result["metrics"].items()})
+        tracker.summary(final_numbers(result))
         status = result["status"]
         return result
     except (Interrupted, SystemExit):
@@ -245,20 +247,39 @@ def _describe(planned: Planned) -> None:
 
 
 def _open_tracker(planned: Planned) -> Tracker:
+    restored = load_checkpoint(planned.directory.checkpoints)
+    sink = _open_sink(planned, restored["counters"]["update"] if restored else 0)
+    return Tracker(MetricLog(planned.directory.path / "metrics.jsonl"), [sink])
+
+
+def _open_sink(planned: Planned, resume_step: int) -> Sink:
     directory, cell = planned.directory, planned.cell
     studies = directory.studies()
-    restored = load_checkpoint(directory.checkpoints)
     nested = OmegaConf.to_container(cell.cfg, resolve=True)
-    sink = planned.experiment.tracker(
+    return planned.experiment.tracker(
         run_id=directory.name[-64:],
         name=directory.name,
         group=studies[0],
         config={**flat_keys(cell), "config": nested},
         folder=directory.path,
-        resume_step=restored["counters"]["update"] if restored else 0,
+        resume_step=resume_step,
         more_tags=tuple(studies[1:]),
     )
-    return Tracker(MetricLog(directory.path / "metrics.jsonl"), [sink])
+
+
+def _report_again(planned: Planned) -> None:
+    """A done run's rows, pictures and numbers for a tracker that wants them again, as W&B's under an agent does."""
+    if not getattr(planned.experiment.tracker.func, "wants_done_runs", lambda: False)():
+        return
+    result = planned.directory.result()
+    tracker = Tracker(None, [_open_sink(planned, 0)])
+    for update, row in rows_of(planned.directory).items():
+        if row.epoch is not None:
+            tracker.log(update, row.epoch, row.values)
+        for name, path in row.pictures.items():
+            tracker.images(update, name, path)
+    tracker.summary(final_numbers(result))
+    tracker.close(result["status"])
 
 
 def _follow(planned: Planned, learner: Learner, batches: Batches) -> None:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lpc_runner.errors import UserError
 from lpc_runner.files import sha256_of
 from lpc_runner.runs import DONE, RunDirectory
-from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.published import destination, note_published, read_published
+from lpc_runner.tracking.rows import Row, final_numbers, rows_of
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
-from lpc_runner.tracking.wandb_service import one_line, online, tear_down
+from lpc_runner.tracking.wandb_service import one_line, online, tear_down, under_agent
 
 _PATIENCE = 15  # seconds until a server must show what it has taken
 _PAUSE = 1.0
-
-
-@dataclass
-class Row:
-    """Everything of one update, logged at once: numbers by key, pictures by name."""
-
-    epoch: float | None = None
-    values: dict[str, float] = field(default_factory=dict)
-    pictures: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ def publish(study: Path, entity: str | None = None, project: str | None = None) 
     UserError (one line) without key or network.
     """
     runs = runs_of(study)
-    if "WANDB_SWEEP_ID" in os.environ:
+    if under_agent():
         raise UserError("publishing inside a W&B sweep would take its runs' ids: unset WANDB_SWEEP_ID")
     with online("publishing"):
         for run in runs:
@@ -102,24 +92,6 @@ def runs_of(study: Path) -> list[RunDirectory]:
     if not found:
         raise UserError(f"{study} holds no runs: give outputs/<study> or outputs/<study>/<run>")
     return [RunDirectory.open(path.parent) for path in found]
-
-
-def rows_of(run: RunDirectory) -> dict[int, Row]:
-    """What the run logged, by update: metrics.jsonl and the pictures in samples/. UserError for a damaged log."""
-    rows: dict[int, Row] = {}
-    log = run.path / "metrics.jsonl"
-    for line in MetricLog.read(log) if log.exists() else []:
-        row = rows.setdefault(int(line.pop("update")), Row())
-        row.epoch = line.pop("epoch")
-        row.values |= line
-    result = run.result() or {}
-    last = int(result.get("num_updates", max(rows, default=0)))
-    for path in sorted(run.samples.glob("update-*.png")):
-        rows.setdefault(int(path.stem.removeprefix("update-")), Row()).pictures["samples"] = path
-    for name, picture in (("samples", "final.png"), ("reconstructions", "reconstructions.png")):
-        if (run.samples / picture).exists():
-            rows.setdefault(last, Row()).pictures[name] = run.samples / picture
-    return dict(sorted(rows.items()))
 
 
 def picture_file(name: str, update: int, path: Path) -> str:
@@ -194,7 +166,7 @@ def _replay(run: RunDirectory, run_id: str, place: Place, rows: dict[int, Row], 
     )
     try:
         sent = sum(sink.row(update, row) for update, row in rows.items())
-        sink.summary({f"final/{name}": value for name, value in result["metrics"].items()})
+        sink.summary(final_numbers(result))
         sink.close(result["status"])
     except BaseException:
         sink.abandon()

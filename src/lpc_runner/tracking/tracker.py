@@ -22,6 +22,10 @@ class Sink(Protocol):
     def require(**settings: Any) -> None:
         """Optional: raise UserError (one line), before any work, if these values of the YAML file cannot be had."""
 
+    @staticmethod
+    def wants_done_runs() -> bool:
+        """Optional: whether to record a run once more that is done already; without this method, no."""
+
     def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
         """Record the values of one update."""
 

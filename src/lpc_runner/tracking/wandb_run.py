@@ -21,6 +21,7 @@ from lpc_runner.tracking.wandb_service import (
     require_online,
     start_service,
     tear_down,
+    under_agent,
 )
 
 _logger = logging.getLogger("lpc_runner")
@@ -54,6 +55,11 @@ class WandbTracker:
             asked = "WANDB_MODE=online" if os.environ.get("WANDB_MODE") else "tracker.mode=online"
             require_online(f"{asked} (offline or auto go on without)")
 
+    @staticmethod
+    def wants_done_runs() -> bool:
+        """In a sweep of W&B's: its agent has chosen values that an earlier run has had, and waits for their numbers."""
+        return under_agent()
+
     @checked
     def __init__(
         self,
@@ -82,7 +88,7 @@ class WandbTracker:
             "config": config,
             "tags": list(dict.fromkeys([*tags, *more_tags])),
         }
-        if "WANDB_SWEEP_ID" not in os.environ:  # an agent has chosen these three itself
+        if not under_agent():  # which has chosen these three itself
             what |= {"id": run_id, "resume": "allow", "project": project, "entity": entity}
         self._places = Places(folder)
         try:

@@ -34,6 +34,11 @@ def requested_mode(mode: str) -> str:
     return chosen
 
 
+def under_agent() -> bool:
+    """Whether `wandb agent` has started this process, for one run of a sweep whose id it has chosen."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
 def start_service() -> None:
     """Start W&B's client without a word on the terminal; whatever wandb raises."""
     import wandb
