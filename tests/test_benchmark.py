@@ -135,13 +135,15 @@ def test_what_deferring_could_save_is_a_share_of_a_step():
 
 
 def test_coarser_arithmetic_is_further_from_float64():
-    """bf16 keeps 8 bits, float32 24: its errors are hundreds of times as large, and a smaller σ enlarges all."""
+    """bf16 keeps 8 bits, float32 24: its errors are hundreds of times as large."""
     errors = accuracy.drift_errors(TINY, CPU)
     for name in ("drift_median", "drift_largest", "log_joint_largest"):
         for fine, coarse in zip(errors["fp32"], errors["bf16"]):
             assert 0 < fine[name] < coarse[name] / 5
     assert errors["fp32"][0]["drift_largest"] < 1e-4 and 1e-4 < errors["bf16"][0]["drift_median"] < 0.1
-    assert accuracy.markdown_of_errors(errors).count("\n| bf16 |") == 2
+    _, wide, narrow = errors["bf16"]  # σ = .1 and .03: the mean is rounded to the same steps, residuals are about σ
+    assert narrow["drift_median"] > 1.3 * wide["drift_median"]
+    assert accuracy.markdown_of_errors(errors).count("\n| bf16 |") == len(accuracy.CASES)
 
 
 @pytest.mark.slow

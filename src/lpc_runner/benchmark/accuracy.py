@@ -13,27 +13,33 @@ from lpc_runner.inference.chain import FusedPotential
 from lpc_runner.inference.engine import make_engine
 from lpc_runner.models.conv import Conv
 
-SIGMAS = (1.0, 0.1)  # of the likelihood: where training starts, and about where it ends
+SPREAD = 0.5  # standard deviation of a trained decoder's output, about that of images
+# Where training starts, and where it ends: first weights with any image, a fitted model with images from it.
+CASES = ((False, 1.0), (True, 0.1), (True, 0.03))
 
 
 def drift_errors(work: Work, device: torch.device) -> dict[str, list[dict[str, float]]]:
-    """Per precision and σ, at first weights and z ~ N(0, I), over the batch: median and largest error of ∇z log p(x|z)
-    relative to its norm, and the largest error of log p(x, z) in nats.
+    """Per precision and case, at z ~ N(0, I), over the batch: median and largest error of ∇z log p(x|z) relative to its
+    norm, and the largest error of log p(x, z) in nats.
 
+    fitted: the images are drawn from the model at z, so that residuals are about σ, which its rounded mean then meets.
     The prior's part of the drift, -z, is exact at every precision and would only hide the error of the model's.
     """
     x, z = images(work, device), torch.randn(work.batch, build_model(work.side, device).latent_dim, device=device)
     found: dict[str, list[dict[str, float]]] = {}
-    for sigma in SIGMAS:
+    for fitted, sigma in CASES:
         model = build_model(work.side, device)
         with torch.no_grad():
             model.likelihood.log_scale.fill_(sigma).log_()
+        if fitted:
+            x = _drawn(model, z, sigma)
         exact_value, exact_drift = _evaluated(copy.deepcopy(model).double(), x.double(), z.double(), "fp32", device)
         for precision in sorted({precision for _, precision in WAYS[device.type]}):
             value, drift = _evaluated(model, x, z, precision, device)
             error = (drift - exact_drift).norm(dim=1) / (exact_drift + z).norm(dim=1)
             found.setdefault(precision, []).append(
                 {
+                    "fitted": fitted,
                     "sigma": sigma,
                     "drift_median": float(error.median()),
                     "drift_largest": float(error.max()),
@@ -41,6 +47,16 @@ def drift_errors(work: Work, device: torch.device) -> dict[str, list[dict[str, f
                 }
             )
     return found
+
+
+@torch.no_grad()
+def _drawn(model: Conv, z: Tensor, sigma: float) -> Tensor:
+    """Images (B, C, side, side) from p(x|z), of 256 levels in [-1, 1]; scales the last layer to outputs of `SPREAD`."""
+    factor = SPREAD / model.decode(z).std()
+    for parameter in model.decoder[-1].parameters():
+        parameter.mul_(factor)
+    mean = model.decode(z)
+    return ((mean + sigma * torch.randn_like(mean)).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
 
 
 def _evaluated(model: Conv, x: Tensor, z: Tensor, precision: Any, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -52,13 +68,15 @@ def _evaluated(model: Conv, x: Tensor, z: Tensor, precision: Any, device: torch.
 
 
 def markdown_of_errors(found: dict[str, list[dict[str, float]]]) -> str:
-    """One row per precision and σ."""
+    """One row per precision and case."""
     lines = [
-        "| precision | σ | error of ∇z log p(x given z), relative, median | largest | of log p(x, z), nats, largest |",
-        "|---|--:|--:|--:|--:|",
+        "| precision | model | σ | relative error of ∇z log p(x given z), median | largest "
+        "| of log p(x, z), nats, largest |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     for precision, rows in found.items():
         for row in rows:
             numbers = (f"{row[name]:.1e}" for name in ("drift_median", "drift_largest", "log_joint_largest"))
-            lines.append(f"| {precision} | {row['sigma']} | " + " | ".join(numbers) + " |")
+            model = "its own images" if row["fitted"] else "first weights"
+            lines.append(f"| {precision} | {model} | {row['sigma']} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
