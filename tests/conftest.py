@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,20 @@ def one_thread():
 def interruptible():
     """Ctrl-C counts, here and in what the tests start, though a script may run them in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Which tests ran before in this process decides no number."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch):
+    """Words stand where they stand without a terminal, whatever CI systems set."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +199,17 @@ def write_images(path: Path, count: int = 60, shape=(1, 28, 28), seed: int = 0, 
     images = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
     np.savez(path, images=images, **more)
     return path
+
+
+def finish(process: subprocess.Popen, code: int | None = 0) -> str:
+    """What a process said, once it has ended with `code` (None: any); one that hangs is killed with its children."""
+    try:
+        out, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own
+        raise
+    assert code is None or process.returncode == code, out
+    return out
 
 
 def environment() -> dict[str, str]:

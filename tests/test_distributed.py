@@ -15,7 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_run, cell_of, environment, only_run, result_of, rows_of, weights_of, write_images
+from conftest import (
+    TINY,
+    assert_same_run,
+    cell_of,
+    environment,
+    finish,
+    only_run,
+    result_of,
+    rows_of,
+    weights_of,
+    write_images,
+)
 
 from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Split
@@ -281,7 +292,8 @@ def settings(tmp_path) -> tuple[str, ...]:
 def torchrun(cwd: Path, size: int, *arguments: str, launcher: tuple[str, ...] = (), **more) -> subprocess.Popen:
     cwd.mkdir(exist_ok=True)
     where = () if "--master-port" in launcher else ("--standalone",)
-    words = (*where, "--nproc-per-node", str(size), *launcher)
+    # Ranks meet at this address: a machine's name need not be known to its own resolver.
+    words = (*where, "--local-addr", "127.0.0.1", "--nproc-per-node", str(size), *launcher)
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *words, "-m", "lpc_runner", *arguments],
         cwd=cwd,
@@ -289,14 +301,9 @@ def torchrun(cwd: Path, size: int, *arguments: str, launcher: tuple[str, ...] = 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
         **more,
     )
-
-
-def finish(process: subprocess.Popen, code: int | None = 0) -> str:
-    out, _ = process.communicate(timeout=120)
-    assert code is None or process.returncode == code, out
-    return out
 
 
 def assert_close_runs(one: Path, other: Path) -> None:

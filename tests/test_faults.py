@@ -43,9 +43,12 @@ def straight(workplace) -> Path:
 
 @pytest.fixture
 def file_size_limit():
-    """`file_size_limit(n)`: no file of this process grows beyond n bytes; the system refuses, as with a full disk."""
+    """`file_size_limit(n)`: no file of this process grows beyond n bytes; the system refuses, as with a full disk.
+
+    None: as before.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
@@ -61,7 +64,7 @@ def test_a_write_that_the_system_refuses_fails_the_run_and_a_rerun_ends_it(
     with monkeypatch.context() as patch:
         at_update(patch, 4, lambda: file_size_limit(log.stat().st_size + room))
         answer = command(*settings)
-        file_size_limit(resource.RLIM_INFINITY)
+        file_size_limit(None)
     run = only_run()
     assert answer.code == 1 and result_of(run)["status"] == "failed"
     assert "File too large" in result_of(run)["error"] and "File too large" in answer.lines[-1]

@@ -155,8 +155,10 @@ def test_killed_fifty_times(server, settings, straight, tmp_path):
 def test_control_c_saves_and_a_second_process_is_refused(server, settings, straight, tmp_path):
     pid = server.start(tmp_path, *settings)
     until(lambda: newest(tmp_path))
+    os.kill(pid, signal.SIGSTOP)  # it has not ended when the second one asks
     second = server.start(tmp_path, *settings)
     assert server.end(second) == 1
+    os.kill(pid, signal.SIGCONT)
     assert f"is being run by pid {pid} on " in (tmp_path / "stderr.txt").read_text()
     os.kill(pid, signal.SIGINT)
     assert server.end(pid) == 130

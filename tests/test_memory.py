@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import environment
 
+from lpc_runner.memory import _VARIABLES
+
 CHAIN = """
 import resource, sys, torch
 from lpc_runner.memory import keep_freed_memory
@@ -31,7 +33,8 @@ print(given_back())
 def given_back(*words: str, **variables: str) -> int:
     """Bytes that a step has freed and the process no longer has."""
     command = [sys.executable, "-c", CHAIN, *words]
-    done = subprocess.run(command, env=environment() | variables, capture_output=True, text=True, check=True)
+    kept = {name: value for name, value in environment().items() if name not in (*_VARIABLES, "LD_PRELOAD")}
+    done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 

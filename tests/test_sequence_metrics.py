@@ -100,7 +100,7 @@ class TestRSquared:
 
     def test_knowing_how_active_a_neuron_is_earns_nothing(self):
         truth = torch.rand(5, 7, 3) + 100 * torch.arange(3)
-        assert abs(spikes.r_squared(truth.mean((0, 1)).expand(truth.shape), truth)) < 1e-9
+        assert abs(spikes.r_squared(truth.double().mean((0, 1)).expand(truth.shape), truth)) < 1e-9
 
     def test_a_linear_map_is_found_and_an_unrelated_one_is_not(self):
         features = torch.randn(40, 10, 4)

@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import TINY, assert_same_run, cells_of, environment, result_of, write_images
+from conftest import TINY, assert_same_run, cells_of, environment, finish, result_of, write_images
 from omegaconf import OmegaConf
 
 from lpc_runner.leases import gpu_slot, visible_gpus
@@ -41,17 +40,11 @@ def settings(tmp_path) -> tuple[str, ...]:
     )
 
 
-def start(cwd: Path, *arguments: str, **more: Any) -> subprocess.Popen:
+def start(cwd: Path, *arguments: str) -> subprocess.Popen:
     cwd.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "lpc_runner", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **pipes, **more)
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    out, _ = process.communicate(timeout=180)
-    assert process.returncode == code, out
-    return out
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, start_new_session=True, **pipes)
 
 
 def until(condition) -> None:
@@ -150,7 +143,7 @@ def test_control_c_on_a_parallel_sweep_saves_every_run(everyone, settings, tmp_p
     """A terminal interrupts the whole process group; `kill -INT` the command alone."""
     sweep = ("-m", "seed=0,1", *settings, "trainer.checkpoint_seconds=1000", "trainer.num_epochs=300")
     folder = tmp_path / "broken"
-    process = start(folder, *sweep, "hydra/launcher=parallel", start_new_session=True)
+    process = start(folder, *sweep, "hydra/launcher=parallel")
     until(lambda: len(rows(folder)) == 2 and min(rows(folder)) >= 3)
     workers = [owner_pid(run) for run in runs(folder)]
     (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
