@@ -271,9 +271,9 @@ def _report_again(planned: Planned) -> None:
     """A done run's rows, pictures and numbers for a tracker that wants them again, as W&B's under an agent does."""
     if not getattr(planned.experiment.tracker.func, "wants_done_runs", lambda: False)():
         return
-    result = planned.directory.result()
+    result, rows = planned.directory.result(), rows_of(planned.directory)
     tracker = Tracker(None, [_open_sink(planned, 0)])
-    for update, row in rows_of(planned.directory).items():
+    for update, row in rows.items():
         if row.epoch is not None:
             tracker.log(update, row.epoch, row.values)
         for name, path in row.pictures.items():
