@@ -56,6 +56,7 @@ MISTAKES = [
     ("hydra.mode=${seed}", ["hydra.mode", "seed"]),
     ("hydra.mode=???", ["hydra.mode"]),
     ("--cfg job -m seed=0,1", ["--multirun and --cfg do not go together", "check=true"]),
+    ("foo", ["foo: not of the form key=value"]),
     ("--config-name other", ["--config-name", "--config-dir"]),
     ("num_threads=0", ["num_threads must be an integer of at least 1"]),
     ("seed=one", ["seed must be an integer"]),

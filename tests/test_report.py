@@ -328,6 +328,13 @@ def test_impossible_requests_are_one_line(tmp_path, capsys, arguments):
         read_study(tmp_path / arguments[0])
 
 
+def test_the_folder_of_all_runs_names_its_studies(tmp_path):
+    for name in ("runs", "fig4", "table1"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"holds no runs.*; studies there: fig4, table1"):
+        read_study(tmp_path)
+
+
 def test_an_output_that_cannot_be_written_is_one_line(disk, tmp_path, capsys):
     disk.run("a", VAE, metrics={"elbo": 1.0})
     (tmp_path / "file").write_text("")

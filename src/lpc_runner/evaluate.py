@@ -51,7 +51,9 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m lpc_runner.evaluate", description=__doc__)
     parser.add_argument("run_dir", help="outputs/<study>/<run>")
-    parser.add_argument("overrides", nargs="*", help="metrics.extractor=classifier, metrics.num_samples=1000, ...")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="metrics.extractor=classifier, metrics.num_samples=1000, ..."
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with one_line_errors():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,8 +66,10 @@ def _look(path: Path) -> Listed:
         host=session.get("host"),
         todo="",
     )
-    words = session.get("command", [])[1:]
-    again = "rerun its command" if not words else "rerun: python -m lpc_runner " + shlex.join(map(str, words))
+    words = [str(word) for word in session.get("command", [])]
+    again = (
+        "rerun: " + " ".join(["python -m lpc_runner", *map(shlex.quote, words[1:])]) if words else "rerun its command"
+    )
     try:
         listed.studies = run.studies()
         result = run.result()
@@ -145,7 +149,8 @@ def main() -> None:
             for run in runs:
                 print(json.dumps(asdict(run)))
             return
-        console = Console()
+        # In a file or a pipe a name is to be found in one piece.
+        console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
         console.print(_table(runs))
         states = [run.state for run in runs]
         console.print(

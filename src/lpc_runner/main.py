@@ -30,6 +30,8 @@ def main() -> None:
     from lpc_runner.config.compose import compose_command, parse_arguments
     from lpc_runner.tracking.wandb_service import under_agent
 
+    if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
+        sys.path.insert(0, os.getcwd())
     with one_line_errors(), _connected() as ranks:
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
         args, sys.argv[1:] = parse_arguments(sys.argv[1:])
@@ -190,6 +192,7 @@ def _watch_main() -> threading.Event | None:
 def job(cfg: DictConfig) -> None:
     """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from lpc_runner.planning import cell_of_job, leased
     from lpc_runner.run import execute, plan
@@ -205,6 +208,8 @@ def job(cfg: DictConfig) -> None:
         logging.getLogger("lpc_runner").setLevel(logging.WARNING)
     try:
         planned = plan(cell_of_job(cfg, hydra_cfg), ranks)
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            logger.info("run %d: %s", hydra_cfg.job.num + 1, planned.directory.name)
         with leased(planned, hydra_cfg):
             execute(planned)
     except Interrupted as interrupted:

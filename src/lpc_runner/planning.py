@@ -170,7 +170,8 @@ def print_results(planned: list[Planned]) -> None:
         ending = f" at update {result['diverged_at'].get('update')}" if result["diverged_at"] else ""
         console.print(
             f"  {result['status']}{ending}: {updates:,} updates, {result['gradient_evaluations']:,} decoder gradients, "
-            f"{seconds:.1f} s of training on {result['device']}; metrics of the {result['state_measured']}"
+            f"{seconds:.1f} s of training on {result['device']}; metrics of the {result['state_measured']}",
+            soft_wrap=True,
         )
         link = Path(run.cell.cfg.output_dir) / run.cell.cfg.study / run.directory.name
         console.print(f"  samples  {link}/samples/final.png", soft_wrap=True)
@@ -225,7 +226,7 @@ def _print_images(console: Console, metrics: dict[str, float], facts: dict[str, 
     )
     if "num_bound" in facts:
         sources += f"; elbo to active_units: {facts['num_bound']:,} {facts['bound_split']} images"
-    console.print(f"  {sources}")
+    console.print(f"  {sources}", soft_wrap=True)
 
 
 def _ordered(metrics: dict[str, float]) -> list[str]:

@@ -178,6 +178,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
                 measure=measure,
                 measure_every=experiment.metrics.every_epochs,
             )
+        logger.info("measuring %s", directory.name)
         with exact_arithmetic():
             _follow(planned, learner, batches)
             result = _final(evaluator, learner, outcome, str(experiment.device))

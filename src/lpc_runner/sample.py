@@ -26,16 +26,16 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
     """
     if num < 1:
         raise UserError(f"--num must be an integer of at least 1, got {num}")
+    if output is not None and output.suffix not in (".png", ".npz"):
+        raise UserError(f"--output must end in .png or .npz, got {output}")
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists already: name another file, or remove it")
     run = load(run_dir)
     set_up_torch(run.experiment)
     kind = run.experiment.dataset.kind
     if kind != "images":
         raise UserError(f"{run_dir} is a run on {kind}: images alone can be drawn, its pictures are in samples/")
     path = output or run.directory.samples / f"sample-{num}-seed{seed}-update{run.update}.png"
-    if path.suffix not in (".png", ".npz"):
-        raise UserError(f"--output must end in .png or .npz, got {path}")
-    if output is not None and path.exists():
-        raise UserError(f"{path} exists already: name another file, or remove it")
     with exact_arithmetic():
         images = torch.cat(list(sample_images(run.model, num, seed))).cpu()
     if path.suffix == ".png":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -190,11 +191,15 @@ def _is_object(value: Any) -> bool:
 
 
 def _locate(target: str, path: str) -> Any:
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it would say the same in three lines before ours
     try:
         found = get_object(target)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}._target_={target} cannot be imported: {reason}") from None
+        cause = error.__cause__ or error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise UserError(
+            f"{path}._target_={target} cannot be imported: {reason} (looked for here and in PYTHONPATH)"
+        ) from None
     # A folder from elsewhere must not be able to have a command of the system called by naming it.
     if not inspect.isclass(found) or found.__module__.split(".")[0] in sys.stdlib_module_names:
         raise UserError(f"{path}._target_={target} must name a class, and none of Python's own")

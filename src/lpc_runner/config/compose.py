@@ -159,6 +159,8 @@ def _parsed(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
+        if word := re.fullmatch(r"Error parsing override '(.*)'", _first_sentence(error)):
+            raise UserError(f"{word[1]}: not of the form key=value") from None
         kind, _, line = _first_sentence(error).partition(": ")
         if kind != "LexerNoViableAltException":
             raise UserError(_first_sentence(error)) from None

@@ -71,7 +71,9 @@ def _jeffreys(e: Evidence) -> bool | None:
 def _forward(e: Evidence) -> bool | None:
     """Every seed of every forward run that was to train longer than one epoch diverged after its first."""
     groups = [g for g in e.groups if g.method == FORWARD and (g.properties.get("num_epochs") or 0) > 1]
-    runs = [run for group in groups for run in group.runs if run.status in ("finished", "diverged")]
+    ended = [run for group in groups for run in group.runs if run.status in ("finished", "diverged")]
+    # max_updates may have ended one before: it says nothing of what comes after.
+    runs = [run for run in ended if run.status == "diverged" or (run.cost("num_epochs") or math.inf) > 1]
     if not runs:
         e.missing.append(f"{FORWARD} for more than one epoch")
         return None

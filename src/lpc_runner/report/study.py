@@ -127,15 +127,20 @@ def read_study(folder: Path) -> Study:
     """Read outputs/<study>; UserError when there is no such folder or no run in it."""
     folder = Path(folder)
     if not folder.is_dir():
-        found = sorted(path.name for path in folder.parent.glob("[!.]*/") if path.name != "runs")
-        raise UserError(f"{folder} is no folder" + (f"; studies there: {', '.join(found)}" if found else ""))
+        raise UserError(f"{folder} is no folder{_studies_in(folder.parent)}")
     warnings: list[str] = []
     runs = list(_read_runs(folder, warnings))
     if not runs:
         cause = f" ({warnings[0]})" if warnings else ""
-        raise UserError(f"{folder} holds no runs: folders with a run.json, or links to such{cause}")
+        where = _studies_in(folder) if (folder / "runs").is_dir() else ""
+        raise UserError(f"{folder} holds no runs: folders with a run.json, or links to such{where or cause}")
     groups = group_runs(runs, warnings)
     return Study(folder.resolve().name, folder, runs, groups, warnings)
+
+
+def _studies_in(folder: Path) -> str:
+    found = sorted(path.name for path in folder.glob("[!.]*/") if path.name != "runs")
+    return f"; studies there: {', '.join(found)}" if found else ""
 
 
 def _read_runs(folder: Path, warnings: list[str]) -> Iterator[Run]:

@@ -1,0 +1,68 @@
+"""docs/extending.md: its files make parts of a user's own, its commands run, and its snippet reads the run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import only_run, result_of
+from omegaconf import OmegaConf
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+SMALL = ("device=cpu", "tracker=none", "num_threads=1", "trainer.max_updates=3", "metrics.num_samples=40")
+
+
+@pytest.fixture
+def page(workplace, monkeypatch):
+    """The page, its files written beside the command, as it says."""
+    text = PAGE.read_text()
+    for name, content in re.findall(
+        r"^`([\w/]+\.(?:py|yaml))`[^\n]*(?:\n[^\n`]+)*\n\n```\w+\n(.*?)```", text, re.M | re.S
+    ):
+        path = workplace / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    monkeypatch.syspath_prepend(str(workplace))
+    return text
+
+
+def commands(text: str) -> list[list[str]]:
+    return [line.split()[3:] for line in re.findall(r"^python -m lpc_runner .*$", text, re.M)]
+
+
+def test_the_page_is_a_run_of_ones_own_parts(page, command):
+    check, run, sweep = commands(page)
+    answer = command(*check, *SMALL)
+    assert answer.code == 0 and "1 runs (0 done, 0 resume, 1 new)" in answer.out, answer.err
+    answer = command(*run, *SMALL)
+    assert answer.code == 0, answer.err
+    done = only_run()
+    cfg = OmegaConf.load(done / "config.yaml")
+    names = [cfg[group]._target_ for group in ("dataset", "model", "step_size", "objective")]
+    assert names == ["mine.Stripes", "mine.OneLayer", "mine.Halving", "mine.Tilted"]
+    assert result_of(done)["status"] == "finished"
+
+    answer = command(*check, *SMALL, "model.width=0")
+    assert answer.lines == ["lpc_runner: model.width must be an integer of at least 1, got 0"]
+    answer = command(*check, *SMALL, "objective.share=1.5")
+    assert answer.code == 1 and answer.err.endswith("share must be below 1, got 1.5\n") and len(answer.lines) == 1
+
+    (snippet,) = re.findall(r"```python\n(import lpc_runner.*?)```", page, re.S)
+    found: dict = {}
+    exec(snippet.replace("outputs/default/RUN", str(done)), found)
+    assert found["q"].mean.shape == (4, 8) and found["images"].shape == found["samples"].shape == (4, 1, 16, 16)
+    assert found["log_joint"].shape == (4,) and bool(torch.isfinite(found["log_joint"]).all())
+
+    answer = command(*sweep, *SMALL)
+    assert answer.code == 0 and "run 1: " in answer.err and "run 2: " in answer.err
+    assert len(list(Path("outputs/default").iterdir())) == 3
+
+
+def test_a_class_that_is_not_there_is_one_line_with_the_reason(page, command, workplace):
+    (workplace / "own" / "model" / "one_layer.yaml").write_text("_target_: not_mine.OneLayer\n_partial_: true\n")
+    answer = command(*commands(page)[0], *SMALL)
+    assert answer.code == 1 and len(answer.lines) == 1
+    assert "model._target_=not_mine.OneLayer cannot be imported" in answer.err
+    assert "No module named 'not_mine'" in answer.err
