@@ -480,10 +480,12 @@ def test_more_lines_than_can_be_told_apart_are_spread_over_pictures(disk):
 
 def test_sample_grids_stand_side_by_side_and_damaged_ones_are_named(disk):
     curves(disk)
+    result = json.loads((disk.study / "vae0" / "result.json").read_text())
+    (disk.study / "vae0" / "result.json").write_text(json.dumps(result | {"num_epochs": 0.91}))  # max_updates ended it
     (disk.study / "lpc0" / "samples" / "final.png").write_bytes(b"no picture")
     study, warnings = read_study(disk.study), []
     ((_, _, figure),) = grid_pictures("digits", study.groups, warnings)
     shown = [axis for axis in figure.axes if axis.images]
-    assert [axis.get_title() for axis in shown] == ["VAE, 15 epochs\nseed 0"]
+    assert [axis.get_title() for axis in shown] == ["VAE, 15 epochs\nseed 0, after 0.91 epochs"]
     assert np.ptp(shown[0].images[0].get_array()[:, :, 0]) > 0.7
     assert warnings == ["lpc0/samples/final.png is damaged (no picture)"]

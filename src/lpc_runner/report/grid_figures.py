@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lpc_runner.report.grouping import Group
+from lpc_runner.report.study import Run
 from lpc_runner.report.style import MANY, Picture, file_name, new_figure, short_labels, wrapped
 
 MAX_GRIDS = 12
@@ -42,7 +44,7 @@ def _panels(groups: Sequence[Group], warnings: list[str]) -> list[tuple[str, Any
         run = group.counted[0]
         mark = "\nlast finite state" if group.diverged else ""
         wanted += [("data", run.path / "samples" / "data.png")] * (not wanted)
-        wanted.append((f"{title}{mark}\nseed {run.seed}", run.path / "samples" / "final.png"))
+        wanted.append((f"{title}{mark}\nseed {run.seed}{_cut(run, group)}", run.path / "samples" / "final.png"))
     panels = []
     for title, path in wanted:
         if path.exists():
@@ -51,6 +53,14 @@ def _panels(groups: Sequence[Group], warnings: list[str]) -> list[tuple[str, Any
             except (OSError, ValueError, SyntaxError):
                 warnings.append(f"{path.parents[1].name}/samples/{path.name} is damaged (no picture)")
     return panels
+
+
+def _cut(run: Run, group: Group) -> str:
+    """When a run ended that did not train the epochs of its group's label."""
+    trained, planned = run.cost("num_epochs"), group.properties.get("num_epochs")
+    if trained is None or planned is None or math.isclose(trained, planned, abs_tol=0.5):
+        return ""
+    return f", after {trained:.3g} epochs"
 
 
 def _order(group: Group) -> int:
