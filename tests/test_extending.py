@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import only_run, result_of
+from conftest import environment, only_run, result_of
 from omegaconf import OmegaConf
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -58,6 +60,14 @@ def test_the_page_is_a_run_of_ones_own_parts(page, command):
     answer = command(*sweep, *SMALL)
     assert answer.code == 0 and "run 1: " in answer.err and "run 2: " in answer.err
     assert len(list(Path("outputs/default").iterdir())) == 3
+
+
+def test_the_console_script_finds_classes_beside_the_command(page, workplace):
+    script = Path(sys.executable).with_name("lpc-runner")
+    given = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    words = [script, *commands(page)[0], *SMALL]
+    done = subprocess.run(words, env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 new" in done.stdout, done.stderr
 
 
 def test_a_class_that_is_not_there_is_one_line_with_the_reason(page, command, workplace):

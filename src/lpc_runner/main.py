@@ -30,9 +30,9 @@ def main() -> None:
     from lpc_runner.config.compose import compose_command, parse_arguments
     from lpc_runner.tracking.wandb_service import under_agent
 
-    if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
-        sys.path.insert(0, os.getcwd())
     with one_line_errors(), _connected() as ranks:
+        if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
+            sys.path.append(os.getcwd())
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
         args, sys.argv[1:] = parse_arguments(sys.argv[1:])
         _refuse(args)
