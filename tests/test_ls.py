@@ -100,6 +100,13 @@ def test_a_table_of_real_runs_by_folder_study_and_run(command, outputs):
     assert "7 runs: 2 damaged, 1 diverged, 1 done, 1 failed, 2 interrupted" in answer.out
 
 
+def test_in_a_pipe_names_stay_whole(command, outputs, monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    assert command(*TINY).code == 0
+    answer = command("outputs", entry=main)
+    assert f" {only_run().name} " in answer.out.splitlines()[1]
+
+
 def test_no_runs_is_one_line(tmp_path, command):
     for where in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match="runs lie in outputs/"):

@@ -114,13 +114,17 @@ def test_offline_run_holds_the_values_steps_config_and_pictures(home, tmp_path, 
 
 def test_auto_without_key_goes_offline_at_once_and_two_runs_share_a_process(home, tmp_path, caplog, capfd, monkeypatch):
     """At once: nobody is asked, neither at the terminal nor over the network."""
+    import wandb  # noqa: F401 (whose import would count otherwise)
+
     nobody = socket.create_server(("127.0.0.1", 0))
     nobody.setblocking(False)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
     caplog.set_level(logging.INFO, "lpc_runner")
     folders = []
     for name, status in [("first", "failed"), ("second", "interrupted")]:
+        began = time.monotonic()
         sink = start(tmp_path / name)
+        assert time.monotonic() - began < 5
         assert sink.mode == "offline" and sink.folder.is_relative_to(tmp_path / name / "wandb")
         sink.log(1, 0.0, {"train/elbo": 1.0})
         sink.close(status)
@@ -175,7 +179,7 @@ def test_a_wandb_service_that_does_not_end_delays_the_fallback_only_so_long(home
     try:
         began = time.monotonic()
         sink = start(tmp_path / "run")
-        assert sink.mode == "offline" and time.monotonic() - began < 30  # the least that waiting for its end would take
+        assert sink.mode == "offline" and time.monotonic() - began < 10
         sink.close("finished")
     finally:
         released.set()

@@ -119,7 +119,7 @@ def test_an_agent_pulls_runs_from_a_sweep_and_may_stop_one_early(server, tmp_pat
 
 
 SCRIPT = """
-import logging, statistics, sys, time
+import logging, sys, time
 from pathlib import Path
 from lpc_runner.tracking import wandb_run
 from lpc_runner.tracking.log import MetricLog
@@ -131,14 +131,14 @@ folder = Path(sys.argv[1])
 run_time = dict(run_id=folder.name, name=folder.name, group="fig4", config={}, folder=folder)
 sink = wandb_run.WandbTracker("auto", "lpc_test", None, [], **run_time)
 tracker = Tracker(MetricLog(folder / "metrics.jsonl"), [sink])
-seconds = []
+slowest = 0.0
 for update in range(1, 41):
     began = time.monotonic()
     tracker.log(update, update / 10, {"train/elbo": -float(update)})
-    seconds.append(time.monotonic() - began)
+    slowest = max(slowest, time.monotonic() - began)
     time.sleep(0.1)
 tracker.close("finished")
-print(sink.mode, statistics.median(seconds), max(seconds))
+print(sink.mode, slowest)
 """
 
 
@@ -156,11 +156,10 @@ def train_while(server, tmp_path, leave, *, at_start=False):
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         try:
             while not at_start and not any(stored.lines for stored in server.runs.values()):
-                assert process.poll() is None and time.monotonic() - began < 90
+                assert process.poll() is None and time.monotonic() - began < 30
                 time.sleep(0.05)
             if not at_start:
                 leave()
-                began = time.monotonic()
             assert process.wait(timeout=60) == 0
         finally:
             process.kill()
@@ -170,11 +169,11 @@ def train_while(server, tmp_path, leave, *, at_start=False):
 
 
 def assert_training_went_on_and_publishing_completes(server, run, out, err, seconds):
-    mode, median, slowest = out.split()
-    assert mode == "online" and float(median) < 0.1 and float(slowest) < 5  # seconds: no row waits for the server
+    mode, slowest = out.split()
+    assert mode == "online" and float(slowest) < 1
     assert [row["update"] for row in MetricLog.read(run.path / "metrics.jsonl")] == list(range(1, 41))
     assert err.count("\n") == 1 and "did not take everything within 2 s" in err and str(run.path) in err
-    assert seconds < 30  # since the server left: 4 s of rows, 2 s until finishing gives up, 5 s for the service
+    assert seconds < 30  # 4 s of rows, 2 s until finishing gives up, 5 s for the service, starting up
     (stored,) = server.runs.values()
     assert 0 < len(stored.history) < 40
     server.up()

@@ -134,7 +134,7 @@ def print_plan(planned: list[Planned]) -> None:
             first = line is cell or not cell
             console.print(f"{facts if first else '':<32}   {line}", highlight=False, soft_wrap=True)
     states = [run.directory.state() for run in planned]
-    fetched = dict.fromkeys(what for run in planned if run.directory.state() != "done" for what in run.to_fetch())
+    fetched = dict.fromkeys(what for run, state in zip(planned, states) if state != "done" for what in run.to_fetch())
     if fetched:
         console.print(f"to download first: {', '.join(fetched)}", highlight=False, soft_wrap=True)
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "resume", "new"))
@@ -157,6 +157,7 @@ def print_results(planned: list[Planned]) -> None:
 
     Raises UserError for a result whose measurement is not one.
     """
+    console = Console()
     for run in planned:
         result = run.directory.result()
         if result is None or result["status"] not in DONE:
@@ -165,7 +166,6 @@ def print_results(planned: list[Planned]) -> None:
             print_measurement(run.directory.name, result["metrics"], result["measurement"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:  # edited by hand
             raise run.directory.damaged("result.json", "its measurement has lost something") from error
-        console = Console()
         seconds, updates = result["train_seconds"], result["num_updates"]
         ending = f" at update {result['diverged_at'].get('update')}" if result["diverged_at"] else ""
         console.print(

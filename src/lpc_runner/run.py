@@ -67,7 +67,8 @@ class Planned:
 
     def to_fetch(self) -> list[str]:
         """What `require` would download, and where to."""
-        wanted = self.experiment.dataset.to_fetch(), self.experiment.metrics.to_fetch(feature_cache(self.cell.cfg))
+        dataset, metrics = self.experiment.dataset, self.experiment.metrics
+        wanted = dataset.to_fetch(), metrics.to_fetch(dataset, feature_cache(self.cell.cfg))
         return [what for what in wanted if what is not None]
 
 

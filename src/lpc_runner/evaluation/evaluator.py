@@ -86,9 +86,9 @@ class Metrics(ABC):
     def require(self, dataset: Dataset, cache_dir: Path) -> None:
         """UserError (one line) when weights or examples are missing; loads no data."""
 
-    def to_fetch(self, cache_dir: Path) -> str | None:
+    def to_fetch(self, dataset: Dataset, cache_dir: Path) -> str | None:
         """What `require` would download, and where to; None if nothing."""
-        del cache_dir
+        del dataset, cache_dir
         return None
 
     @abstractmethod

@@ -131,6 +131,11 @@ class Inception:
         self._network = None
         self.fingerprint = ""
 
+    def to_fetch(self) -> str | None:
+        """What `prepare` would download, and where to; None if nothing."""
+        missing = self._may_fetch and not self._path.is_file()
+        return f"Inception's weights into {self._path.parent}" if missing else None
+
     def prepare(self) -> None:
         """Find or fetch the weights and build the network; UserError (one line) when there is no way to."""
         if self._num_channels not in (1, 3):

@@ -19,14 +19,7 @@ from torch import Tensor
 from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics
-from lpc_runner.evaluation.features import (
-    INCEPTION_FILE,
-    Extractor,
-    ExtractorName,
-    Inception,
-    extract,
-    make_extractor,
-)
+from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor
 from lpc_runner.evaluation.frechet import frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling
@@ -96,10 +89,10 @@ class SampleQuality(Metrics):
         if self.reference == "train":
             self.check(dataset.num_train)
 
-    def to_fetch(self, cache_dir: Path) -> str | None:
-        """Inception's weights, unless they are there or elsewhere."""
-        wanted = self.extractor == "inception" and self.weights is None
-        return f"Inception's weights into {cache_dir}" if wanted and not (cache_dir / INCEPTION_FILE).exists() else None
+    def to_fetch(self, dataset: Dataset, cache_dir: Path) -> str | None:
+        if self.extractor != "inception":
+            return None
+        return Inception(dataset.shape[0], Path(cache_dir), self.weights).to_fetch()
 
     def evaluator(
         self,

@@ -117,13 +117,18 @@ def epochs_of(group: Group) -> float:
     return statistics.fmean(reached) if reached else float(group.properties.get("num_epochs") or 0)
 
 
+def as_planned(epochs: float, planned: float) -> bool:
+    """Whether these epochs, to half a one, are those that a run was set to: max_updates or a divergence may cut it."""
+    return math.isclose(epochs, planned, abs_tol=0.5)
+
+
 def named(group: Group) -> str:
     """A group's label with the epochs that it trained, where it does not say them or they are others."""
     reached = [value for run in group.counted if (value := run.cost("num_epochs")) is not None]
     if not reached:
         return group.marked_label
     mean, planned = statistics.fmean(reached), group.properties.get("num_epochs")
-    if "epoch" in group.label and planned is not None and math.isclose(mean, planned, abs_tol=0.5):
+    if "epoch" in group.label and planned is not None and as_planned(mean, planned):
         return group.marked_label
     return f"{group.marked_label} (trained {show(mean, 0 if mean == int(mean) else None)} epochs)"
 

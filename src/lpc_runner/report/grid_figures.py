@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lpc_runner.report.evidence import as_planned
 from lpc_runner.report.grouping import Group
 from lpc_runner.report.study import Run
 from lpc_runner.report.style import MANY, Picture, file_name, new_figure, short_labels, wrapped
@@ -58,7 +58,7 @@ def _panels(groups: Sequence[Group], warnings: list[str]) -> list[tuple[str, Any
 def _cut(run: Run, group: Group) -> str:
     """When a run ended that did not train the epochs of its group's label."""
     trained, planned = run.cost("num_epochs"), group.properties.get("num_epochs")
-    if trained is None or planned is None or math.isclose(trained, planned, abs_tol=0.5):
+    if trained is None or planned is None or as_planned(trained, planned):
         return ""
     return f", after {trained:.3g} epochs"
 
