@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: run test lint bench mutants faults slow audit clean
+.PHONY: run test lint docs bench mutants faults slow audit clean
 run: .venv/.runtime
 	$(BIN)/python -m lpc_runner
 
@@ -13,6 +13,10 @@ test: .venv/.development
 lint: .venv/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: .venv/.runtime
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]' || \
@@ -47,4 +51,4 @@ audit: .venv/.development
 	touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site
