@@ -1,4 +1,4 @@
-"""Pages of the site that stand elsewhere: README, CONTRIBUTING and CHANGELOG, and one API page per part of the package."""
+"""Pages of the site that stand elsewhere: README, CONTRIBUTING and CHANGELOG, and one API page per folder of code."""
 
 from __future__ import annotations
 
