@@ -35,7 +35,7 @@ from lpc_runner.distributions import DiscretisedGaussian
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.samples import sample_images, share_of
 from lpc_runner.inference.engine import Blocked
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
 from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.inference.samplers import Langevin
@@ -78,7 +78,7 @@ def train(ranks: Ranks, case: str, dtype: torch.dtype, num_updates: int) -> dict
     metric, weights, scale = CASES[case]
     torch.manual_seed(ranks.rank)  # ranks start apart: what they share must bring them together
     model = MLP(SHAPE, 3, 1.0, DiscretisedGaussian(scale, 0.3, 0.9), 0.3, [16]).to(dtype)
-    objective = Objective(*weights)
+    objective = WeightedKL(*weights)
     encoder = model.build_encoder().to(dtype) if objective.uses_encoder else None
     sampler = Langevin(5, "all", Constant(1e-3), metric(0.25, 1e-8, None))
     learner = Learner(model, encoder, sampler, objective, Adam(1e-4, [0.9, 0.999], 1e-8), ranks)
@@ -186,7 +186,7 @@ def fit_with_trace(ranks: Ranks, engine: Blocked, folder: Path) -> list:
     model = MLP(SHAPE, 3, 1.0, DiscretisedGaussian("learned", 0.3, 0.9), 0.3, [16])
     sampler = Langevin(5, "all", Constant(1e-3), PerSample(0.25, 1e-8, None))
     optimizer = Adam(1e-4, [0.9, 0.999], 1e-8)
-    learner = Learner(model, model.build_encoder(), sampler, Objective(0.5, 0.5), optimizer, ranks, engine)
+    learner = Learner(model, model.build_encoder(), sampler, WeightedKL(0.5, 0.5), optimizer, ranks, engine)
     split = Split(torch.randint(256, (40, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     tracker = Tracker(MetricLog(folder / "metrics.jsonl") if ranks.is_main else None)
     Trainer(1, BATCH, 0, 2, 1, 60.0, None).fit(

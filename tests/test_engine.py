@@ -12,7 +12,7 @@ from lpc_runner.evaluation.gaps import gradients_through_rnns
 from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
@@ -197,7 +197,7 @@ def learner(engine, device="cpu", dtype=torch.float64, num_steps=NUM_STEPS):
         model.to(device, dtype),
         encoder.to(device, dtype),
         chain,
-        Objective(0.5, 0.5) if num_steps else Objective(0.0, 1.0),
+        WeightedKL(0.5, 0.5) if num_steps else WeightedKL(0.0, 1.0),
         Optimizer(1e-2, [0.9, 0.999], 1e-8),
         engine=engine,
     )

@@ -10,14 +10,15 @@ from torch.distributions import Normal
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian, DiscretisedGaussian, Prior
 from lpc_runner.inference.chain import Moments
+from lpc_runner.inference.context import Context
 from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients
 from lpc_runner.inference.literal import literal_gradients
-from lpc_runner.inference.objectives import Objective, forward_kl, reverse_kl
+from lpc_runner.inference.objectives import WeightedKL, forward_kl, reverse_kl
 from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.mlp import MLP
-from lpc_runner.training.update import UpdateNoise, compute_gradients, compute_importance_gradients
+from lpc_runner.training.update import UpdateNoise, compute_gradients
 
 OBJECTIVES = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0), "jeffreys": (0.5, 0.5), "prior": (0.0, 0.0)}
 METRICS = {
@@ -108,7 +109,7 @@ def test_objective_weights_and_skips():
         def term(name, called=called):
             return lambda: called.append(name) or terms[name]
 
-        objective = Objective(forward, reverse)
+        objective = WeightedKL(forward, reverse)
         assert objective.uses_encoder == (forward + reverse > 0)
         loss = objective.loss(term("forward"), term("reverse"))
         assert loss == forward * 3 + reverse * 5
@@ -134,7 +135,7 @@ def hand_written_vae(model, encoder, batch):
 )
 def test_vae_is_a_special_case(model, encoder, batch, sampler, start_from_prior):
     """Without a chain, or with T = 1 whose z(1) is unused, reverse KL is a VAE's step, θ and φ."""
-    result = compute_gradients(model, encoder, sampler, Objective(0.0, 1.0), batch, NOISE, start_from_prior)
+    result = compute_gradients(WeightedKL(0.0, 1.0), Context(model, encoder, sampler, batch, NOISE, start_from_prior))
     want = hand_written_vae(model, encoder, batch)
     torch.testing.assert_close([*grads(model), *grads(encoder)], list(want), rtol=1e-10, atol=1e-12)
     assert result.finite
@@ -147,10 +148,10 @@ CASES = list(itertools.product(OBJECTIVES, METRICS, ["all", "last"], [False, Tru
 def test_update_equals_literal_algorithm(model, encoder, batch, case):
     """Every saving (fused backward, two sums, no states, no decoder in reverse KL) changes rounding only."""
     objective, metric, theta_states, start_from_prior = case
-    weights = Objective(*OBJECTIVES[objective])
+    weights = WeightedKL(*OBJECTIVES[objective])
     used = encoder if weights.uses_encoder else None
     sampler = langevin(7, theta_states, METRICS[metric])
-    result = compute_gradients(model, used, sampler, weights, batch, NOISE, start_from_prior)
+    result = compute_gradients(weights, Context(model, used, sampler, batch, NOISE, start_from_prior))
     want = literal_gradients(model, used, sampler, weights, batch, noise=NOISE, start_from_prior=start_from_prior)
     exactly = {"rtol": 1e-9, "atol": 1e-11}
     torch.testing.assert_close(result.chain.z, want.states[-1], **exactly)
@@ -169,8 +170,8 @@ def test_update_equals_literal_algorithm(model, encoder, batch, case):
 ], ids=["map", "polynomial"])  # fmt: skip
 def test_other_samplers_equal_literal_algorithm(model, encoder, batch, sampler):
     """Predictive coding (no noise, θ at z(T)) and a decaying step size."""
-    result = compute_gradients(model, encoder, sampler, Objective(0.5, 0.5), batch, NOISE, False)
-    want = literal_gradients(model, encoder, sampler, Objective(0.5, 0.5), batch, noise=NOISE, start_from_prior=False)
+    result = compute_gradients(WeightedKL(0.5, 0.5), Context(model, encoder, sampler, batch, NOISE))
+    want = literal_gradients(model, encoder, sampler, WeightedKL(0.5, 0.5), batch, noise=NOISE, start_from_prior=False)
     torch.testing.assert_close(result.chain.z, want.states[-1], rtol=1e-9, atol=1e-11)
     torch.testing.assert_close([*grads(model), *grads(encoder)], [*want.theta, *want.phi], rtol=1e-9, atol=1e-11)
 
@@ -179,7 +180,7 @@ def test_theta_does_not_see_the_encoder_loss(model, encoder, batch):
     """θ's gradient is bit for bit that of the chain, whatever the encoder learns from."""
     seen = []
     for weights in [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]:
-        chain = compute_gradients(model, encoder, langevin(), Objective(*weights), batch, NOISE, False).chain
+        chain = compute_gradients(WeightedKL(*weights), Context(model, encoder, langevin(), batch, NOISE)).chain
         seen.append([gradient.clone() for gradient in grads(model)])
         assert all(torch.equal(-a, b) for a, b in zip(chain.theta_gradient, seen[-1]))
     for other in seen[1:]:
@@ -191,10 +192,11 @@ def test_start_from_prior_moves_the_chain_and_not_the_reverse_kl(model, encoder,
     starts, losses = [], []
     for start_from_prior in (False, True):
         seen = []
-        result = compute_gradients(
-            model, encoder, Map(1, "all", Constant(1e-12), Identity()), Objective(0.0, 1.0), batch, NOISE,
-            start_from_prior, observe=lambda state, _, seen=seen: seen.append(state.z),
+        context = Context(
+            model, encoder, Map(1, "all", Constant(1e-12), Identity()), batch, NOISE, start_from_prior,
+            observe=lambda state, _, seen=seen: seen.append(state.z),
         )  # fmt: skip
+        result = compute_gradients(WeightedKL(0.0, 1.0), context)
         starts.append(seen[0])
         losses.append(result.scalars["train/elbo"])
     q = encoder(batch)
@@ -205,7 +207,7 @@ def test_start_from_prior_moves_the_chain_and_not_the_reverse_kl(model, encoder,
 
 def test_scalars_are_what_their_names_say(model, encoder, batch):
     """Encoder loss, ELBO, KL, gradient norms and the chain's trace, recomputed."""
-    result = compute_gradients(model, encoder, langevin(), Objective(0.5, 0.5), batch, NOISE, False)
+    result = compute_gradients(WeightedKL(0.5, 0.5), Context(model, encoder, langevin(), batch, NOISE))
     scalars, q = result.scalars, encoder(batch)
     z = q.rsample(NOISE.normal("warm_start"))
     elbo = (model.likelihood(batch.x, model.decode(z)) - q.kl(model.prior)).mean()
@@ -231,7 +233,7 @@ def test_finite_is_false_when_a_gradient_is_not(model, encoder, batch, where, va
     part = {"decoder": model.decoder, "encoder": encoder.body, "log_scale": model.likelihood}[where]
     with torch.no_grad():
         next(part.parameters()).view(-1)[0] = value
-    result = compute_gradients(model, encoder, langevin(), Objective(0.5, 0.5), batch, NOISE, False)
+    result = compute_gradients(WeightedKL(0.5, 0.5), Context(model, encoder, langevin(), batch, NOISE))
     assert not result.finite
 
 
@@ -240,7 +242,7 @@ def test_finite_sees_the_gradients_themselves(model, encoder, batch, which):
     """A gradient that is NaN while every value and every state of the chain is finite."""
     parameter = list({"theta": model.decoder, "phi": encoder}[which].parameters())[-1]
     parameter.register_hook(lambda gradient: gradient * torch.nan)
-    result = compute_gradients(model, encoder, langevin(), Objective(0.5, 0.5), batch, NOISE, False)
+    result = compute_gradients(WeightedKL(0.5, 0.5), Context(model, encoder, langevin(), batch, NOISE))
     assert result.chain.z.isfinite().all() and result.scalars["train/encoder_loss"].isfinite()
     assert not result.finite
 
@@ -261,7 +263,7 @@ def test_prior_scale_in_kl_and_score():
 @pytest.mark.parametrize("num_samples", [1, 6])
 def test_importance_weighted_gradients_are_those_of_the_bound(model, encoder, batch, num_samples):
     """θ and φ against automatic differentiation of -log (1/K) Σ p(x, z_k) / q(z_k|x) written out."""
-    result = compute_importance_gradients(model, encoder, ImportanceWeighted(num_samples), batch, NOISE)
+    result = compute_gradients(ImportanceWeighted(num_samples), Context(model, encoder, None, batch, NOISE))
     noise = NOISE.normal("importance", num_samples)
     mean, raw = encoder.body(batch.x).chunk(2, dim=1)
     sd = (torch.log1p(torch.exp(0.3 * raw)) / 0.3).sqrt()

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import Gaussian
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
@@ -39,7 +39,7 @@ def test_lpc_recovers_probabilistic_pca(forward, reverse):
     model = Linear((DATA_DIM,), LATENT_DIM, 1.0, Gaussian("learned", 1.5, 0.9), 0.3)
     sampler = Langevin(20, "all", Constant(0.03), Identity())
     learner = Learner(
-        model, model.build_encoder(), sampler, Objective(forward, reverse), Adam(2e-2, [0.9, 0.999], 1e-8)
+        model, model.build_encoder(), sampler, WeightedKL(forward, reverse), Adam(2e-2, [0.9, 0.999], 1e-8)
     )
     start = model.log_evidence(x).mean().item()
     for update in range(NUM_UPDATES):

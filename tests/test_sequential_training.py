@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from lpc_runner.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.errors import UserError
 from lpc_runner.inference.acceptance import ShadowMetropolis, log_acceptance
 from lpc_runner.inference.chain import ChainNoise, run_chain
+from lpc_runner.inference.context import Context
 from lpc_runner.inference.literal import literal_gradients
-from lpc_runner.inference.objectives import Objective, VariationalEM
+from lpc_runner.inference.objectives import VariationalEM, WeightedKL
 from lpc_runner.inference.preconditioning import Adam as AdamMetric
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Info, Langevin, NoSteps
@@ -26,7 +28,7 @@ from lpc_runner.models.sequential import LFADS
 from lpc_runner.parts import build_learner
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam, RowAdam
-from lpc_runner.training.update import UpdateNoise, compute_gradients, encoder_gradients
+from lpc_runner.training.update import UpdateNoise, compute_gradients
 
 F64 = {"dtype": torch.float64}
 OPTIMIZER = Adam(1e-2, [0.9, 0.999], 1e-8)
@@ -64,10 +66,10 @@ FACTORISED = [name for name in MODELS if name != "free_block"]
 @pytest.mark.parametrize("name, objective", itertools.product(FACTORISED, OBJECTIVES))
 def test_the_update_is_algorithm_1_for_sequences_too(name, objective):
     """The fused update equals the literal one, θ and φ, with the damped Adam preconditioner."""
-    model, batch, weights = MODELS[name](), batch_of(), Objective(*OBJECTIVES[objective])
+    model, batch, weights = MODELS[name](), batch_of(), WeightedKL(*OBJECTIVES[objective])
     encoder = model.build_encoder().double() if weights.uses_encoder else None
     sampler = Langevin(4, "all", Constant(0.03), AdamMetric(0.5, 1.0, None))
-    result = compute_gradients(model, encoder, sampler, weights, batch, noise_for(model), False)
+    result = compute_gradients(weights, Context(model, encoder, sampler, batch, noise_for(model)))
     want = literal_gradients(
         model, encoder, sampler, weights, batch, noise=noise_for(model), start_from_prior=False
     )  # fmt: skip
@@ -93,9 +95,7 @@ def test_reverse_without_steps_is_the_sequential_vae(name):
     model, batch = MODELS[name](), batch_of()
     encoder = model.build_encoder().double()
     want = vae_gradients(model, encoder, batch, noise_for(model))
-    compute_gradients(
-        model, encoder, NoSteps(None, None), Objective(0.0, 1.0), batch, noise_for(model), False
-    )  # fmt: skip
+    compute_gradients(WeightedKL(0.0, 1.0), Context(model, encoder, NoSteps(None, None), batch, noise_for(model)))
     got = [parameter.grad for module in (model, encoder) for parameter in module.parameters()]
     torch.testing.assert_close(got, list(want))
 
@@ -199,7 +199,7 @@ def test_block_steps_are_each_blocks_own_chain():
     """On a density that factorises over blocks, every block moves as under a constant step of its own size."""
     blocks = {"initial_condition": slice(0, 3), "inputs": slice(3, 8)}
     sizes = Blocks({"inputs": 0.07, "initial_condition": 0.01})
-    sizes.bind(blocks)
+    sizes.bind(SimpleNamespace(blocks=blocks), torch.device("cpu"))
     log_joint = lambda z: -(z.square() + 0.1 * z**4).sum(1)
     start = torch.randn(4, 8, **F64)
     both = run(None, start, Langevin(9, "all", sizes, Identity()), log_joint=log_joint).z
@@ -211,7 +211,7 @@ def test_block_steps_are_each_blocks_own_chain():
 @pytest.mark.parametrize("blocks", [{}, {"inputs": slice(0, 8)}, {"a": slice(0, 3), "b": slice(3, 8)}])
 def test_block_steps_must_name_the_blocks(blocks):
     with pytest.raises(ValueError, match="values must name each block"):
-        Blocks({"inputs": 0.07, "initial_condition": 0.01}).bind(blocks)
+        Blocks({"inputs": 0.07, "initial_condition": 0.01}).bind(SimpleNamespace(blocks=blocks), torch.device("cpu"))
 
 
 def test_log_acceptance_is_malas():
@@ -274,7 +274,7 @@ def test_the_acceptance_is_logged_when_asked_and_changes_nothing():
     ends = []
     for judge in (False, True):
         result = compute_gradients(
-            model, encoder, sampler, Objective(0.5, 0.5), batch, noise_for(model), False, judge=judge
+            WeightedKL(0.5, 0.5), Context(model, encoder, sampler, batch, noise_for(model), judge=judge)
         )
         assert ("chain/mala_acceptance" in result.scalars) == judge
         ends.append([result.chain.z, *(p.grad.clone() for p in encoder.parameters())])
@@ -340,9 +340,8 @@ def test_an_e_step_averages_the_elbos_gradient_over_its_samples():
     model, batch = lfads(), batch_of()
     encoder = model.build_encoder().double()
     noise = noise_for(model)
-    finite, spent = encoder_gradients(model, encoder, batch, noise, 3)
-    got = [parameter.grad.clone() for parameter in encoder.parameters()]
-    assert finite and spent == 9
+    got, spent = VariationalEM(1, 3).e_step(Context(model, encoder, None, batch, noise))
+    assert spent == 9
     assert all(parameter.grad is None for parameter in model.parameters())
     q, loss = encoder(batch), 0.0
     for sample in range(3):
@@ -362,7 +361,7 @@ def test_variational_em_makes_its_e_steps_before_the_update():
     assert count == 3
     learner.apply(batch, gradients)
     assert all((one != other).any() for one, other in zip(theta, learner.model.parameters()))
-    plain = free_learner(objective=Objective(0.0, 1.0)).gradients(batch, 0, 0, False)
+    plain = free_learner(objective=WeightedKL(0.0, 1.0)).gradients(batch, 0, 0, False)
     assert plain.num_evaluations == 3
     assert gradients.scalars["train/kl"] != plain.scalars["train/kl"]
 
@@ -371,11 +370,13 @@ def test_every_e_step_draws_its_own_noise(monkeypatch):
     """Over steps, samples, updates and apart from the warm start; the same again for the same update."""
     drawn = []
 
-    def spy(model, encoder, batch, noise, num_samples, *more):
-        drawn.extend(noise.normal(f"encoder_step/{sample}") for sample in range(num_samples))
-        return encoder_gradients(model, encoder, batch, noise, num_samples, *more)
+    e_step = VariationalEM.e_step
 
-    monkeypatch.setattr("lpc_runner.training.learner.encoder_gradients", spy)
+    def spy(self, context):
+        drawn.extend(context.noise.normal(f"encoder_step/{sample}") for sample in range(self.num_samples))
+        return e_step(self, context)
+
+    monkeypatch.setattr(VariationalEM, "e_step", spy)
     learner, batch = free_learner(), batch_of()
     for update in (0, 1, 0):
         learner.gradients(batch, 0, update, False)

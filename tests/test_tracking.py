@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from lpc_runner.errors import UserError
+from lpc_runner.schema import hints_of
 from lpc_runner.tracking import progress as progress_module
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
@@ -191,7 +191,7 @@ def test_a_failing_sink_is_dropped_with_one_warning_and_the_rest_goes_on(open_lo
 
 
 def test_a_rank_without_a_log_and_tracker_none_record_nothing(tmp_path):
-    sink = NoTracker(run_id="a", name="a", group=None, config=CONFIG, folder=tmp_path)
+    sink = NoTracker()
     tracker = Tracker(None, [sink])
     tracker.log(1, 0.0, {"train/elbo": 1.0})
     tracker.images(1, "samples", tmp_path / "none.png")
@@ -202,11 +202,11 @@ def test_a_rank_without_a_log_and_tracker_none_record_nothing(tmp_path):
 
 def test_the_options_hold_exactly_the_constructors_values():
     run_time = {"run_id", "name", "group", "config", "folder", "resume_step", "more_tags"}
-    for option, target in [("wandb", WandbTracker), ("none", NoTracker)]:
+    for option, target, given in [("wandb", WandbTracker, run_time), ("none", NoTracker, set())]:
         values = yaml.safe_load((CONF / f"{option}.yaml").read_text())
         assert values.pop("_target_") == f"{target.__module__}.{target.__qualname__}"
         assert values.pop("_partial_") is True
-        assert set(inspect.signature(target).parameters) == set(values) | run_time
+        assert set(hints_of(target)) == set(values) | given
 
 
 # Progress -------------------------------------------------------------------------------------------------

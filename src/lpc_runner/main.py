@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
-    from lpc_runner.config.compose import compose_command, parse_arguments
-    from lpc_runner.tracking.wandb_service import under_agent
+    from lpc_runner.config.compose import compose_command, parse_arguments, starts_workers_here
 
     with one_line_errors(), _connected() as ranks:
         if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
@@ -44,10 +43,6 @@ def main() -> None:
             _hydra(args)
             return
         cells = composed.cells
-        if under_agent() and len(cells) > 1 and "Wandb" in cells[0].cfg.tracker._target_:
-            raise UserError(
-                "a W&B agent gives one run's id, this command makes several runs: no sweep, or tracker=none"
-            )
         from lpc_runner.planning import check_plan, frozen, print_plan, print_results, unfinished
 
         with _first(ranks):
@@ -60,7 +55,7 @@ def main() -> None:
         if cells[0].cfg.check:
             print_plan(planned)
             return
-        with frozen(cells), _interruptible() if "joblib" in composed.launcher else nullcontext():
+        with frozen(cells), _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
             _hydra(args)
         print_results(planned)
         left = unfinished(planned)
@@ -194,6 +189,7 @@ def job(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from lpc_runner.config.compose import starts_workers_here
     from lpc_runner.planning import cell_of_job, leased
     from lpc_runner.run import execute, plan
     from lpc_runner.runs import Occupied
@@ -202,7 +198,7 @@ def job(cfg: DictConfig) -> None:
 
     mask_logs()
     hydra_cfg = HydraConfig.get()
-    main_died = _watch_main() if "joblib" in hydra_cfg.launcher._target_ else None
+    main_died = _watch_main() if starts_workers_here(hydra_cfg.launcher._target_) else None
     ranks = Ranks.connect()
     if not ranks.is_main:
         logging.getLogger("lpc_runner").setLevel(logging.WARNING)

@@ -12,8 +12,9 @@ from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Data
 from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.evaluation.networks import exact_arithmetic
-from lpc_runner.inference.step_sizes import Blocks
+from lpc_runner.inference.interfaces import Objective
 from lpc_runner.randomness import seeded_layers
+from lpc_runner.schema import declared
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.distributed import SINGLE, Ranks
@@ -31,12 +32,12 @@ def feature_cache(cfg: DictConfig) -> Path:
 
 def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
     """Model, encoder (where the objective uses one) and optimisers on the run's device."""
+    uses_encoder = declared(experiment.objective, Objective, "uses_encoder")
     with seeded_layers(experiment.seed, "encoder"):
-        encoder = experiment.model.build_encoder() if experiment.objective.uses_encoder else None
+        encoder = experiment.model.build_encoder() if uses_encoder else None
     for module in filter(None, (experiment.model, encoder)):
         module.to(experiment.device)
-    if isinstance(step_size := getattr(experiment.sampler, "step_size", None), Blocks):
-        step_size.bind(experiment.model.blocks, experiment.device)  # a rank or a lease may have chosen another GPU
+    experiment.bind(experiment.device)  # a rank or a lease may have chosen another GPU
     return Learner(
         experiment.model,
         encoder,

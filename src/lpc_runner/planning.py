@@ -16,12 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lpc_runner.config.compose import Cell, choices_of
+from lpc_runner.config.compose import Cell, choices_of, starts_workers_here
 from lpc_runner.errors import UserError
 from lpc_runner.files import write_atomically
 from lpc_runner.leases import gpu_slot, visible_gpus
 from lpc_runner.run import Planned, plan
 from lpc_runner.runs import DONE
+from lpc_runner.schema import declared
+from lpc_runner.tracking.tracker import Sink
 from lpc_runner.training.distributed import SINGLE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
 def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
     """A GPU slot for a run that shares this machine with others of its sweep; nothing on a CPU or under a scheduler."""
     device = planned.experiment.device
-    alone = "joblib" not in hydra_cfg.launcher._target_ or device.type != "cuda" or device.index is not None
+    alone = not starts_workers_here(hydra_cfg.launcher._target_) or device.type != "cuda" or device.index is not None
     if alone or planned.directory.state() == "done":
         yield
         return
@@ -96,6 +98,8 @@ def check_plan(cells: list[Cell], ranks: Ranks = SINGLE) -> list[Planned]:
         try:
             found = plan(cell, ranks)
             planned.append(found)
+            if len(cells) > 1 and (reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()):
+                raise UserError(reason)
             if not cell.cfg.check:
                 found.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)
                 if found.directory.state() != "done":

@@ -23,10 +23,12 @@ from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.files import require_folder, require_writable, write_atomically
+from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.masking import masked
 from lpc_runner.memory import keep_freed_memory
 from lpc_runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
 from lpc_runner.runs import RunDirectory
+from lpc_runner.schema import accepted, declared
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.rows import final_numbers, rows_of
@@ -60,8 +62,7 @@ class Planned:
         require_folder(Path(self.cell.cfg.data_dir), "data_dir")
         if self.ranks.is_main:  # the one that logs
             tracker = self.experiment.tracker
-            if hasattr(tracker.func, "require"):
-                tracker.func.require(**tracker.keywords)
+            declared(tracker.func, Sink, "require")(**tracker.keywords)
         dataset.prepare()
         self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
 
@@ -79,6 +80,8 @@ def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
     if num_train < batch_size:
         raise UserError(f"trainer.batch_size={batch_size} is more than the {num_train} training examples")
     ranks.rows(batch_size)
+    if ranks.size > 1:
+        require_shareable(experiment.sampler, experiment.model.latent_dim)
     experiment.device = ranks.device(experiment.device)
     digest = run_hash(cell, experiment.dataset.identity())
     directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), int(cell.cfg.rerun))
@@ -258,20 +261,22 @@ def _open_sink(planned: Planned, resume_step: int) -> Sink:
     directory, cell = planned.directory, planned.cell
     studies = directory.studies()
     nested = OmegaConf.to_container(cell.cfg, resolve=True)
-    return planned.experiment.tracker(
-        run_id=directory.name[-64:],
-        name=directory.name,
-        group=studies[0],
-        config={**flat_keys(cell), "config": nested},
-        folder=directory.path,
-        resume_step=resume_step,
-        more_tags=tuple(studies[1:]),
-    )
+    facts = {
+        "run_id": directory.name[-64:],
+        "name": directory.name,
+        "group": studies[0],
+        "config": {**flat_keys(cell), "config": nested},
+        "folder": directory.path,
+        "resume_step": resume_step,
+        "more_tags": tuple(studies[1:]),
+    }
+    tracker = planned.experiment.tracker
+    return tracker(**accepted(tracker.func, facts))
 
 
 def _report_again(planned: Planned) -> None:
     """A done run's rows, pictures and numbers for a tracker that wants them again, as W&B's under an agent does."""
-    if not getattr(planned.experiment.tracker.func, "wants_done_runs", lambda: False)():
+    if not declared(planned.experiment.tracker.func, Sink, "wants_done_runs")():
         return
     result, rows = planned.directory.result(), rows_of(planned.directory)
     tracker = Tracker(None, [_open_sink(planned, 0)])

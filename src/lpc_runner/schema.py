@@ -6,6 +6,9 @@
 
 A value that does not fit raises `ValueError` with one line, `num_steps must be an integer of at least 1, got 0
 (no steps at all: sampler=none)`; `lpc_runner.config` adds the group's name in front.
+
+What a class offers beyond its constructor is a protocol (`inference.interfaces`, `tracking.tracker.Sink`); `declared`
+reads what a part says, and the protocol's own answer where it says nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -74,14 +78,30 @@ def constructor_of(target: Any) -> Any:
     return target.__init__ if inspect.isclass(target) else target
 
 
-def hints_of(target: Any) -> dict[str, Any]:
-    """Annotations of a class's constructor or of a function, by parameter name; unannotated ones are `Any`."""
+def _parameters(target: Any) -> dict[str, inspect.Parameter]:
     function = inspect.unwrap(constructor_of(target))
     if function is object.__init__:
         return {}
-    hints = typing.get_type_hints(function, include_extras=True)
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
-    return {name: hints.get(name, Any) for name in names}
+    return {name: value for name, value in inspect.signature(function).parameters.items() if name != "self"}
+
+
+def hints_of(target: Any) -> dict[str, Any]:
+    """Annotations of a class's constructor or of a function, by parameter name; unannotated ones are `Any`."""
+    parameters = _parameters(target)
+    hints = typing.get_type_hints(inspect.unwrap(constructor_of(target)), include_extras=True) if parameters else {}
+    return {name: hints.get(name, Any) for name, value in parameters.items() if value.kind not in _ANY_NUMBER}
+
+
+def required_by(target: Any) -> list[str]:
+    """Names that a constructor must be given."""
+    return [name for name in hints_of(target) if _parameters(target)[name].default is inspect.Parameter.empty]
+
+
+def accepted(target: Any, offered: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments offered, those that a constructor takes: all of them where it has **."""
+    if any(value.kind is inspect.Parameter.VAR_KEYWORD for value in _parameters(target).values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in hints_of(target)}
 
 
 @functools.cache
@@ -114,3 +134,19 @@ def checked(constructor: Any) -> Any:
         constructor(self, *args, **kwargs)
 
     return wrapper
+
+
+def declared(part: Any, protocol: type, name: str) -> Any:
+    """`part.name`; the protocol's default, bound to the part, where the part (an object or a class) has no such name.
+
+    A class of one's own thus needs to define only what differs from the defaults, and need not inherit from anything.
+    """
+    if hasattr(part, name):
+        return getattr(part, name)
+    default = inspect.getattr_static(protocol, name)
+    return default.__get__(part, protocol) if hasattr(default, "__get__") else default
+
+
+def missing(part: Any, protocol: type) -> list[str]:
+    """Methods that the protocol has no default for and `part`, an object or a class, does not offer."""
+    return sorted(name for name in protocol.__abstractmethods__ if not hasattr(part, name))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lpc_runner.benchmark.variants import LATENT_DIM, Work, build_learner, images, ours
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
@@ -53,7 +53,7 @@ def _rank(rank: int, size: int, port: int, work: Work, rounds: int, shared: bool
     metric = (SharedAdam if shared else Adam)(0.25, 1e-8, None)
     sampler = Langevin(work.num_steps, "all", Constant(1e-3), metric)
     device = torch.device("cpu")
-    learner = build_learner(work, device, sampler, Objective(0.5, 0.5), ranks=ranks)
+    learner = build_learner(work, device, sampler, WeightedKL(0.5, 0.5), ranks=ranks)
     rows = ranks.rows(work.batch)
     batch = Batch(images(work, device)[rows], torch.arange(work.batch)[rows])
     times = []

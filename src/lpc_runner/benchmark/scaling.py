@@ -14,7 +14,7 @@ import torch
 from lpc_runner.benchmark.floor import median_seconds, wait
 from lpc_runner.benchmark.variants import Work, build_learner, chain, images, ours
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.memory import keep_freed_memory
 
 # Kernel classes by what a kernel or operator is called; the first that fits counts.
@@ -33,7 +33,7 @@ CLASSES = {
 def update_of(work: Work, device: torch.device, way: tuple[str, str], make: Callable = ours) -> Callable[..., Any]:
     """A Jeffreys update of fresh weights, by its number; make: `ours` or `literally`."""
     data = Batch(images(work, device), torch.arange(work.batch, device=device))
-    learner = build_learner(work, device, chain(work.num_steps), Objective(0.5, 0.5), way)
+    learner = build_learner(work, device, chain(work.num_steps), WeightedKL(0.5, 0.5), way)
     return lambda number=0: make(learner, data, number)
 
 

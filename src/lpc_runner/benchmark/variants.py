@@ -17,7 +17,7 @@ from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiscretisedGaussian
 from lpc_runner.inference.engine import make_engine
 from lpc_runner.inference.literal import literal_gradients
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
 from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.inference.samplers import Langevin, NoSteps
@@ -89,7 +89,7 @@ def build_learner(
     work: Work,
     device: torch.device,
     sampler: Any,
-    objective: Objective,
+    objective: WeightedKL,
     way: tuple[str, str] = ("eager", "fp32"),
     ranks: Ranks = SINGLE,
 ) -> Learner:
@@ -126,7 +126,7 @@ def chain(num_steps: int, theta_states: str = "all", every: int = 1, metric: typ
 def build_variants(work: Work, device: torch.device, engines: Sequence[str]) -> tuple[list[Variant], list[str]]:
     """Every row that this machine can run, and a line for each that it cannot. engines: which of ours."""
     data = Batch(images(work, device), torch.arange(work.batch, device=device))
-    jeffreys, reverse = Objective(0.5, 0.5), Objective(0.0, 1.0)
+    jeffreys, reverse = WeightedKL(0.5, 0.5), WeightedKL(0.0, 1.0)
 
     def variant(name, make, objective=jeffreys, baseline="literal, jeffreys", way=("eager", "fp32"), **more) -> Variant:
         learner = build_learner(work, device, chain(work.num_steps, **more), objective, way)

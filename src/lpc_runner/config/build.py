@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import sys
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from hydra.utils import get_object
@@ -15,7 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from lpc_runner.config.compose import dotted, options_of, recompose_group, unknown_key
 from lpc_runner.errors import UserError
-from lpc_runner.schema import NonNegativeInt, PositiveInt, check_value, constructor_of, hints_of
+from lpc_runner.schema import (
+    NonNegativeInt,
+    PositiveInt,
+    accepted,
+    check_value,
+    declared,
+    hints_of,
+    missing,
+    required_by,
+)
 
 # Keys of the root that belong to no group, with their types.
 ROOT = {
@@ -45,11 +54,12 @@ GROUPS = (
     "metrics",
     "tracker",
 )
-# What `_partial_` targets are given later, by the objects beside them.
+# What some groups are given later, by the objects beside them, and never by a file: these are kept as
+# functools.partial until then, whatever `_partial_` in the file says.
 LATER = {
     "model": {"data_shape", "num_train", "num_held_out"},
     "sampler": {"step_size", "preconditioner"},
-    "tracker": {"run_id", "name", "group", "config", "folder"},
+    "tracker": {"run_id", "name", "group", "config", "folder", "resume_step", "more_tags"},
 }
 
 
@@ -60,6 +70,8 @@ class Experiment:
     dataset: Any
     model: Any
     sampler: Any
+    step_size: Any
+    preconditioning: Any
     objective: Any
     optimizer: Any
     trainer: Any
@@ -71,6 +83,13 @@ class Experiment:
     engine: Any
     deterministic: bool
     num_threads: int | None
+
+    def bind(self, device: Any) -> None:
+        """Tell the parts of an update their model and device. Raises UserError (one line) if they do not fit."""
+        from lpc_runner.inference.interfaces import Part
+
+        for group in ("step_size", "preconditioning", "sampler", "objective"):
+            _naming(group, declared(getattr(self, group), Part, "bind"), self.model, device)
 
 
 def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
@@ -84,17 +103,22 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     known = list(dotted(values))
     parts = {group: instantiate(values[group], group, known) for group in GROUPS}
     # These import torch, which a mistake above need not wait for.
+    import torch
+
     from lpc_runner.inference.engine import make_engine
-    from lpc_runner.inference.preconditioning import EncoderVariance
-    from lpc_runner.inference.step_sizes import Blocks
+    from lpc_runner.inference.interfaces import Objective, Preconditioner
     from lpc_runner.randomness import seeded_layers
 
+    _require_methods(parts, choices)
     dataset, objective = parts["dataset"], parts["objective"]
-    sampler = _naming(
-        "sampler", parts["sampler"], step_size=parts["step_size"], preconditioner=parts["preconditioning"]
-    )
+    beside = {"step_size": parts["step_size"], "preconditioner": parts["preconditioning"]}
+    if len(accepted(parts["sampler"].func, beside)) < len(beside):
+        raise UserError(f"sampler={choices['sampler']}: its constructor must take {' and '.join(beside)}")
+    sampler = _naming("sampler", parts["sampler"], **beside)
     target = parts["model"].func
-    users = {"model": target, "metrics": parts["metrics"], "model.likelihood": parts["model"].keywords["likelihood"]}
+    users = {"model": target, "metrics": parts["metrics"]}
+    if (likelihood := parts["model"].keywords.get("likelihood")) is not None:
+        users["model.likelihood"] = likelihood
     for group, user in users.items():
         if dataset.kind not in user.data_kinds:
             name = choices.get(group.replace(".", "/"), "")
@@ -102,25 +126,28 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
                 f"{group.replace('.', '/')}={name} expects {' or '.join(user.data_kinds)}, "
                 f"dataset={choices['dataset']} holds {dataset.kind}: {_fitting(group.split('.')[0], dataset.kind)}"
             )
-    if sampler.num_steps == 0 and objective.needs_chain:
+    asks = partial(declared, objective, Objective)
+    if sampler.num_steps == 0 and asks("needs_chain"):
         raise UserError(f"objective={choices['objective']} needs a chain, and sampler=none has none")
-    if sampler.num_steps > 0 and not objective.allows_chain:
+    if sampler.num_steps > 0 and not asks("allows_chain"):
         raise UserError(f"objective={choices['objective']} has no chain: it goes with sampler=none only")
     device = resolve_device(values["device"])
     with seeded_layers(values["seed"], "initialisation"):
         model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
-    if isinstance(parts["preconditioning"], EncoderVariance) and not objective.uses_encoder:
-        raise UserError(f"preconditioning=encoder needs an encoder: objective={choices['objective']} has none")
-    if objective.needs_factorised_q and not model.factorised_q:
+    if declared(parts["preconditioning"], Preconditioner, "needs_encoder") and not asks("uses_encoder"):
+        raise UserError(
+            f"preconditioning={choices['preconditioning']} needs an encoder: objective={choices['objective']} has none"
+        )
+    if asks("needs_factorised_q") and not model.factorised_q:
         raise UserError(
             f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none"
         )
-    if isinstance(parts["step_size"], Blocks):
-        _naming("step_size", parts["step_size"].bind, model.blocks)
-    return Experiment(
+    experiment = Experiment(
         dataset=dataset,
         model=model,
         sampler=sampler,
+        step_size=parts["step_size"],
+        preconditioning=parts["preconditioning"],
         objective=objective,
         optimizer=parts["optimizer"],
         trainer=parts["trainer"],
@@ -133,6 +160,29 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         deterministic=values["deterministic"],
         num_threads=values["num_threads"],
     )
+    experiment.bind(torch.device("cpu"))
+    return experiment
+
+
+def _require_methods(parts: dict[str, Any], choices: dict[str, str]) -> None:
+    """Raises UserError for a class of one's own that lacks what its group must offer."""
+    from lpc_runner.inference import interfaces
+    from lpc_runner.tracking.tracker import Sink
+
+    protocols = {
+        "sampler": interfaces.Sampler,
+        "step_size": interfaces.StepSize,
+        "preconditioning": interfaces.Preconditioner,
+        "objective": interfaces.Objective,
+        "tracker": Sink,
+    }
+    for group, protocol in protocols.items():
+        part = parts[group].func if group in LATER else parts[group]
+        if lacking := missing(part, protocol):
+            raise UserError(
+                f"{group}={choices[group]} has no {' and no '.join(lacking)}, "
+                f"which {protocol.__module__}.{protocol.__name__} asks for"
+            )
 
 
 def _fitting(group: str, kind: str) -> str:
@@ -157,7 +207,7 @@ def _facts(dataset: Any, wanted: Container[str]) -> dict[str, Any]:
 
 
 def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
-    """The object (or, with `_partial_`, the function that waits for the rest) that a YAML node describes.
+    """The object (of a group in LATER, the functools.partial that waits for the rest) that a YAML node describes.
 
     known: all keys of the configuration, to name the nearest when one is wrong. Raises UserError (one line).
     """
@@ -167,7 +217,10 @@ def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
     target = _locate(node["_target_"], path)
     hints = hints_of(target)
     given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    later = LATER.get(path, set())
     for key in given:
+        if key in later:
+            raise UserError(f"{path}.{key} is given when a run is built: the option's YAML file must not give it")
         if key not in hints:
             raise UserError(unknown_key(f"{path}.{key}", known))
     arguments = {
@@ -176,13 +229,13 @@ def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
     for key, value in arguments.items():
         if not _is_object(given[key]):
             _naming(path, check_value, key, value, hints[key])
-    later = LATER.get(path, set()) if node.get("_partial_") else set()
-    parameters = inspect.signature(inspect.unwrap(constructor_of(target))).parameters
-    for name in hints:
-        if name not in arguments and name not in later and parameters[name].default is inspect.Parameter.empty:
+    for name in required_by(target):
+        if name not in arguments and name not in later:
             raise UserError(f"{path}.{name} has no value: the option's YAML file must give one")
-    if node.get("_partial_"):
-        return functools.partial(target, **arguments)
+    if abstract := sorted(getattr(target, "__abstractmethods__", ())):
+        raise UserError(f"{path}._target_={node['_target_']} lacks what its base class asks for: {', '.join(abstract)}")
+    if path in LATER:
+        return partial(target, **arguments)
     return _naming(path, target, **arguments)
 
 

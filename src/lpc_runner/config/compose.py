@@ -122,9 +122,14 @@ def _expand(args: argparse.Namespace, extra: list[str]) -> tuple[list[list[str]]
     return [list(cell) for cell in batch], hydra_cfg.launcher._target_
 
 
+def starts_workers_here(launcher: str) -> bool:
+    """Whether Hydra's launcher of that class path has runs made side by side by processes of this machine."""
+    return "joblib" in launcher
+
+
 def _require_launcher(launcher: DictConfig) -> None:
     """Raises UserError for what a launcher would find out when everything else is ready."""
-    if "joblib" in launcher._target_ and launcher.n_jobs == 0:
+    if starts_workers_here(launcher._target_) and launcher.n_jobs == 0:
         raise UserError("hydra.launcher.n_jobs must be an integer other than 0 (-1: as many as there are cores), got 0")
     if launcher._target_.endswith(".SlurmLauncher") and shutil.which("srun") is None:
         raise UserError("hydra/launcher=slurm: there is no srun here: start it where SLURM's commands are")

@@ -19,7 +19,8 @@ from lpc_runner.evaluation.gaps import FreePosterior, fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
 from lpc_runner.evaluation.sequence_quality import SequenceQuality, notes_on
-from lpc_runner.models.sequence_encoders import FreeTable
+from lpc_runner.models.latent import EncoderInterface
+from lpc_runner.schema import declared
 
 COLD = 10  # times the learning rate of a free q, in a first fit from the prior
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
@@ -301,7 +302,7 @@ class SequenceEvaluator(Evaluator):
 
 def is_amortised(encoder: nn.Module | None) -> bool:
     """Whether an encoder answers for trials that it was not trained on."""
-    return encoder is not None and not isinstance(encoder, FreeTable)
+    return encoder is not None and declared(encoder, EncoderInterface, "amortised")
 
 
 @torch.no_grad()

@@ -31,7 +31,9 @@ from lpc_runner.inference.chain import (
     run_chain,
     theta_along,
 )
+from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.inference.samplers import Info, State
+from lpc_runner.schema import declared
 
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -277,9 +279,9 @@ class Compiled(Blocked):
         return self._compile(log_joint, super().potential_of(log_joint))
 
     def step_of(self, sampler: Any) -> Step:
-        if not hasattr(sampler, "move"):
+        if (arithmetic := declared(sampler, Sampler, "move")) is None:
             return super().step_of(sampler)
-        move = self._compile(sampler, sampler.move)
+        move = self._compile(sampler, arithmetic)
         return lambda state, potential, noise: move(state, *potential(state.z), noise)
 
 

@@ -10,22 +10,37 @@ import torch
 from torch import Tensor
 
 from lpc_runner.distributions import LOG_2PI, DiagonalGaussian
+from lpc_runner.inference.context import Context, Gradients
+from lpc_runner.inference.interfaces import Objective
+from lpc_runner.inference.objectives import describe_encoder
 from lpc_runner.schema import PositiveInt, checked
 
 
-class ImportanceWeighted:
+class ImportanceWeighted(Objective):
     """Objective of an importance-weighted autoencoder, -E log (1/K) Σ_k p(x, z_k) / q(z_k|x), K = num_samples.
 
     It has no chain: θ and φ both follow the gradient of this bound. K = 1 is the negative ELBO with a sampled KL.
     """
 
-    uses_encoder = True
     needs_factorised_q = True
-    needs_chain = allows_chain = False
 
     @checked
     def __init__(self, num_samples: PositiveInt) -> None:
         self.num_samples = num_samples
+
+    def gradients(self, context: Context) -> Gradients:
+        """One batch, up to and without the optimisers' steps."""
+        q, count = context.q(), self.num_samples
+        noise = context.noise.normal("importance", count)
+        found = importance_gradients(context.log_joint, q, noise, context.theta)
+        theta = [-gradient for gradient in found.theta]
+        phi = list(torch.autograd.grad(found.loss.mean(), context.phi))
+        scalars = describe_encoder(context.model, q) | {
+            "train/importance_bound": found.bound.mean(),
+            "train/effective_sample_size": found.weights.square().sum(0).reciprocal().mean(),
+            "train/log_joint": found.log_joint.mean(),
+        }
+        return Gradients(theta, phi, found.z, count * len(found.z), scalars)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Every step makes one backward pass for the drift, one for θ and one for the encoder, and keeps its state;
 reverse KL runs the decoder once more. What it returns must equal that of
-`training.update.compute_gradients` to rounding.
+`WeightedKL.gradients` to rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Identity, SharedAdam
 
 
@@ -43,7 +43,7 @@ def literal_gradients(
     model: Any,
     encoder: Any,
     sampler: Any,
-    objective: Objective,
+    objective: WeightedKL,
     batch: Any,
     *,
     noise: Any,

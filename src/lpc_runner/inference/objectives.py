@@ -1,14 +1,20 @@
-"""What the encoder learns from a chain: reverse KL at its start, forward KL from its states (Section 3.2)."""
+"""Algorithm 1; its encoder learns by reverse KL at the chain's start, forward KL from its states (Section 3.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
 from lpc_runner.distributions import LOG_2PI, DiagonalGaussian, Prior
-from lpc_runner.inference.chain import Moments
+from lpc_runner.inference import interfaces
+from lpc_runner.inference.acceptance import ShadowMetropolis
+from lpc_runner.inference.chain import Chain, FusedPotential, Moments, constant
+from lpc_runner.inference.context import Context, Gradients
 from lpc_runner.schema import PositiveInt, at_least, checked
 
 Weight = Annotated[float, at_least(0)]
@@ -37,15 +43,10 @@ def reverse_kl(q: DiagonalGaussian, prior: Prior, z: Tensor, log_joint: Tensor, 
     return q.kl(prior) - (log_likelihood + pathwise)
 
 
-class Objective:
-    """w_f · forward KL + w_r · reverse KL; (1, 0) forward, (0, 1) reverse, (½, ½) Jeffreys, (0, 0) no encoder.
-
-    needs_chain: whether there is nothing to learn from z(0) alone. allows_chain: whether a chain means anything.
-    """
+class WeightedKL(interfaces.Objective):
+    """w_f · forward KL + w_r · reverse KL; (1, 0) forward, (0, 1) reverse, (½, ½) Jeffreys, (0, 0) no encoder."""
 
     allows_chain = True
-
-    num_encoder_steps = 0  # E-steps on φ alone before every update
 
     @checked
     def __init__(self, forward: Weight, reverse: Weight) -> None:
@@ -71,8 +72,59 @@ class Objective:
         terms = [(self.forward, forward), (self.reverse, reverse)]
         return sum(weight * term() for weight, term in terms if weight > 0)
 
+    def gradients(self, context: Context) -> Gradients:
+        """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
-class VariationalEM(Objective):
+        From the prior the encoder still learns, from its own z ~ q (no effect without a chain). The acceptance that
+        MALA would have had is logged, chain/mala_acceptance, where the engine shows every step.
+        """
+        model, sampler, noise, engine = context.model, context.sampler, context.noise, context.engine
+        q = context.q()  # q(z|x; φ)
+        warm = q.rsample(noise.normal("warm_start")) if q is not None else None
+        if q is None or (context.start_from_prior and sampler.num_steps > 0):
+            start = model.prior.scale * noise.normal("prior_start")
+        else:
+            start = warm  # z(0) ~ q
+        shows_steps = engine.shows_steps or context.observe is not None
+        judge = context.judge and shows_steps and sampler.noisy and sampler.num_steps > 1
+        shadow = ShadowMetropolis(start.detach()) if judge else None
+        chain = engine.run(
+            model.log_joint,
+            (context.batch.x,),
+            start,
+            sampler,
+            noise.chain(),
+            parameters=context.theta,
+            centre=q.mean if q is not None else None,
+            q=q,
+            observe=_all_of([watch for watch in (context.observe, shadow) if watch is not None]),
+        )
+        theta = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
+        phi, (scalars, maxima), num_evaluations = [], _describe(chain), chain.num_evaluations
+        if shadow is not None:
+            scalars["chain/mala_acceptance"] = shadow.mean()
+        if q is not None:
+            at_warm = chain.first
+            if start is not warm:
+                with engine.autocast(), constant(context.theta):
+                    at_warm = FusedPotential(partial(model.log_joint, context.batch.x), ())(warm, False)
+                num_evaluations += len(warm)
+
+            def negative_elbo() -> Tensor:
+                return reverse_kl(q, model.prior, warm, *at_warm)
+
+            loss = self.loss(lambda: forward_kl(q, chain.moments), negative_elbo).mean()
+            phi = list(torch.autograd.grad(loss, context.phi))
+            with torch.no_grad():
+                scalars |= {"train/encoder_loss": loss, "train/elbo": -negative_elbo().mean()}
+            scalars |= describe_encoder(model, q)
+        return Gradients(theta, phi, chain.z, num_evaluations, scalars, maxima, chain)
+
+
+Objective = WeightedKL  # its name in configurations
+
+
+class VariationalEM(WeightedKL):
     """Reverse KL with E-steps: per batch, num_encoder_steps steps of φ alone, then the update of θ and φ together.
 
     num_samples: draws z ~ q that each E-step averages over.
@@ -82,3 +134,55 @@ class VariationalEM(Objective):
     def __init__(self, num_encoder_steps: PositiveInt, num_samples: PositiveInt) -> None:
         super().__init__(0.0, 1.0)
         self.num_encoder_steps, self.num_samples = num_encoder_steps, num_samples
+
+    def gradients(self, context: Context) -> Gradients:
+        """The E-steps, as long as they are finite, then Algorithm 1."""
+        spent, finite = 0, True
+        for step in range(self.num_encoder_steps):
+            phi, num_evaluations = self.e_step(replace(context, noise=context.noise.within("encoder_steps", step)))
+            spent += num_evaluations
+            finite = context.update_encoder(phi)
+            if not finite:
+                break
+        found = super().gradients(context)
+        return replace(found, finite=finite, num_evaluations=found.num_evaluations + spent)
+
+    def e_step(self, context: Context) -> tuple[list[Tensor], int]:
+        """φ's gradient of -ELBO, the mean over num_samples draws z ~ q, and the evaluations that it took."""
+        model, q = context.model, context.q()
+        potential = FusedPotential(partial(context.engine.potential_of(model.log_joint), context.batch.x), ())
+        loss = 0.0
+        for sample in range(self.num_samples):
+            z = q.rsample(context.noise.normal(f"encoder_step/{sample}"))
+            loss = loss + reverse_kl(q, model.prior, z, *potential(z, False)).mean() / self.num_samples
+        return list(torch.autograd.grad(loss, context.phi)), potential.num_evaluations * len(z)
+
+
+@torch.no_grad()
+def describe_encoder(model: Any, q: DiagonalGaussian) -> dict[str, Tensor]:
+    """KL(q ‖ p) in nats per example, in all and per named block of z, and q's mean standard deviation."""
+    kl = q.kl_per_dimension(model.prior)
+    blocks = {f"train/kl_{name}": kl[:, block].sum(1).mean() for name, block in model.blocks.items()}
+    return {"train/kl": kl.sum(1).mean(), **blocks, "train/encoder_scale": q.variance.sqrt().mean()}
+
+
+def _all_of(observers: list[Callable]) -> Callable | None:
+    def observe(state, info) -> None:
+        for observer in observers:
+            observer(state, info)
+
+    return observe if observers else None
+
+
+def _describe(chain: Chain) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Logged means, and logged maxima."""
+    scalars, trace = {"train/log_joint": chain.first[0].mean()}, chain.trace
+    if len(trace["log_joint"]) == 0:
+        return scalars, {}
+    scalars |= {
+        "chain/delta_log_joint": trace["log_joint"][-1] - trace["log_joint"][0],
+        "chain/log_joint_last": trace["log_joint"][-1],
+        "chain/drift_norm_first": trace["drift_norm"][0],
+        "chain/drift_norm_last": trace["drift_norm"][-1],
+    }
+    return scalars, {"chain/max_noise_variance": trace["noise_variance"].max()}

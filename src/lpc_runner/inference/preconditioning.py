@@ -1,20 +1,17 @@
-"""Diagonal preconditioners G of the Langevin chain, from the drift g alone.
+"""Diagonal preconditioners G of the Langevin chain, from the drift g alone (`interfaces.Preconditioner`).
 
-Each is two functions: `init(z, q)` gives the state before the first step of a batch, from z(0) and the encoder's q(z|x)
-where there is one, and `update(state, drift, t)` the next state and G, which broadcasts against z (B, d). The chain
-drops the Γ term (derivatives of G), as the paper does. t is 1 .. T, an integer or, where one captured or compiled step
-serves all t, a 0-d float64 tensor: arithmetic in t, no branch on it.
+The chain drops the Γ term (derivatives of G), as the paper does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.inference.interfaces import Mean, Preconditioner
 from lpc_runner.schema import PositiveFloat, PositiveInt, between, checked
 
 Decay = Annotated[float, between(0, 1, "no preconditioning is preconditioning=none")]
@@ -24,7 +21,7 @@ def _smaller(t: int | Tensor, bound: int) -> int | Tensor:
     return t.clamp(max=bound) if torch.is_tensor(t) else min(t, bound)
 
 
-class Identity:
+class Identity(Preconditioner):
     """G = 1: plain unadjusted Langevin, bit for bit."""
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> None:
@@ -34,7 +31,7 @@ class Identity:
         return None, 1.0
 
 
-class Adam:
+class Adam(Preconditioner):
     """G = 1 / (sqrt(m̂) + eps), m = β m + (1 - β) g⊙g, m̂ = m / (1 - β^t) (Algorithm 1; second moment per sample).
 
     beta: β in (0, 1). eps: added to sqrt(m̂). freeze_after: keep m̂ as it is after that many steps, null for never;
@@ -67,7 +64,8 @@ class SharedAdam(Adam):
     mean: (B, d) -> (1, d), the mean over the batch; where the batch is spread over processes, over all of them.
     """
 
-    mean: Callable[[Tensor], Tensor] = staticmethod(lambda rows: rows.mean(0, keepdim=True))
+    couples_batch = True
+    mean: Mean = staticmethod(lambda rows: rows.mean(0, keepdim=True))
 
     def second_moment(self, drift: Tensor) -> Tensor:
         """Mean of g⊙g over the batch, (1, d)."""
@@ -77,11 +75,13 @@ class SharedAdam(Adam):
         return torch.zeros_like(z[:1])
 
 
-class EncoderVariance:
+class EncoderVariance(Preconditioner):
     """G = min(variance of q(z|x), cap), one constant per chain: steps in proportion to what q says of the posterior.
 
     cap: the prior's variance, where no coordinate of a posterior under log-concave p(x|z) is wider. Detached from φ.
     """
+
+    needs_encoder = True
 
     @checked
     def __init__(self, cap: PositiveFloat) -> None:

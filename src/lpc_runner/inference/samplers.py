@@ -8,6 +8,7 @@ evaluation and then arithmetic has the latter as `move`, which engine=compiled f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from lpc_runner.distributions import DiagonalGaussian
-from lpc_runner.schema import PositiveInt, at_least, checked
+from lpc_runner.errors import UserError
+from lpc_runner.inference.interfaces import Mean, Preconditioner, Sampler
+from lpc_runner.schema import PositiveInt, at_least, checked, declared
 
 Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
 NumSteps = Annotated[int, at_least(1, "no steps at all: sampler=none")]
@@ -37,15 +40,13 @@ class Info(NamedTuple):
     noise_variance: Tensor | float
 
 
-class Langevin:
+class Langevin(Sampler):
     """Preconditioned unadjusted Langevin dynamics (Eq. 5, 18): z(t) = z(t-1) + γ G g + sqrt(2 γ G) ξ.
 
     num_steps: T. theta_states: which states θ takes its gradient from, `all` z(0) .. z(T-1) or the `last`, z(T).
     theta_every: of `all`, only z(0), z(k), z(2k) ..; the other steps compute the drift alone. step_size: γ(t), a
     callable of t = 1 .. T. preconditioner: gives G from the drift.
     """
-
-    noisy = True
 
     @checked
     def __init__(
@@ -58,6 +59,27 @@ class Langevin:
     ) -> None:
         self.num_steps, self.theta_states, self.theta_every = num_steps, theta_states, theta_every
         self.step_size, self.preconditioner = step_size, preconditioner
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the preconditioner does."""
+        return declared(self.preconditioner, Preconditioner, "couples_batch")
+
+    def averaging_by(self, mean: Mean) -> Langevin:
+        """The same sampler, whose preconditioner takes its means over the batch by `mean`; UserError if it has none."""
+        if declared(self.preconditioner, Preconditioner, "mean") is None:
+            raise UserError(
+                f"preconditioning: {type(self.preconditioner).__name__} couples the chains of a batch and has no "
+                "`mean` to take over several ranks: run it on one process, or see docs/extending.md"
+            )
+        sampler = copy.copy(self)
+        sampler.preconditioner = copy.copy(self.preconditioner)
+        sampler.preconditioner.mean = mean
+        return sampler
+
+    def noiseless(self) -> Map:
+        """The same steps without their noise."""
+        return Map(self.num_steps, self.theta_states, self.step_size, self.preconditioner)
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> State:
         return State(z, self.preconditioner.init(z, q), 0)
@@ -86,13 +108,12 @@ class Map(Langevin):
     noisy = False
 
 
-class NoSteps:
+class NoSteps(Sampler):
     """No chain: θ takes its gradient at z(0), which with objective=reverse is a variational autoencoder."""
 
     num_steps = 0
     noisy = False
     theta_states = "last"
-    theta_every = 1
 
     @checked
     def __init__(self, step_size: Any, preconditioner: Any) -> None:
@@ -100,3 +121,7 @@ class NoSteps:
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> State:
         return State(z, None, 0)
+
+    def step(self, state: State, potential: Potential, noise: Tensor | None) -> tuple[State, Info]:
+        """Never asked for, as num_steps is 0."""
+        raise NotImplementedError

@@ -1,19 +1,17 @@
-"""Step sizes γ(t) along one chain, t = 1 .. T: a number, or one per coordinate, (1, d).
-
-t is an integer, or a 0-d float64 tensor (see preconditioning).
-"""
+"""Step sizes γ(t) along one chain, t = 1 .. T: a number, or one per coordinate, (1, d) (`interfaces.StepSize`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lpc_runner.inference.interfaces import StepSize
 from lpc_runner.schema import PositiveFloat, checked
 
 
-class Constant:
+class Constant(StepSize):
     """γ(t) = value, as in the paper."""
 
     @checked
@@ -24,7 +22,7 @@ class Constant:
         return self.value
 
 
-class Polynomial:
+class Polynomial(StepSize):
     """γ(t) = value (1 + (t - 1)/offset)^-power (Welling and Teh 2011), decaying after `offset` steps."""
 
     @checked
@@ -35,7 +33,7 @@ class Polynomial:
         return self.value * (1 + (t - 1) / self.offset) ** -self.power
 
 
-class Blocks:
+class Blocks(StepSize):
     """γ(t) = its own constant in every named block of z.
 
     values: step size by the name of the block. `bind` tells where the blocks lie, before the first chain.
@@ -45,8 +43,9 @@ class Blocks:
     def __init__(self, values: dict[str, PositiveFloat]) -> None:
         self.values, self.per_coordinate = values, None
 
-    def bind(self, blocks: Mapping[str, slice], device: torch.device | str = "cpu") -> None:
-        """blocks: coordinates of z by name, together all of them. Raises ValueError unless the names are the same."""
+    def bind(self, model: Any, device: torch.device) -> None:
+        """model.blocks: coordinates of z by name, in all z. Raises ValueError unless the names are the same."""
+        blocks = model.blocks
         if set(blocks) != set(self.values):
             known = ", ".join(blocks) if blocks else "no blocks: step_size=constant"
             raise ValueError(f"values must name each block of z ({known}), got {', '.join(self.values)}")

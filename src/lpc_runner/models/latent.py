@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,20 @@ class LatentVariableModel(nn.Module, ABC):
     def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """What the likelihood explains of x, and its mean."""
         return x, self.decode(z)
+
+
+class EncoderInterface(ABC):
+    """q(z|x; φ) by a module; what of this one leaves out has the default given here (`schema.declared`)."""
+
+    amortised: bool = True  # whether it answers for examples that it was not trained on
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> DiagonalGaussian:
+        """q(z|x), differentiable with respect to φ; batch: x (B, *data_shape) and index (B,)."""
+
+    def build_optimizer(self, optimizer: Any) -> Any:
+        """φ's optimiser, made by `training.optimizers.Adam`."""
+        return optimizer.build(self.parameters())
 
 
 class Encoder(nn.Module):

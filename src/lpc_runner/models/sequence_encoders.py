@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ class FreeTable(nn.Module):
     was not trained on has no row: its q must be fitted.
     """
 
+    amortised = False
+
     def __init__(self, num_train: int, latent_dim: int, variance: RawVariance, learning_rate: float) -> None:
         super().__init__()
         self.variance, self.learning_rate = variance, learning_rate
@@ -97,6 +100,10 @@ class FreeTable(nn.Module):
     def forward(self, batch: Batch) -> DiagonalGaussian:
         mean, raw = self.mean.index_select(0, batch.index), self.raw.index_select(0, batch.index)
         return DiagonalGaussian(mean, self.variance(raw))
+
+    def build_optimizer(self, optimizer: Any) -> Any:
+        """Each row by itself, at the table's own learning rate."""
+        return optimizer.build_by_row(self.parameters(), self.learning_rate)
 
 
 class BlockTable(FreeTable):

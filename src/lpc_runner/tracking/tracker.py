@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from lpc_runner.schema import NonNegativeInt, checked
+from lpc_runner.schema import declared
 from lpc_runner.tracking.log import MetricLog
 
 Status = Literal["finished", "diverged", "failed", "interrupted"]
@@ -15,17 +16,29 @@ Status = Literal["finished", "diverged", "failed", "interrupted"]
 _logger = logging.getLogger("lpc_runner")
 
 
-class Sink(Protocol):
-    """Where numbers go besides metrics.jsonl; what it raises costs the run that sink and nothing else."""
+class Sink(ABC):
+    """Where numbers go besides metrics.jsonl; what it raises costs the run that sink and nothing else.
+
+    Made once per run, with the values of its YAML file and those of these that its constructor takes: run_id, name,
+    group (the study), config, folder (the run's), resume_step (updates made before), more_tags (further studies). All
+    but `log` may be left out; a class need not inherit from this one (`schema.declared`).
+    """
 
     @staticmethod
     def require(**settings: Any) -> None:
-        """Optional: raise UserError (one line), before any work, if these values of the YAML file cannot be had."""
+        """Raise UserError (one line), before any work, if these values of the YAML file cannot be had."""
 
     @staticmethod
     def wants_done_runs() -> bool:
-        """Optional: whether to record a run once more that is done already; without this method, no."""
+        """Whether to record a run once more that is done already."""
+        return False
 
+    @staticmethod
+    def refuses_sweeps() -> str:
+        """Why several runs of one command cannot be recorded; empty where they can."""
+        return ""
+
+    @abstractmethod
     def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
         """Record the values of one update."""
 
@@ -51,32 +64,32 @@ class Tracker:
         """One row; `epoch` may be fractional; OSError when metrics.jsonl cannot be written."""
         if self.metrics is not None:
             self.metrics.append(update, epoch, values)
-        self._each(lambda sink: sink.log(update, epoch, values))
+        self._each("log", update, epoch, values)
 
     def images(self, update: int, name: str, path: Path) -> None:
         """A picture file that the run's folder already holds, for the sinks that show pictures."""
-        self._each(lambda sink: sink.images(update, name, path))
+        self._each("images", update, name, path)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Final numbers for the sinks; result.json, which the caller writes, is what reports read."""
-        self._each(lambda sink: sink.summary(values))
+        self._each("summary", values)
 
     def close(self, status: Status) -> None:
         """End every sink, broken ones too: they may still save what they hold."""
-        self._each(lambda sink: sink.close(status))
+        self._each("close", status)
         for sink in self._broken:
             try:
-                sink.close(status)
+                declared(sink, Sink, "close")(status)
             except Exception as error:
                 _logger.debug("closing %s: %s", type(sink).__name__, error)
         self._sinks, self._broken = [], []
         if self.metrics is not None:
             self.metrics.close()
 
-    def _each(self, call: Callable[[Sink], None]) -> None:
+    def _each(self, method: str, *values: Any) -> None:
         for sink in list(self._sinks):
             try:
-                call(sink)
+                declared(sink, Sink, method)(*values)
             except Exception as error:  # a sink is a convenience: whatever it raises, training goes on
                 self._sinks.remove(sink)
                 self._broken.append(sink)
@@ -88,31 +101,8 @@ class Tracker:
                 )
 
 
-class NoTracker:
-    """tracker=none: takes what every tracker takes at run time and records nothing beside metrics.jsonl."""
-
-    @checked
-    def __init__(
-        self,
-        *,
-        run_id: str,
-        name: str,
-        group: str | None,
-        config: dict[str, Any],
-        folder: Path,
-        resume_step: NonNegativeInt = 0,
-        more_tags: tuple[str, ...] = (),
-    ) -> None:
-        del run_id, name, group, config, folder, resume_step, more_tags
+class NoTracker(Sink):
+    """tracker=none: records nothing beside metrics.jsonl."""
 
     def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def images(self, update: int, name: str, path: Path) -> None:
-        """Nothing."""
-
-    def summary(self, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def close(self, status: Status) -> None:
         """Nothing."""

@@ -12,7 +12,7 @@ from lpc_runner.errors import UserError
 from lpc_runner.runs import DONE
 from lpc_runner.schema import NonNegativeInt, checked
 from lpc_runner.tracking.published import destination, note_published
-from lpc_runner.tracking.tracker import Status
+from lpc_runner.tracking.tracker import Sink, Status
 from lpc_runner.tracking.wandb_service import (
     Places,
     one_line,
@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-class WandbTracker:
+class WandbTracker(Sink):
     """A W&B run, started by the constructor: `mode=online` raises UserError when it cannot, others warn.
 
     mode, project, entity, tags come from the YAML file (WANDB_MODE, when set, goes before `mode`), the rest
@@ -59,6 +59,11 @@ class WandbTracker:
     def wants_done_runs() -> bool:
         """In a sweep of W&B's: its agent has chosen values that an earlier run has had, and waits for their numbers."""
         return under_agent()
+
+    @staticmethod
+    def refuses_sweeps() -> str:
+        """Under an agent, which has given an id to one run."""
+        return "a W&B agent gives one run's id, this command makes several: no sweep, or tracker=none" * under_agent()
 
     @checked
     def __init__(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,24 +10,15 @@ from torch import nn
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
+from lpc_runner.inference.context import STEP_BY_STEP, Context
+from lpc_runner.inference.coupling import over_ranks
 from lpc_runner.inference.engine import Eager
-from lpc_runner.inference.importance import ImportanceWeighted
-from lpc_runner.inference.objectives import Objective
-from lpc_runner.inference.preconditioning import SharedAdam
-from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.models.sequence_encoders import FreeTable
-from lpc_runner.randomness import generator
+from lpc_runner.inference.interfaces import Objective, Sampler
+from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
+from lpc_runner.schema import declared
 from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.optimizers import Adam
-from lpc_runner.training.update import (
-    STEP_BY_STEP,
-    Combine,
-    Gradients,
-    UpdateNoise,
-    compute_gradients,
-    compute_importance_gradients,
-    encoder_gradients,
-)
+from lpc_runner.training.update import Combined, UpdateNoise, compute_gradients, step_encoder
 
 
 class Learner:
@@ -44,7 +33,7 @@ class Learner:
         model: LatentVariableModel,
         encoder: nn.Module | None,
         sampler: Any,
-        objective: Objective | ImportanceWeighted,
+        objective: Objective,
         optimizer: Adam,
         ranks: Ranks = SINGLE,
         engine: Eager = STEP_BY_STEP,
@@ -52,15 +41,13 @@ class Learner:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
         self.ranks = ranks
         self._training_sampler, self.engine = sampler, engine
-        if ranks.size > 1 and isinstance(getattr(sampler, "preconditioner", None), SharedAdam):
+        if ranks.size > 1 and declared(sampler, Sampler, "couples_batch"):
             # A message at every step is Python's to send.
-            self._training_sampler, self.engine = _averaging_over(ranks, sampler), engine.step_by_step()
+            self._training_sampler, self.engine = over_ranks(sampler, ranks.mean_over_batch), engine.step_by_step()
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = None
-        if isinstance(encoder, FreeTable):
-            self.phi_optimizer = optimizer.build_by_row(encoder.parameters(), encoder.learning_rate)
-        elif encoder is not None:
-            self.phi_optimizer = optimizer.build(encoder.parameters())
+        if encoder is not None:
+            self.phi_optimizer = declared(encoder, EncoderInterface, "build_optimizer")(optimizer)
 
     def gradients(
         self,
@@ -71,54 +58,32 @@ class Learner:
         observe=None,
         judge: bool = False,
         stop: bool = False,
-    ) -> Gradients:
-        """Algorithm 1 for one batch; the random numbers are those of (seed, update).
+    ) -> Combined:
+        """The objective's gradients for one batch; the random numbers are those of (seed, update).
 
-        The E-steps that variational EM makes on φ alone come first, as long as they are finite. batch: this rank's
-        rows; the gradients are those of all ranks' rows. observe, judge: see compute_gradients. stop: whether this rank
-        was signalled.
+        batch: this rank's rows; the gradients are those of all ranks' rows. start_from_prior, observe, judge: see
+        Context. stop: whether this rank was signalled.
         """
         like, ranks = next(self.model.parameters()), self.ranks
         num_rows = len(batch.x) * ranks.size
         shape = (num_rows, self.model.latent_dim)
-        noise = UpdateNoise(seed, update, shape, like.device, like.dtype, ranks.rows(num_rows))
         combine = partial(ranks.combine, stop=stop)
+        context = Context(
+            self.model,
+            self.encoder,
+            self._training_sampler,
+            batch,
+            UpdateNoise(seed, update, shape, like.device, like.dtype, ranks.rows(num_rows)),
+            start_from_prior,
+            self.engine,
+            observe,
+            judge,
+            partial(step_encoder, self.phi_optimizer, combine),
+        )
         with self.engine.arithmetic():
-            if isinstance(self.objective, ImportanceWeighted):
-                return compute_importance_gradients(
-                    self.model, self.encoder, self.objective, batch, noise, combine, self.engine
-                )
-            finite, spent = self._encoder_steps(batch, noise, combine)
-            gradients = compute_gradients(
-                self.model,
-                self.encoder,
-                self._training_sampler,
-                self.objective,
-                batch,
-                noise,
-                start_from_prior,
-                observe,
-                judge,
-                combine,
-                self.engine,
-            )
-        return replace(gradients, finite=gradients.finite & finite, num_evaluations=gradients.num_evaluations + spent)
+            return compute_gradients(self.objective, context, combine)
 
-    def _encoder_steps(self, batch: Batch, noise: UpdateNoise, combine: Combine) -> tuple[bool, int]:
-        """The E-steps of one batch: whether all of them were finite, and the evaluations that they took."""
-        num_evaluations = 0
-        for step in range(self.objective.num_encoder_steps):
-            own = replace(noise, seed=generator(noise.seed, "encoder_steps", step).initial_seed())
-            finite, spent = encoder_gradients(
-                self.model, self.encoder, batch, own, self.objective.num_samples, combine, self.engine
-            )
-            num_evaluations += spent
-            if not bool(finite):
-                return False, num_evaluations
-            self.phi_optimizer.step()
-        return True, num_evaluations
-
-    def apply(self, batch: Batch, gradients: Gradients) -> None:
+    def apply(self, batch: Batch, gradients: Combined) -> None:
         """The optimisers' steps; only ever called with finite gradients."""
         self.theta_optimizer.step()
         if self.phi_optimizer is not None:
@@ -132,6 +97,7 @@ class Learner:
             "encoder": self.encoder,
             "theta_optimizer": self.theta_optimizer,
             "phi_optimizer": self.phi_optimizer,
+            "sampler": self.sampler if hasattr(self.sampler, "state_dict") else None,  # one that learns
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -161,11 +127,3 @@ class Learner:
         if self.encoder is not None:
             self.encoder.to(device)
         return self
-
-
-def _averaging_over(ranks: Ranks, sampler: Any) -> Any:
-    """The same sampler, its shared second moment that of the global batch."""
-    sampler = copy.copy(sampler)
-    sampler.preconditioner = copy.copy(sampler.preconditioner)
-    sampler.preconditioner.mean = ranks.mean_over_batch
-    return sampler

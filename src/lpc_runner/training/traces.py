@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from lpc_runner.data.dataset import Batch
 from lpc_runner.files import write_atomically
 from lpc_runner.inference.chain import run_chain
-from lpc_runner.inference.samplers import Info, Map, State
+from lpc_runner.inference.interfaces import Sampler
+from lpc_runner.inference.samplers import Info, State
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.randomness import generator
-from lpc_runner.schema import NonNegativeInt, PositiveInt, at_least, checked
+from lpc_runner.schema import NonNegativeInt, PositiveInt, at_least, checked, declared
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,9 @@ class Traces:
         if sampler.num_steps == 0 or len(batch.x) == 0:
             return
         arrays = {} if images is None else {"images": images.cpu().numpy()}
-        noiseless = Map(sampler.num_steps, sampler.theta_states, sampler.step_size, sampler.preconditioner)
-        for name, chosen in {"langevin": sampler, "map": noiseless}.items():
+        without_noise = declared(sampler, Sampler, "noiseless")
+        chains = {"langevin": sampler} | ({"map": without_noise()} if without_noise else {})
+        for name, chosen in chains.items():
             if chosen.noisy == (name == "langevin"):
                 found = trajectory(model, encoder, chosen, batch, seed, self.grid_points)
                 if found is None:

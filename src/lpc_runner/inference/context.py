@@ -1,0 +1,90 @@
+"""What an objective is given for one batch, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpc_runner.inference.chain import Chain
+from lpc_runner.inference.engine import Eager
+
+STEP_BY_STEP = Eager()
+
+
+@dataclass
+class Gradients:
+    """What one batch says, of this process's rows; nothing is set on the parameters yet.
+
+    theta, phi: gradients to descend, one tensor per parameter, means over the rows. z: (B, d), the latents that the
+    likelihood's own estimates are made from. scalars: values to log, 0-d, means over the rows. maxima: the same, of
+    which the largest over ranks counts. chain: None without one. num_evaluations: gradients of log p(x, z) of one
+    example. finite: False where something went wrong before these gradients.
+    """
+
+    theta: Sequence[Tensor]
+    phi: Sequence[Tensor]
+    z: Tensor
+    num_evaluations: int
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    chain: Chain | None = None
+    finite: bool = True
+
+
+def _nobody(gradients: Sequence[Tensor]) -> bool:
+    raise RuntimeError("a step of the encoder alone is the learner's to make")
+
+
+@dataclass(frozen=True)
+class Context:
+    """One batch with all that an objective may use for it.
+
+    encoder: None where the objective uses none. sampler: complete. batch: this process's rows, x (B, *data_shape) and
+    index (B,). noise: `training.update.UpdateNoise`, the update's random numbers. start_from_prior: z(0) ~ p(z)
+    instead of q. engine: runs chains, and is the arithmetic of log p(x, z). observe: called after every step of the
+    chain. judge: whether the acceptance that MALA would have had is wanted. update_encoder: takes gradients of φ (means
+    over this process's rows), averages them over the ranks and makes one step of φ alone; False, without a step, where
+    they are not finite.
+    """
+
+    model: Any
+    encoder: Any
+    sampler: Any
+    batch: Any
+    noise: Any
+    start_from_prior: bool = False
+    engine: Eager = STEP_BY_STEP
+    observe: Callable[[Any, Any], None] | None = None
+    judge: bool = False
+    update_encoder: Callable[[Sequence[Tensor]], bool] = _nobody
+
+    @property
+    def theta(self) -> list[Tensor]:
+        """The model's parameters."""
+        return list(self.model.parameters())
+
+    @property
+    def phi(self) -> list[Tensor]:
+        """The encoder's parameters; none without an encoder."""
+        return [] if self.encoder is None else list(self.encoder.parameters())
+
+    def q(self) -> Any:
+        """q(z|x; φ) of the batch, differentiable; None without an encoder."""
+        return None if self.encoder is None else self.encoder(self.batch)
+
+    def log_joint(self, z: Tensor) -> Tensor:
+        """log p(x, z; θ) in nats, (..., B), differentiable; z (..., B, d), any number of draws for each example."""
+        x, draws = self.batch.x, z[..., 0, 0].numel()
+        x = x if draws == 1 else x.repeat(draws, *[1] * (x.ndim - 1))
+        with self.engine.autocast():
+            return self.model.log_joint(x, z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
+
+    def descend(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of a 0-d loss, of θ and of φ, by one backward pass."""
+        theta, phi = self.theta, self.phi
+        gradients = torch.autograd.grad(loss, [*theta, *phi])
+        return list(gradients[: len(theta)]), list(gradients[len(theta) :])

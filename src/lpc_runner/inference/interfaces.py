@@ -1,0 +1,106 @@
+"""What the parts of an update offer: the protocol of each group, with the default of whatever may be left out.
+
+Abstract methods must be there. All else is read by `schema.declared`, so a class need not inherit from its protocol;
+one that does has the defaults as its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Mean = Callable[[Tensor], Tensor]  # rows (b, ...) -> their mean over the batch of all ranks, (1, ...)
+
+
+class Part:
+    """What every part may say.
+
+    A part that learns during training has `state_dict()` and `load_state_dict(state)` too: the sampler's state is in
+    the checkpoints, under `sampler`.
+    """
+
+    def bind(self, model: Any, device: torch.device) -> None:
+        """Told of the model before the first chain, when the run is checked (on the CPU) and again on its own device.
+
+        model: see `models.latent.LatentVariableModel`; latent_dim, blocks. Raises ValueError, one line, where the two
+        do not go together.
+        """
+
+
+class StepSize(Part, ABC):
+    """γ(t) along one chain."""
+
+    @abstractmethod
+    def __call__(self, t: int | Tensor) -> float | Tensor:
+        """γ(t) > 0, a number or one per coordinate, (1, d).
+
+        t: 1 .. T, an integer or, where one captured or compiled step serves all t, a 0-d float64 tensor: arithmetic in
+        t, no branch on it.
+        """
+
+
+class Preconditioner(Part, ABC):
+    """The diagonal G of a chain's steps, from the drift.
+
+    Row b of G depends on row b of z, q and the drifts alone, for a batch may be spread over processes. Where that does
+    not hold, `couples_batch` is True, and every mean over the batch is taken by `self.mean`, which the class has
+    (`SharedAdam`): on several ranks it is replaced by the mean over all of them. Without a `mean` the part runs on one
+    process only.
+    """
+
+    couples_batch: bool = False
+    needs_encoder: bool = False  # whether init reads q
+    mean: Mean | None = None
+
+    @abstractmethod
+    def init(self, z: Tensor, q: Any = None) -> Any:
+        """The state before the first step: a tensor, None, or a tree of them. z: z(0), (B, d). q: q(z|x), or None."""
+
+    @abstractmethod
+    def update(self, state: Any, drift: Tensor, t: int | Tensor) -> tuple[Any, Tensor | float]:
+        """The next state, and G > 0 that broadcasts against z. drift: ∇z log p(x, z), (B, d). t: as for a step size."""
+
+
+class Sampler(Part, ABC):
+    """A chain in latent space; `samplers.State` and `samplers.Info` are what it passes on.
+
+    num_steps: T. noisy: whether a step takes noise. theta_states, theta_every: see `samplers.Langevin`.
+    """
+
+    num_steps: int
+    noisy: bool = True
+    theta_states: str = "all"
+    theta_every: int = 1
+    couples_batch: bool = False  # as for a preconditioner
+    averaging_by: Callable[[Mean], Any] | None = None  # mean -> the same sampler, its means over the batch taken by it
+    noiseless: Callable[[], Any] | None = None  # -> the same steps without noise, for the pictures of trajectories
+    move: Callable[..., Any] | None = None  # a step's arithmetic after its one evaluation; engine=compiled fuses it
+
+    @abstractmethod
+    def init(self, z: Tensor, q: Any = None) -> Any:
+        """The State at t = 0."""
+
+    @abstractmethod
+    def step(self, state: Any, potential: Callable, noise: Tensor | None) -> tuple[Any, Any]:
+        """The next State, and Info of the one it left. potential: z (B, d) -> log p(x, z) (B,) and drift (B, d)."""
+
+
+class Objective(Part, ABC):
+    """What θ and φ learn from one batch.
+
+    needs_chain: whether there is nothing to learn from z(0) alone. allows_chain: whether a chain means anything.
+    needs_factorised_q: whether q(z|x) must be a DiagonalGaussian.
+    """
+
+    uses_encoder: bool = True
+    needs_chain: bool = False
+    allows_chain: bool = False
+    needs_factorised_q: bool = False
+
+    @abstractmethod
+    def gradients(self, context: Any) -> Any:
+        """`context.Gradients` of one `context.Context`: means over the rows of this process's batch, to descend."""
