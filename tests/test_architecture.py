@@ -27,6 +27,7 @@ ROOT = (
     "leases",
     "parts",
     "ls",
+    "testing",
 )
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(path.relative_to(SOURCE)) for path in FILES]

@@ -34,6 +34,7 @@ from lpc_runner.data.images import ImageDataset
 from lpc_runner.distributions import DiscretisedGaussian
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.samples import sample_images, share_of
+from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
@@ -53,10 +54,39 @@ from lpc_runner.training.traces import Traces
 from lpc_runner.training.trainer import Trainer
 
 SHAPE, BATCH = (1, 8, 8), 8
+
+
+class Common(PerSample):
+    """G = 1 / (E|g| + β), the mean over the batch: a coupling of one's own, as docs/extending.md has it."""
+
+    couples_batch = True
+    mean = staticmethod(lambda rows: rows.mean(0, keepdim=True))
+
+    def init(self, z, q=None):
+        return None
+
+    def update(self, state, drift, t):
+        return state, 1 / (self.mean(drift.abs()) + self.beta)
+
+
+class Unsaid(Common):
+    couples_batch = False
+
+
+class NotByMean(Common):
+    def update(self, state, drift, t):
+        return state, 1 / (drift.abs().mean(0) + self.beta)
+
+
+class NoMean(Common):
+    mean = None
+
+
 # Preconditioner, weights of the objective, scale.
 CASES = {
     "jeffreys, adam": (PerSample, (0.5, 0.5), "learned"),
     "forward, adam_shared": (SharedAdam, (1.0, 0.0), "learned"),
+    "jeffreys, coupling of one's own": (Common, (0.5, 0.5), "learned"),
     "prior, optimal": (PerSample, (0.0, 0.0), "optimal"),
 }
 
@@ -157,6 +187,24 @@ def compare(size: int, case: str, dtype: torch.dtype, folder: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_make_the_updates_of_one(case, dtype, tmp_path):
     compare(2, case, dtype, tmp_path)
+
+
+def test_what_cannot_be_shared_is_refused():
+    """A coupling that is not said, that goes around `mean`, or that has none; and a sampler that says no way."""
+    chain = lambda metric: Langevin(5, "all", Constant(1e-3), metric(0.25, 1e-8, None))
+    for metric in (PerSample, SharedAdam, Common):
+        require_shareable(chain(metric), 3)
+    for metric, says in (
+        (Unsaid, "depend on one another in Langevin with Unsaid"),
+        (NotByMean, "depend on one another in Langevin with NotByMean"),
+        (NoMean, "NoMean couples the chains of a batch and has no `mean`"),
+    ):
+        with pytest.raises(UserError, match=says):
+            require_shareable(chain(metric), 3)
+    sampler = chain(Common)
+    sampler.averaging_by = None
+    with pytest.raises(UserError, match="Langevin couples the chains of a batch and has no averaging_by"):
+        require_shareable(sampler, 3)
 
 
 @pytest.mark.slow

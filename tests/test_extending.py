@@ -6,11 +6,31 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import environment, only_run, result_of
+from conftest import TINY, cell_of, environment, only_run, result_of
 from omegaconf import OmegaConf
+
+from lpc_runner import testing
+from lpc_runner.config.build import build, instantiate
+from lpc_runner.config.compose import options_of, recompose_group
+from lpc_runner.data.dataset import Batch
+from lpc_runner.distributions import Gaussian
+from lpc_runner.errors import UserError
+from lpc_runner.inference.context import Context
+from lpc_runner.inference.importance import ImportanceWeighted
+from lpc_runner.inference.interfaces import Part
+from lpc_runner.inference.objectives import WeightedKL
+from lpc_runner.inference.preconditioning import Identity
+from lpc_runner.inference.samplers import NoSteps
+from lpc_runner.inference.step_sizes import Constant
+from lpc_runner.models.mlp import MLP
+from lpc_runner.run import plan
+from lpc_runner.schema import declared
+from lpc_runner.training.distributed import Ranks
+from lpc_runner.training.update import UpdateNoise
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 SMALL = ("device=cpu", "tracker=none", "num_threads=1", "trainer.max_updates=3", "metrics.num_samples=40")
@@ -35,7 +55,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def test_the_page_is_a_run_of_ones_own_parts(page, command):
-    check, run, sweep = commands(page)
+    check, run, sweep, renyi = commands(page)
     answer = command(*check, *SMALL)
     assert answer.code == 0 and "1 runs (0 done, 0 resume, 1 new)" in answer.out, answer.err
     answer = command(*run, *SMALL)
@@ -61,6 +81,11 @@ def test_the_page_is_a_run_of_ones_own_parts(page, command):
     assert answer.code == 0 and "run 1: " in answer.err and "run 2: " in answer.err
     assert len(list(Path("outputs/default").iterdir())) == 3
 
+    answer = command(*renyi, *SMALL)
+    assert answer.code == 0 and "1 new" in answer.out, answer.err
+    answer = command(*renyi, *SMALL, "objective.alpha=1.0")
+    assert answer.lines == ["lpc_runner: objective.alpha must not be 1: the limit is objective=reverse"]
+
 
 def test_the_console_script_finds_classes_beside_the_command(page, workplace):
     script = Path(sys.executable).with_name("lpc-runner")
@@ -76,3 +101,251 @@ def test_a_class_that_is_not_there_is_one_line_with_the_reason(page, command, wo
     assert answer.code == 1 and len(answer.lines) == 1
     assert "model._target_=not_mine.OneLayer cannot be imported" in answer.err
     assert "No module named 'not_mine'" in answer.err
+
+
+def test_the_pages_parts_keep_their_contracts(page):
+    import mine
+
+    testing.check_step_size(mine.Halving(0.1, 5))
+    for objective in (mine.Tilted(0.25), mine.Renyi(0.5, 3), mine.Renyi(2.0, 3)):
+        testing.check_objective(objective)
+    (text,) = re.findall(r"```python\n(class Common:.*?)```", page, re.S)
+    found: dict = {}
+    exec(text, found)
+    testing.check_preconditioner(found["Common"](0.1))
+
+
+def gradients_of(objective):
+    """θ's and φ's, of a small model and a batch of four."""
+    torch.manual_seed(0)
+    model = MLP((1, 2, 3), 4, 1.0, Gaussian("learned", 0.5, 0.9), 0.3, [5]).double()
+    batch = Batch(torch.randn(4, 1, 2, 3).double(), torch.arange(4))
+    noise = UpdateNoise(0, 0, (4, 4), "cpu", torch.float64)
+    found = objective.gradients(Context(model, model.build_encoder().double(), NoSteps(None, None), batch, noise))
+    return [*found.theta, *found.phi]
+
+
+def test_the_pages_renyi_bound_is_the_importance_bound_at_alpha_0(page):
+    """And at K = 1 that of any α: w^(1-α) to the power 1/(1-α)."""
+    import mine
+
+    torch.testing.assert_close(gradients_of(mine.Renyi(0.0, 5)), gradients_of(ImportanceWeighted(5)))
+    torch.testing.assert_close(gradients_of(mine.Renyi(0.7, 1)), gradients_of(ImportanceWeighted(1)))
+    other = gradients_of(mine.Renyi(0.7, 5))
+    assert max(float((a - b).abs().max()) for a, b in zip(other, gradients_of(ImportanceWeighted(5)))) > 1e-3
+
+
+# Contracts ------------------------------------------------------------------------------------------------
+
+GROUPS = ("step_size", "preconditioning", "sampler", "objective")
+OPTIONS = [(group, name) for group in GROUPS for name in options_of(group)]
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_option_keeps_its_groups_contract(group, option):
+    part = instantiate(OmegaConf.to_container(recompose_group(group, option), resolve=True), group, [])
+    if group == "sampler":
+        part = part(step_size=Constant(0.01), preconditioner=Identity())
+    blocks = {"initial_condition": slice(0, 2), "inputs": slice(2, 6)}
+    declared(part, Part, "bind")(SimpleNamespace(blocks=blocks), torch.device("cpu"))
+    check = {"preconditioning": testing.check_preconditioner}.get(group) or getattr(testing, f"check_{group}")
+    check(part)
+
+
+@pytest.mark.parametrize("option", options_of("tracker"))
+def test_every_tracker_keeps_its_contract(option, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    part = instantiate(OmegaConf.to_container(recompose_group("tracker", option), resolve=True), "tracker", [])
+    testing.check_tracker(part.func, **part.keywords)
+
+
+class Own:
+    """As little as each protocol asks for, with what is wrong about it."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, t):
+        return self.function(t)
+
+    def init(self, z, q=None):
+        return None
+
+    def update(self, state, drift, t):
+        self.calls += 1
+        return state, self.function(drift)
+
+    def gradients(self, context):
+        return self.function(context)
+
+
+def wrong_objective(change):
+    """Reverse KL without a chain, its result changed."""
+
+    def gradients(context):
+        found = WeightedKL(0.0, 1.0).gradients(context)
+        change(context, found)
+        return found
+
+    return Own(gradients)
+
+
+def add_batch_size(context, found):
+    found.theta = [gradient * len(context.batch.x) for gradient in found.theta]
+
+
+def set_grad(context, found):
+    context.phi[0].grad = found.phi[0]
+
+
+def lose_one(context, found):
+    found.phi = found.phi[1:]
+
+
+def name_a_float(context, found):
+    found.scalars["train/mine"] = 1.0
+
+
+WRONG = [
+    ("step_size", Own(lambda t: 0.1 - t), "γ\\(1\\) is -0.9"),
+    ("step_size", Own(lambda t: torch.ones(6, 1)), "has the shape"),
+    ("step_size", Own(lambda t: 0.1 if isinstance(t, int) else 0.2), "of an integer and of a tensor differ"),
+    ("step_size", object(), "no __call__"),
+    ("preconditioner", Own(lambda drift: -1.0), "not positive"),
+    ("preconditioner", Own(lambda drift: drift.square().mean(0)), "depend on one another"),
+    ("preconditioner", Own(lambda drift: 1 + torch.arange(len(drift))[:, None]), "depend on one another"),
+    ("preconditioner", object(), "no init and no update"),
+    ("objective", wrong_objective(add_batch_size), "mean of its halves"),
+    ("objective", wrong_objective(set_grad), "learner's to do"),
+    ("objective", wrong_objective(lose_one), "one tensor for every parameter"),
+    ("objective", wrong_objective(name_a_float), "not a 0-d tensor"),
+    ("objective", object(), "no gradients"),
+    ("tracker", object, "no log"),
+]
+
+
+@pytest.mark.parametrize("what, part, says", WRONG)
+def test_a_broken_contract_is_named(what, part, says):
+    with pytest.raises((AssertionError, UserError), match=says):
+        getattr(testing, f"check_{what}")(part)
+
+
+def test_a_part_that_keeps_a_state_of_its_own_is_found():
+    part = Own(lambda drift: 1.0 + part.calls)
+    with pytest.raises(AssertionError, match="of step 1"):
+        testing.check_preconditioner(part)
+
+
+# What is refused, and what need not be written -------------------------------------------------------------
+
+
+def write_own(workplace, monkeypatch, code: str, **options: str) -> None:
+    """own_parts.py, and own/<group>/mine.yaml of every group."""
+    (workplace / "own_parts.py").write_text(code)
+    monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.delitem(sys.modules, "own_parts", raising=False)
+    for group, text in options.items():
+        path = workplace / "own" / group / "mine.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+
+
+TRACKER = """
+class Mine:
+    def __init__(self, file, folder, name):
+        self.path, self.name = folder / file, name
+
+    def log(self, update, epoch, values):
+        with self.path.open("a") as out:
+            print(self.name, update, file=out)
+"""
+
+
+@pytest.mark.parametrize("partial", ["", "_partial_: true\n", "_partial_: false\n"])
+def test_a_tracker_of_ones_own_works_whatever_its_file_says_of_partial(partial, workplace, command, monkeypatch):
+    """It has `log` alone, and takes of the run's facts what it names."""
+    write_own(workplace, monkeypatch, TRACKER, tracker=f"_target_: own_parts.Mine\nfile: mine.txt\n{partial}")
+    words = [word for word in TINY if not word.startswith("tracker=")]
+    if partial:
+        answer = command("--config-dir", "own", *words, "tracker=mine", "check=true")
+        assert answer.code == 0, answer.err
+        return
+    answer = command("--config-dir", "own", *words, "tracker=mine")
+    assert answer.code == 0 and "failed" not in answer.err, answer.err
+    run = only_run()
+    assert (run / "mine.txt").read_text().startswith(f"{run.name} 1\n{run.name} 2\n")
+
+
+PARTS = """
+from lpc_runner.models.mlp import MLP
+from lpc_runner.inference.interfaces import Preconditioner
+
+class Deep(MLP):
+    pass
+
+class Silent:
+    def __init__(self):
+        pass
+    def init(self, z, q=None):
+        return None
+    def update(self, state, drift, t):
+        return state, 1 / (drift.abs().mean(0) + 1)
+
+class Half(Preconditioner):
+    def init(self, z, q=None):
+        return None
+
+class Neither:
+    def __init__(self):
+        pass
+
+class Alone:
+    def __init__(self, num_steps):
+        self.num_steps = num_steps
+    init = step = lambda self, *rest: None
+"""
+DEEP = (
+    "defaults:\n  - likelihood: discretised_gaussian\n  - _self_\n_target_: own_parts.Deep\nlatent_dim: 4\n"
+    "prior_scale: 1.0\nvariance_beta: 0.3\nhidden: [8]\n"
+)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"model": DEEP}, None),
+        (
+            {"model": DEEP.replace("latent_dim: 4\n", "")},
+            "model.latent_dim has no value: the option's YAML",
+        ),
+        ({"model": DEEP + "data_shape: [1, 8, 8]\n"}, "model.data_shape is given when a run is built"),
+        ({"preconditioning": "_target_: own_parts.Silent\n_partial_: true\n"}, None),
+        (
+            {"preconditioning": "_target_: own_parts.Half\n"},
+            "lacks what its base class asks for: update",
+        ),
+        ({"preconditioning": "_target_: own_parts.Neither\n"}, "preconditioning=mine has no init and no update"),
+        ({"objective": "_target_: own_parts.Neither\n"}, "objective=mine has no gradients"),
+        ({"tracker": "_target_: own_parts.Neither\n"}, "tracker=mine has no log"),
+        ({"sampler": "_target_: own_parts.Alone\nnum_steps: 3\n"}, "must take step_size and preconditioner"),
+    ],
+)
+def test_a_class_that_does_not_fit_is_one_true_line(options, says, workplace, monkeypatch):
+    write_own(workplace, monkeypatch, PARTS, **options)
+    words = "device=cpu", "tracker=none", *(f"{group}=mine" for group in options)
+    cell = cell_of("--config-dir", "own", *words)
+    if says is None:
+        build(cell.cfg, cell.choices)
+    else:
+        with pytest.raises(UserError, match=says):
+            build(cell.cfg, cell.choices)
+
+
+def test_a_silent_coupling_is_refused_on_several_ranks_alone(workplace, monkeypatch):
+    write_own(workplace, monkeypatch, PARTS)
+    cell = cell_of(*TINY, "preconditioning=none", "preconditioning._target_=own_parts.Silent")
+    plan(cell)
+    with pytest.raises(UserError, match="depend on one another in Langevin with Silent"):
+        plan(cell, Ranks(0, 2, 0))
+    for option in options_of("preconditioning"):
+        plan(cell_of(*TINY, f"preconditioning={option}"), Ranks(0, 2, 0))
