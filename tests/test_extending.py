@@ -30,6 +30,8 @@ from lpc_runner.models.mlp import MLP
 from lpc_runner.run import plan
 from lpc_runner.schema import declared
 from lpc_runner.training.distributed import Ranks
+from lpc_runner.training.learner import Learner
+from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.update import UpdateNoise
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -349,3 +351,27 @@ def test_a_silent_coupling_is_refused_on_several_ranks_alone(workplace, monkeypa
         plan(cell, Ranks(0, 2, 0))
     for option in options_of("preconditioning"):
         plan(cell_of(*TINY, f"preconditioning={option}"), Ranks(0, 2, 0))
+
+
+class Learning(NoSteps):
+    """A sampler with a state of its own."""
+
+    seen = 0
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_a_samplers_state_is_in_the_checkpoint():
+    model = MLP((1, 2, 3), 4, 1.0, Gaussian("learned", 0.5, 0.9), 0.3, [5])
+    learners = [
+        Learner(model, None, sampler, WeightedKL(0.0, 0.0), Adam(1e-3, [0.9, 0.999], 1e-8))
+        for sampler in (Learning(None, None), Learning(None, None), NoSteps(None, None))
+    ]
+    learners[0].sampler.seen = 7
+    learners[1].load_state_dict(learners[0].state_dict())
+    assert learners[1].sampler.seen == 7
+    assert set(learners[2].state_dict()) == {"model", "theta_optimizer"}  # as before: old checkpoints load

@@ -61,3 +61,13 @@ def test_the_metric_is_logged_during_training_under_this_name(sweep):
     assert part == "eval" and name == f"fd_{metrics.extractor}"
     assert metrics._target_.endswith(SampleQuality.__qualname__) and metrics.every_epochs > 0
     assert sweep["early_terminate"]["min_iter"] < cell.cfg.trainer.num_epochs / metrics.every_epochs
+
+
+def test_several_runs_of_one_command_are_refused_under_an_agent(command, workplace, monkeypatch):
+    """By the tracker that says so; another takes them."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    answer = command("-m", "seed=0,1", "device=cpu", "check=true")
+    assert answer.code == 1 and len(answer.lines) == 1 and "agent gives one run's id" in answer.err
+    answer = command("-m", "seed=0,1", "device=cpu", "tracker=none", "check=true")
+    assert answer.code == 0

@@ -68,7 +68,7 @@ class Combined:
 def compute_gradients(objective: Objective, context: Context, combine: Combine = ALONE) -> Combined:
     """The objective's gradients of θ, then of φ, made those of the global batch and set on the parameters.
 
-    combine: see Ranks.combine.
+    combine: see Ranks.combine; one message, which whatever else is averaged over ranks has to join.
     """
     found = objective.gradients(context)
     scalars = {name: value.detach() for name, value in found.scalars.items()}
