@@ -47,6 +47,7 @@ VARIANTS = {
     "factors": {"num_factors": 3},
     "wide": {"state_dim": 3, "input_dim": 1, "initial_dim": 2},
     "no_inputs": {"inputs": "none"},
+    "no_inputs_long": {"inputs": "none", "num_steps": 50},
 }
 
 
@@ -71,9 +72,9 @@ def test_the_filter_starts_at_the_first_states_own_prior():
     torch.testing.assert_close(filtered.predicted_covariance[0], to_states[:2] @ to_states[:2].T)
 
 
-@pytest.mark.parametrize("name", ["lds", "factors", "wide"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_smoother_and_posterior_of_z_agree(name):
-    """Moments of x_t given y: by Rauch-Tung-Striebel, and as a linear map of the dense posterior of z."""
+    """Moments of x_t given y: by the smoother, without process noise too, and as a linear map of z's dense posterior."""
     model = lds(**VARIANTS[name])
     x, dim = series(model), model.generator.initial_size
     system = kalman.linear_gaussian(model)

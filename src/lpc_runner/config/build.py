@@ -87,6 +87,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     from lpc_runner.inference.engine import make_engine
     from lpc_runner.inference.preconditioning import EncoderVariance
     from lpc_runner.inference.step_sizes import Blocks
+    from lpc_runner.likelihoods import fault_of, lacking
     from lpc_runner.randomness import seeded_layers
 
     dataset, objective = parts["dataset"], parts["objective"]
@@ -94,7 +95,10 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         "sampler", parts["sampler"], step_size=parts["step_size"], preconditioner=parts["preconditioning"]
     )
     target = parts["model"].func
-    users = {"model": target, "metrics": parts["metrics"], "model.likelihood": parts["model"].keywords["likelihood"]}
+    users = {"model": target, "metrics": parts["metrics"]}
+    if "likelihood" in parts["model"].keywords:
+        users["model.likelihood"] = likelihood = parts["model"].keywords["likelihood"]
+        _require_likelihood(likelihood, choices, lacking(likelihood))
     for group, user in users.items():
         if dataset.kind not in user.data_kinds:
             name = choices.get(group.replace(".", "/"), "")
@@ -109,8 +113,13 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     device = resolve_device(values["device"])
     with seeded_layers(values["seed"], "initialisation"):
         model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
+    _require_likelihood(model.likelihood, choices, lacking(model.likelihood))
+    _require_likelihood(model.likelihood, choices, fault_of(model.likelihood, tuple(dataset.shape)))
     if isinstance(parts["preconditioning"], EncoderVariance) and not objective.uses_encoder:
-        raise UserError(f"preconditioning=encoder needs an encoder: objective={choices['objective']} has none")
+        raise UserError(
+            f"preconditioning=encoder needs an encoder: objective={choices['objective']} has none, "
+            "preconditioning=none, adam or adam_shared would fit"
+        )
     if objective.needs_factorised_q and not model.factorised_q:
         raise UserError(
             f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none"
@@ -133,6 +142,13 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         deterministic=values["deterministic"],
         num_threads=values["num_threads"],
     )
+
+
+def _require_likelihood(likelihood: Any, choices: dict[str, str], fault: str | None) -> None:
+    if fault is not None:
+        option = choices.get("model/likelihood")
+        where = f"model/likelihood={option}" if option else f"the likelihood of model={choices['model']}"
+        raise UserError(f"{where}: {type(likelihood).__name__} {fault}")
 
 
 def _fitting(group: str, kind: str) -> str:
@@ -203,6 +219,8 @@ def _locate(target: str, path: str) -> Any:
     # A folder from elsewhere must not be able to have a command of the system called by naming it.
     if not inspect.isclass(found) or found.__module__.split(".")[0] in sys.stdlib_module_names:
         raise UserError(f"{path}._target_={target} must name a class, and none of Python's own")
+    if inspect.isabstract(found):
+        raise UserError(f"{path}._target_={target} lacks {', '.join(sorted(found.__abstractmethods__))}")
     return found
 
 
