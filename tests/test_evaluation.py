@@ -194,3 +194,30 @@ def test_kernel_distance_is_unbiased():
     assert abs(np.mean(values)) < 4 * error and min(values) < 0
     # With the diagonal kept it would be off by E[k(x, x) - k(x, y)] (1/25 + 1/15), about 0.9.
     assert error < 0.1
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), DiscretisedGaussian("fixed", 0.5, 0.9)])
+@pytest.mark.parametrize("binarise", ["none", "static", "dynamic"])
+def test_bits_per_dimension_stand_only_where_the_bound_is_of_a_probability(binarise, likelihood):
+    """Bernoulli's of binary pixels, the discretised Gaussian's of any: -ELBO / (784 log 2); the ELBO by hand."""
+    torch.manual_seed(0)
+    dataset = Digits(binarise)
+    model = MLP(dataset.shape, 3, 1.0, likelihood, 0.3, [8])
+    encoder, test = model.build_encoder(), dataset.load().test
+    numbers = encoder_bound(model, encoder, dataset, test, seed=0, chunk=360)
+    is_probability = binarise != "none" or isinstance(likelihood, DiscretisedGaussian)
+    assert ("bits_per_dim" in numbers) == is_probability
+    if is_probability:
+        assert numbers["bits_per_dim"] == pytest.approx(-numbers["elbo"] / (784 * math.log(2)))
+    x = dataset.to_model(test.values)
+    with torch.no_grad():
+        q = encoder(Batch(x, torch.arange(len(x))))
+        z = q.rsample(torch.randn(q.mean.shape, generator=generator(0, "bound", 0)))
+        logits = model.predict(z)
+        if isinstance(likelihood, Bernoulli):
+            log_x = -functional.binary_cross_entropy(torch.sigmoid(logits), (x + 1) / 2, reduction="none").sum(
+                (1, 2, 3)
+            )
+        else:
+            log_x = likelihood(x, logits)
+        assert numbers["elbo"] == pytest.approx((log_x - q.kl(model.prior)).mean().item(), rel=1e-5)

@@ -118,7 +118,7 @@ class _ScaledLikelihood(Independent):
         self.register_buffer("num_observed", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def observe(self, x: Tensor, mean: Tensor, average: Callable[[Tensor], Tensor]) -> None:
+    def observe(self, x: Tensor, mean: Tensor, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
         """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it."""
         assert self.observes
         error = average((x - self.within_range(mean)).square().mean())
