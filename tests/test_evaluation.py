@@ -8,12 +8,19 @@ import prdc
 import pytest
 import scipy.linalg
 import torch
+from torch.nn import functional
 
+from lpc_runner.data.dataset import Batch
+from lpc_runner.data.digits import Digits
+from lpc_runner.distributions import DiscretisedGaussian
+from lpc_runner.emissions import Bernoulli
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation import neighbours
 from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance
+from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
+from lpc_runner.models.mlp import MLP
 from lpc_runner.randomness import generator
 
 K = 5
@@ -215,9 +222,8 @@ def test_bits_per_dimension_stand_only_where_the_bound_is_of_a_probability(binar
         z = q.rsample(torch.randn(q.mean.shape, generator=generator(0, "bound", 0)))
         logits = model.predict(z)
         if isinstance(likelihood, Bernoulli):
-            log_x = -functional.binary_cross_entropy(torch.sigmoid(logits), (x + 1) / 2, reduction="none").sum(
-                (1, 2, 3)
-            )
+            each = functional.binary_cross_entropy(torch.sigmoid(logits), (x + 1) / 2, reduction="none")
+            log_x = -each.sum((1, 2, 3))
         else:
             log_x = likelihood(x, logits)
         assert numbers["elbo"] == pytest.approx((log_x - q.kl(model.prior)).mean().item(), rel=1e-5)

@@ -70,6 +70,7 @@ def test_the_page_is_a_run_of_ones_own_parts(page, command):
     assert len(list(Path("outputs/default").iterdir())) == 3
 
 
+SQUARED = "class Broken(Independent):\n    density = lambda self, x, predictor: -(x - predictor) ** 2\n"
 BROKEN = {
     "no module": ("class Broken:\n    pass", "Broken must be a torch.nn.Module"),
     "lacking": ("class Broken(torch.nn.Module):\n    data_kinds = ('images',)", "Broken lacks num_levels, "),
@@ -78,14 +79,12 @@ BROKEN = {
         "Broken must give log p(x | η) of shape (2,) for a batch of 2, differentiable, got (2, 1, 16, 16)",
     ),
     "flat means": (
-        "class Broken(Independent):\n    density = lambda self, x, predictor: -(x - predictor) ** 2\n"
-        "    mean = lambda self, predictor: predictor.flatten(1)",
+        f"{SQUARED}    mean = lambda self, predictor: predictor.flatten(1)",
         "Broken must give means of shape (2, 1, 16, 16) for η of that shape, got (2, 256)",
     ),
     "raising": ("class Broken(Independent):\n    pass", "Broken cannot be evaluated: NotImplementedError"),
     "observing": (
-        "class Broken(Independent):\n    observes = True\n    density = lambda self, x, predictor: -(x - predictor) ** 2\n"
-        "    def observe(self, x):\n        pass",
+        f"{SQUARED}    observes = True\n    def observe(self, x):\n        pass",
         "Broken cannot be evaluated: TypeError",
     ),
 }

@@ -89,7 +89,7 @@ MISTAKES = [
     ("dataset=lorenz model/likelihood=bernoulli", ["model/likelihood=bernoulli expects images", "poisson"]),
     (
         "dataset=lorenz method=no_warm_start",
-        ["needs an encoder", "preconditioning=none, adam or adam_shared would fit"],
+        ["needs an encoder", "preconditioning=none, adam or adam_shared"],
     ),
     ("dataset.binarise=yes", ["dataset.binarise must be one of none, static, dynamic"]),
     ("model=mlp model.activation=selu", ["model.activation must be one of silu, tanh, relu"]),

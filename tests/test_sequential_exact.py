@@ -74,7 +74,7 @@ def test_the_filter_starts_at_the_first_states_own_prior():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_smoother_and_posterior_of_z_agree(name):
-    """Moments of x_t given y: by the smoother, without process noise too, and as a linear map of z's dense posterior."""
+    """Moments of x_t given y: by the smoother, and as a linear map of the dense posterior of z."""
     model = lds(**VARIANTS[name])
     x, dim = series(model), model.generator.initial_size
     system = kalman.linear_gaussian(model)
