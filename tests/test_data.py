@@ -156,7 +156,7 @@ class TestBinarised:
             assert torch.equal(binary.grey, grey.values) and torch.equal(binary.means, grey.values)
             white, probability = binary.values == 255, grey.values.double() / 255
             assert not white[grey.values == 0].any() and white[grey.values == 255].all()
-            error = (white - probability).sum() / (probability * (1 - probability)).sum().sqrt()
+            error = (white.double() - probability).sum() / (probability * (1 - probability)).sum().sqrt()
             assert abs(error) < 4
         x = Digits("static").to_model(static.test.values[:2])
         assert set(x.unique().tolist()) == {-1.0, 1.0}

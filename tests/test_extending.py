@@ -120,7 +120,9 @@ def test_the_console_script_finds_classes_beside_the_command(page, workplace):
 
 
 def test_a_class_that_is_not_there_is_one_line_with_the_reason(page, command, workplace):
-    (workplace / "own" / "model" / "one_layer.yaml").write_text("_target_: not_mine.OneLayer\n_partial_: true\n")
+    (workplace / "own" / "model" / "one_layer.yaml").write_text(
+        "defaults:\n  - likelihood: discretised_gaussian\n_target_: not_mine.OneLayer\n_partial_: true\n"
+    )
     answer = command(*commands(page)[0], *SMALL)
     assert answer.code == 1 and len(answer.lines) == 1
     assert "model._target_=not_mine.OneLayer cannot be imported" in answer.err

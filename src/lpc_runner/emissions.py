@@ -65,10 +65,6 @@ class Bernoulli(Independent):
 
     num_levels = 2
 
-    @checked
-    def __init__(self) -> None:
-        super().__init__()
-
     def mean(self, predictor: Tensor) -> Tensor:
         """2 s(η) - 1, elementwise, in [-1, 1]."""
         return 2 * torch.sigmoid(predictor) - 1

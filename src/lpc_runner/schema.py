@@ -80,7 +80,14 @@ def hints_of(target: Any) -> dict[str, Any]:
     if function is object.__init__:
         return {}
     hints = typing.get_type_hints(function, include_extras=True)
-    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    any_number = (
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    )  # as of a module without a constructor
+    parameters = inspect.signature(function).parameters.values()
+    names = [
+        parameter.name for parameter in parameters if parameter.name != "self" and parameter.kind not in any_number
+    ]
     return {name: hints.get(name, Any) for name in names}
 
 
