@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.likelihoods import Independent
 from lpc_runner.models.latent import LatentVariableModel
 
 
@@ -20,14 +21,9 @@ class Run(NamedTuple):
     inputs: Tensor | None
 
 
-class PoissonCounts(nn.Module):
-    scale = None
-
-    def forward(self, x: Tensor, rates: Tensor) -> Tensor:
-        return (torch.xlogy(x, rates) - rates - torch.lgamma(x + 1)).flatten(1).sum(1)
-
-    def scalars(self):
-        return {}
+class PoissonCounts(Independent):
+    def density(self, x: Tensor, rates: Tensor) -> Tensor:
+        return torch.xlogy(x, rates) - rates - torch.lgamma(x + 1)
 
 
 class FactorModel(LatentVariableModel):
@@ -52,7 +48,7 @@ class FactorModel(LatentVariableModel):
         factors = torch.einsum("tfd,bd->btf", self.time, z)
         return Run(factors, factors, factors[..., :1])
 
-    def decode(self, z: Tensor) -> Tensor:
+    def predict(self, z: Tensor) -> Tensor:
         predictor = self.run(z).factors @ self.weight.T + self.bias
         return predictor.exp() if self.counts else predictor
 

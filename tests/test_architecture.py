@@ -10,7 +10,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lpc_runner"
 # Each part may import itself and those before it.
 BASE = ("errors", "masking", "commands", "schema", "randomness", "files", "runs", "environment", "memory")
-ORDER = ("data", "distributions", "emissions", "models", "inference", "training", "evaluation", "tracking", "report")
+ORDER = (
+    "data",
+    "likelihoods",
+    "distributions",
+    "emissions",
+    "models",
+    "inference",
+    "training",
+    "evaluation",
+    "tracking",
+    "report",
+)
 # These put the parts together and may import all of them.
 ROOT = (
     "__init__",

@@ -102,7 +102,7 @@ def test_work_of_a_step_is_counted_by_hand():
     model, x = build_model(28, CPU), images(TINY, CPU)
     last = model.decoder[-1]
     del model.decoder[:-1]
-    model.decode = lambda z: model.decoder(z.repeat(1, 157)[:, : 32 * 14 * 14].view(2, 32, 14, 14))
+    model.predict = lambda z: model.decoder(z.repeat(1, 157)[:, : 32 * 14 * 14].view(2, 32, 14, 14))
     done = floor.work_of_a_step(model, x, "fp32")
     assert done["flops"] == 3 * 2 * (2 * 14 * 14) * 32 * 3 * 16
     num_parameters = last.weight.numel() + 3 + 1

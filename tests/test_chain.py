@@ -170,6 +170,14 @@ def test_adam_is_the_bias_corrected_second_moment():
                 torch.testing.assert_close(scale, 1 / (moment.sqrt() + 0.01))
 
 
+def test_a_frozen_scale_is_bounded_by_eps_alone():
+    """A drift near 0 until G is frozen leaves that coordinate with G = 1/eps, whatever its drift is later."""
+    adam = Adam(0.25, 0.01, 1)
+    state, _ = adam.update(adam.init(torch.zeros(1, 2)), torch.tensor([[1e-12, 1.0]]), 1)
+    _, later = adam.update(state, torch.full((1, 2), 50.0), 2)
+    torch.testing.assert_close(later, torch.tensor([[1 / 0.01, 1 / 1.01]]))
+
+
 def test_step_sizes():
     """γ(t) = value (1 + (t-1)/offset)^-power, used at its own step: the noise variance is 2γ(t)."""
     sampler = Langevin(25, "all", Polynomial(0.2, 10.0, 0.5), Identity())

@@ -205,10 +205,41 @@ def test_what_changes_the_result_changes_the_hash(workplace):
         "model.likelihood.scale=fixed",
         "metrics.k=6",
         "dataset=mnist",
+        "model=mlp",
+        "model=mlp model.activation=tanh",
+        "model/likelihood=bernoulli",
+        "dataset.binarise=static",
+        "dataset.binarise=static dataset.binarise_seed=1",
+        "dataset.binarise=dynamic",
+        "preconditioning=encoder",
+        "preconditioning=encoder model.prior_scale=2",
     )
-    digests = [plan_of().digest, *(plan_of(other).digest for other in others)]
+    digests = [plan_of().digest, *(plan_of(*other.split()).digest for other in others)]
     assert len(set(digests)) == len(digests)
     assert plan_of("trainer.init_from=null").digest == digests[0]
+
+
+# Of runs made before an option had all of its keys: what they computed then is what they compute now.
+FIRST_HASHES = {
+    "": "4f4dab03b49f441027ba8c9704b88cf63f318e0bb69f7d9cf25d592d66a1659c",
+    "model=mlp": "cfeb40338afd148fe6221c7b343c6d46c7839519566f8bc77ff117c957ec205d",
+    "preconditioning=encoder": "f35d001eef31ae1462dacd864d9001e441efc9acbd0c610c741fb4fd516027a3",
+}
+
+
+@pytest.mark.parametrize("words", FIRST_HASHES)
+def test_keys_that_came_later_change_no_hash(words, workplace):
+    assert plan_of(*words.split()).digest == FIRST_HASHES[words]
+    assert plan_of(*words.split(), "dataset.binarise_seed=0").digest == FIRST_HASHES[words]
+
+
+def test_the_encoders_preconditioner_is_capped_by_the_priors_variance(workplace):
+    caps = [
+        plan_of("preconditioning=encoder", *words).experiment.sampler.preconditioner.cap
+        for words in ([], ["model.prior_scale=2.5"], ["model.prior_scale=2.5", "preconditioning.cap=0.5"])
+    ]
+    assert caps == [1.0, 6.25, 0.5]
+    assert plan_of("dataset=lorenz").experiment.sampler.preconditioner.cap == 1.0
 
 
 def test_data_files_count_by_content_not_by_path(tmp_path, workplace):

@@ -141,6 +141,71 @@ class TestBatches:
         assert "50" in user_error(lambda: self.batches(split).fixed(51))
 
 
+class TestBinarised:
+    @pytest.fixture(scope="class")
+    def static(self):
+        return Digits("static").load()
+
+    def batches(self, split, seed=3, **more):
+        return Batches(split, Digits("dynamic"), 40, seed, **more)
+
+    def test_pixels_are_white_as_often_as_they_are_bright(self, digits, static):
+        for name in ("train", "test"):
+            grey, binary = getattr(digits, name), getattr(static, name)
+            assert set(binary.values.unique().tolist()) == {0, 255} and torch.equal(binary.labels, grey.labels)
+            assert torch.equal(binary.grey, grey.values) and torch.equal(binary.means, grey.values)
+            white, probability = binary.values == 255, grey.values.double() / 255
+            assert not white[grey.values == 0].any() and white[grey.values == 255].all()
+            error = (white.double() - probability).sum() / (probability * (1 - probability)).sum().sqrt()
+            assert abs(error) < 4
+        x = Digits("static").to_model(static.test.values[:2])
+        assert set(x.unique().tolist()) == {-1.0, 1.0}
+
+    def test_a_static_draw_is_its_seeds(self, digits, static):
+        assert torch.equal(static.train.values, Digits("static").load().train.values)
+        other = Digits("static", 1).load()
+        assert not torch.equal(static.train.values, other.train.values)
+        assert not torch.equal(static.test.values, other.test.values)
+        assert digits.train.means is digits.train.values and Digits("none", 7).identity() == Digits().identity()
+        identities = [Digits(*given).identity() for given in (("none",), ("static",), ("static", 1), ("dynamic",))]
+        assert len({str(identity) for identity in identities}) == 4
+        assert [Digits(mode).num_levels for mode in ("none", "static", "dynamic")] == [256, 2, 2]
+
+    def test_a_dynamic_set_draws_at_every_visit_and_is_measured_on_its_static_draw(self, static):
+        dynamic = Digits("dynamic").load()
+        for name in ("train", "test"):
+            assert torch.equal(getattr(dynamic, name).values, getattr(static, name).values)
+        assert dynamic.train.redrawn and not dynamic.test.redrawn and not static.train.redrawn
+        batches, x = self.batches(dynamic.train), {}
+        for epoch in (0, 1):
+            for position in range(batches.num_batches):
+                batch = batches.batch(epoch, position)
+                x |= {(epoch, int(i)): row for i, row in zip(batch.index, batch.x)}
+        both = [i for epoch, i in x if epoch == 0 and (1, i) in x]
+        first, second = (torch.stack([x[epoch, i] for i in both]) for epoch in (0, 1))
+        grey = dynamic.train.grey[both].double() / 255
+        changed = (first != second).double().sum()  # with probability 2 p (1 - p) each
+        expected = (2 * grey * (1 - grey)).sum()
+        assert abs(changed - expected) < 4 * expected.sqrt() and expected > 1000
+        assert torch.equal(batches.fixed(3).x, Digits().to_model(static.train.values[:3]))
+
+    def test_visits_are_functions_of_seed_epoch_and_position_on_any_ranks(self, static):
+        split = Digits("dynamic").load().train
+        whole, used = self.batches(split), self.batches(split)
+        used.batch(4, 2)
+        batch = whole.batch(2, 5)
+        assert torch.equal(used.batch(2, 5).x, batch.x)
+        parts = [self.batches(split, rows=slice(start, start + 10)).batch(2, 5) for start in range(0, 40, 10)]
+        assert torch.equal(torch.cat([part.x for part in parts]), batch.x)
+        assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
+        other = self.batches(split, seed=4).batch(2, 5)
+        assert not torch.equal(other.x, batch.x)
+
+    def test_a_fixed_split_is_not_redrawn(self, static):
+        batch = self.batches(static.train).batch(1, 2)
+        assert torch.equal(to_uint8(batch.x), static.train.values[batch.index])
+
+
 GOOD = random_images(20, 1, 4, 4)
 WRONG_NPZ = {
     "no images": ({"pictures": GOOD}, "'images'"),

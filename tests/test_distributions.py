@@ -6,6 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal, kl_divergence
 
 from lpc_runner.distributions import (
@@ -16,6 +17,8 @@ from lpc_runner.distributions import (
     log_bin_probability,
     log_normal,
 )
+from lpc_runner.emissions import Bernoulli, Poisson
+from lpc_runner.likelihoods import Likelihood, fault_of, lacking
 
 SCALES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0)
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -158,6 +161,43 @@ def test_likelihoods_sum_over_dimensions():
     inner = (x.abs() < 0.99).double()
     approximate = (Normal(mean, 0.2).log_prob(x) + math.log(width)) * inner
     torch.testing.assert_close((discrete.density(x, mean) * inner).double(), approximate, atol=5e-3, rtol=1e-4)
+
+
+def test_bernoulli_is_the_probability_of_binary_pixels():
+    """Value and gradient of torch.distributions', and finite where a float32 probability is 0 or 1."""
+    x, predictor = torch.randint(2, (5, 2, 3)) * 2.0 - 1, 20 * torch.randn(5, 2, 3)
+    predictor[0, 0, 0], x[0, 0, 0] = 300.0, -1.0
+    predictor.requires_grad_()
+    likelihood = Bernoulli()
+    value = likelihood(x, predictor)
+    exact = predictor.detach().double().requires_grad_()
+    want = TorchBernoulli(logits=exact).log_prob((x.double() + 1) / 2).sum((1, 2))
+    torch.testing.assert_close(value.double(), want, rtol=1e-6, atol=1e-6)
+    found, known = torch.autograd.grad(value.sum(), predictor)[0], torch.autograd.grad(want.sum(), exact)[0]
+    torch.testing.assert_close(found.double(), known, rtol=1e-6, atol=1e-7)
+    total = sum(likelihood.density(torch.full_like(x, level), predictor).exp() for level in (-1.0, 1.0))
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_bernoulli_reads_grey_pixels_as_probabilities():
+    """The expectation over binary draws of log p; the mean is 2 s(η) - 1."""
+    grey, predictor, likelihood = torch.rand(4, 3), torch.randn(4, 3), Bernoulli()
+    white, black = (likelihood.density(torch.full_like(grey, level), predictor) for level in (1.0, -1.0))
+    expected = (grey * white + (1 - grey) * black).sum(1)
+    torch.testing.assert_close(likelihood(2 * grey - 1, predictor), expected)
+    torch.testing.assert_close(likelihood.mean(predictor), 2 * white.exp() - 1)
+
+
+def test_every_likelihood_is_one():
+    """Of the protocol, on images and series; only a Gaussian has a variance for closed forms."""
+    gaussian = Gaussian("optimal", 0.5, 0.9)
+    others = DiscretisedGaussian("learned", 0.5, 0.9), Bernoulli(), Poisson("exp", 4.0, 0.2)
+    for likelihood in (gaussian, *others):
+        assert isinstance(likelihood, Likelihood) and lacking(likelihood) is None
+        assert fault_of(likelihood, (1, 4, 4)) is fault_of(likelihood, (6, 5)) is None
+    assert int(gaussian.num_observed) == 0  # what is tried is a copy
+    assert gaussian.gaussian_variance().item() == pytest.approx(0.25)
+    assert [likelihood.gaussian_variance() for likelihood in others] == [None] * 3
 
 
 def test_scales():

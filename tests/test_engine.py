@@ -7,6 +7,7 @@ import torch
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiscretisedGaussian, Gaussian
+from lpc_runner.emissions import Bernoulli
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.gaps import gradients_through_rnns
 from lpc_runner.evaluation.networks import exact_arithmetic
@@ -41,6 +42,7 @@ def models(device="cpu", dtype=torch.float64):
     built = {
         "mlp": MLP((1, 3, 3), 4, 1.3, DiscretisedGaussian("learned", 0.3, 0.9), 0.3, [6]),
         "linear": Linear((1, 3, 3), 4, 1.0, Gaussian("learned", 0.7, 0.9), 0.3),
+        "bernoulli": MLP((1, 3, 3), 4, 1.3, Bernoulli(), 0.3, [6], "tanh"),
         "conv": Conv((1, 28, 28), 4, 1.0, DiscretisedGaussian("learned", 0.5, 0.9), 0.3),
     }
     batches = {}
@@ -89,7 +91,7 @@ def test_blocks_on_fixed_tensors_equal_the_loop(metric, sizes):
         compare(Blocked(), built["mlp"], batches["mlp"], sampler, EXACT)
 
 
-@pytest.mark.parametrize("model", ["mlp", "linear", "conv"])
+@pytest.mark.parametrize("model", ["mlp", "linear", "bernoulli", "conv"])
 def test_blocks_equal_the_loop_for_every_model(model):
     built, batches = models()
     compare(Blocked(), built[model], batches[model], Langevin(5, "all", SIZES["constant"], METRICS["adam"]), EXACT)
@@ -268,7 +270,7 @@ def test_exact_arithmetic_is_put_back():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", ["mlp", "conv"])
+@pytest.mark.parametrize("model", ["mlp", "bernoulli", "conv"])
 def test_compiled_equals_the_loop(model):
     """torch.compile of the potential, with and without gradients of θ."""
     built, batches = models()
@@ -287,7 +289,7 @@ CUDA_ENGINES = {"cuda_graph": CudaGraph, "compiled": CompiledCudaGraph}
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", ["mlp", "linear", "conv"])
+@pytest.mark.parametrize("model", ["mlp", "linear", "bernoulli", "conv"])
 @pytest.mark.parametrize("engine", CUDA_ENGINES)
 def test_captured_graphs_equal_the_loop(engine, model):
     """Every sampler, preconditioner and model; float64, so that a wrong order of kernels cannot hide in rounding."""

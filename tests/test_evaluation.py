@@ -8,12 +8,19 @@ import prdc
 import pytest
 import scipy.linalg
 import torch
+from torch.nn import functional
 
+from lpc_runner.data.dataset import Batch
+from lpc_runner.data.digits import Digits
+from lpc_runner.distributions import DiscretisedGaussian
+from lpc_runner.emissions import Bernoulli
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation import neighbours
 from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance
+from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
+from lpc_runner.models.mlp import MLP
 from lpc_runner.randomness import generator
 
 K = 5
@@ -194,3 +201,29 @@ def test_kernel_distance_is_unbiased():
     assert abs(np.mean(values)) < 4 * error and min(values) < 0
     # With the diagonal kept it would be off by E[k(x, x) - k(x, y)] (1/25 + 1/15), about 0.9.
     assert error < 0.1
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), DiscretisedGaussian("fixed", 0.5, 0.9)])
+@pytest.mark.parametrize("binarise", ["none", "static", "dynamic"])
+def test_bits_per_dimension_stand_only_where_the_bound_is_of_a_probability(binarise, likelihood):
+    """Bernoulli's of binary pixels, the discretised Gaussian's of any: -ELBO / (784 log 2); the ELBO by hand."""
+    torch.manual_seed(0)
+    dataset = Digits(binarise)
+    model = MLP(dataset.shape, 3, 1.0, likelihood, 0.3, [8])
+    encoder, test = model.build_encoder(), dataset.load().test
+    numbers = encoder_bound(model, encoder, dataset, test, seed=0, chunk=360)
+    is_probability = binarise != "none" or isinstance(likelihood, DiscretisedGaussian)
+    assert ("bits_per_dim" in numbers) == is_probability
+    if is_probability:
+        assert numbers["bits_per_dim"] == pytest.approx(-numbers["elbo"] / (784 * math.log(2)))
+    x = dataset.to_model(test.values)
+    with torch.no_grad():
+        q = encoder(Batch(x, torch.arange(len(x))))
+        z = q.rsample(torch.randn(q.mean.shape, generator=generator(0, "bound", 0)))
+        logits = model.predict(z)
+        if isinstance(likelihood, Bernoulli):
+            each = functional.binary_cross_entropy(torch.sigmoid(logits), (x + 1) / 2, reduction="none")
+            log_x = -each.sum((1, 2, 3))
+        else:
+            log_x = likelihood(x, logits)
+        assert numbers["elbo"] == pytest.approx((log_x - q.kl(model.prior)).mean().item(), rel=1e-5)

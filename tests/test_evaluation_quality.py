@@ -2,6 +2,7 @@
 
 import inspect
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,16 @@ def test_classifier_is_trained_again_for_other_labels_and_needs_some(digits, tmp
     with pytest.raises(UserError, match="random_conv") as caught:
         Classifier(Data(Split(digits.train.values), digits.test), IDENTITY, tmp_path).prepare()
     assert "\n" not in str(caught.value)
+
+
+def test_binarised_images_are_measured_as_the_grey_ones_that_means_are_compared_with(digits, tmp_path):
+    """References and classifier, whatever was drawn."""
+    binary = lambda split: replace(split, values=(split.values > 99).to(torch.uint8) * 255, grey=split.values)
+    drawn = Data(binary(digits.train), binary(digits.test))
+    kept = [settings().prepare(data, IDENTITY, tmp_path, "cpu").reference for data in (digits, drawn)]
+    torch.testing.assert_close(kept[0].features, kept[1].features, rtol=0, atol=0)
+    keys = {Classifier(data, IDENTITY, tmp_path)._key() for data in (digits, drawn)}
+    assert len(keys) == 1
 
 
 def unreachable(*_, **__):

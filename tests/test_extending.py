@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, cell_of, environment, only_run, result_of
+from conftest import TINY, cell_of, environment, only_run, result_of, rows_of
 from omegaconf import OmegaConf
 
 from lpc_runner import testing
@@ -19,6 +19,7 @@ from lpc_runner.config.compose import options_of, recompose_group
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import Gaussian
 from lpc_runner.errors import UserError
+from lpc_runner.evaluate import main as evaluate
 from lpc_runner.inference.context import Context
 from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.interfaces import Part
@@ -28,12 +29,14 @@ from lpc_runner.inference.samplers import NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
 from lpc_runner.run import plan
+from lpc_runner.sample import main as sample
 from lpc_runner.schema import declared
 from lpc_runner.training.distributed import Ranks
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.update import UpdateNoise
 
+OWN = ("dataset", "model", "model.likelihood", "step_size", "objective")
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 SMALL = ("device=cpu", "tracker=none", "num_threads=1", "trainer.max_updates=3", "metrics.num_samples=40")
 
@@ -64,9 +67,13 @@ def test_the_page_is_a_run_of_ones_own_parts(page, command):
     assert answer.code == 0, answer.err
     done = only_run()
     cfg = OmegaConf.load(done / "config.yaml")
-    names = [cfg[group]._target_ for group in ("dataset", "model", "step_size", "objective")]
-    assert names == ["mine.Stripes", "mine.OneLayer", "mine.Halving", "mine.Tilted"]
-    assert result_of(done)["status"] == "finished"
+    names = [OmegaConf.select(cfg, group)._target_ for group in OWN]
+    assert names == ["mine.Stripes", "mine.OneLayer", "mine.Laplace", "mine.Halving", "mine.Tilted"]
+    result = result_of(done)
+    assert result["status"] == "finished" and 0.4 < result["metrics"]["laplace_scale"] < 0.6
+    assert not {"sigma", "bits_per_dim"} & set(result["metrics"])
+    assert all("train/laplace_scale" in row for row in rows_of(done) if "train/log_joint" in row)
+    assert command(str(done), entry=evaluate).code == command(str(done), "--num", "9", entry=sample).code == 0
 
     answer = command(*check, *SMALL, "model.width=0")
     assert answer.lines == ["lpc_runner: model.width must be an integer of at least 1, got 0"]
@@ -89,6 +96,47 @@ def test_the_page_is_a_run_of_ones_own_parts(page, command):
     assert answer.lines == ["lpc_runner: objective.alpha must not be 1: the limit is objective=reverse"]
 
 
+SQUARED = "class Broken(Independent):\n    density = lambda self, x, predictor: -(x - predictor) ** 2\n"
+BROKEN = {
+    "no module": ("class Broken:\n    pass", "Broken must be a torch.nn.Module"),
+    "lacking": ("class Broken(torch.nn.Module):\n    data_kinds = ('images',)", "Broken lacks num_levels, "),
+    "no sum": (
+        "class Broken(Independent):\n    def forward(self, x, predictor):\n        return -(x - predictor) ** 2",
+        "Broken must give log p(x | η) of shape (2,) for a batch of 2, differentiable, got (2, 1, 16, 16)",
+    ),
+    "flat means": (
+        f"{SQUARED}    mean = lambda self, predictor: predictor.flatten(1)",
+        "Broken must give means of shape (2, 1, 16, 16) for η of that shape, got (2, 256)",
+    ),
+    "raising": ("class Broken(Independent):\n    pass", "Broken cannot be evaluated: NotImplementedError"),
+    "observing": (
+        f"{SQUARED}    observes = True\n    def observe(self, x):\n        pass",
+        "Broken cannot be evaluated: TypeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_likelihood_that_cannot_work_is_one_line_before_any_work(case, page, command, workplace, monkeypatch):
+    source, says = BROKEN[case]
+    (workplace / "broken.py").write_text(f"import torch\nfrom lpc_runner.likelihoods import Independent\n\n{source}\n")
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    (workplace / "own" / "model" / "likelihood" / "broken.yaml").write_text("_target_: broken.Broken\n")
+    words = [word for word in commands(page)[1] if not word.startswith("model/likelihood")]
+    answer = command(*words, *SMALL, "model/likelihood=broken")
+    assert answer.code == 1 and len(answer.lines) == 1 and f"model/likelihood=broken: {says}" in answer.err, answer.err
+    assert not Path("outputs").exists()
+
+
+def test_a_model_that_lacks_a_method_is_one_line(page, command, workplace):
+    mine = workplace / "mine.py"
+    mine.write_text(mine.read_text().replace("def predict", "def decode"))
+    sys.modules.pop("mine", None)
+    answer = command(*commands(page)[0], *SMALL)
+    sys.modules.pop("mine", None)
+    assert answer.lines == ["lpc_runner: model._target_=mine.OneLayer lacks what its base class asks for: predict"]
+
+
 def test_the_console_script_finds_classes_beside_the_command(page, workplace):
     script = Path(sys.executable).with_name("lpc-runner")
     given = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
@@ -98,7 +146,9 @@ def test_the_console_script_finds_classes_beside_the_command(page, workplace):
 
 
 def test_a_class_that_is_not_there_is_one_line_with_the_reason(page, command, workplace):
-    (workplace / "own" / "model" / "one_layer.yaml").write_text("_target_: not_mine.OneLayer\n_partial_: true\n")
+    (workplace / "own" / "model" / "one_layer.yaml").write_text(
+        "defaults:\n  - likelihood: discretised_gaussian\n_target_: not_mine.OneLayer\n_partial_: true\n"
+    )
     answer = command(*commands(page)[0], *SMALL)
     assert answer.code == 1 and len(answer.lines) == 1
     assert "model._target_=not_mine.OneLayer cannot be imported" in answer.err

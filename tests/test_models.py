@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiscretisedGaussian, Gaussian
+from lpc_runner.emissions import Bernoulli
 from lpc_runner.models.conv import Conv, Doubling, FromPoint
 from lpc_runner.models.latent import Encoder
 from lpc_runner.models.linear import Linear
@@ -111,6 +112,22 @@ def test_mlp_layers():
     torch.testing.assert_close(model.log_joint(x, z), log_x + log_z)
 
 
+def test_mlp_of_the_published_tables():
+    """Burda et al. (2016): 50 latents, two layers of 200 tanh each way, binary pixels."""
+    model = MLP((1, 28, 28), 50, 1.0, Bernoulli(), 0.3, [200, 200], "tanh")
+    for network, sizes in ((model.decoder, [50, 200, 200, 784]), (model.build_encoder().body, [784, 200, 200, 100])):
+        layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+        assert [layers[0].in_features, *(layer.out_features for layer in layers)] == sizes
+        assert sum(isinstance(layer, nn.Tanh) for layer in network) == 2
+    z = torch.randn(3, 50)
+    hidden = torch.tanh(model.decoder[2](torch.tanh(model.decoder[0](z))))
+    logits = model.decoder[4](hidden).unflatten(1, (1, 28, 28))
+    torch.testing.assert_close(model.decode(z), 2 * torch.sigmoid(logits) - 1)
+    x = torch.randint(2, (3, 1, 28, 28)) * 2.0 - 1
+    log_x = torch.distributions.Bernoulli(logits=logits).log_prob((x + 1) / 2).sum((1, 2, 3))
+    torch.testing.assert_close(model.log_joint(x, z), log_x + model.prior.log_prob(z))
+
+
 @pytest.fixture
 def linear():
     return Linear((1, 2, 4), 3, 1.6, Gaussian("learned", 0.4, 0.9), 0.3).double()
@@ -148,8 +165,9 @@ def test_linear_bayes_rule(linear):
 
 
 def test_linear_needs_a_gaussian():
-    with pytest.raises(ValueError, match="likelihood=gaussian"):
-        Linear((3,), 1, 1.0, DiscretisedGaussian("fixed", 0.5, 0.9), 0.3)
+    for likelihood in (DiscretisedGaussian("fixed", 0.5, 0.9), Bernoulli()):
+        with pytest.raises(ValueError, match="likelihood=gaussian"):
+            Linear((3,), 1, 1.0, likelihood, 0.3)
 
 
 def test_optimal_scale_is_observed_once_per_call(linear):

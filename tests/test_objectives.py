@@ -280,7 +280,7 @@ def test_importance_weighted_gradients_are_those_of_the_bound(model, encoder, ba
 
 def test_effective_sample_size_of_equal_weights_is_their_number(model, batch):
     """q equal to the posterior gives equal weights: here p(x|z) does not depend on z, and q is the prior."""
-    model.decode = lambda z: torch.zeros(len(z), 1, 3, 3, dtype=torch.float64)
+    model.predict = lambda z: torch.zeros(len(z), 1, 3, 3, dtype=torch.float64)
     q = DiagonalGaussian(torch.zeros(5, 4).double(), torch.full((5, 4), 1.3**2).double())
     x = batch.x.repeat(8, 1, 1, 1)
     found = importance_gradients(

@@ -29,6 +29,7 @@ CASES = {
     "shared": (("preconditioning=adam_shared", "objective=forward", *EACH), (7,)),
     "prior": (("objective=prior", *EACH), (7,)),
     "optimal": (("model.likelihood.scale=optimal", *EACH), (7,)),
+    "binarised": (("dataset.binarise=dynamic", "model/likelihood=bernoulli", *EACH), (7,)),
     "measured": (("metrics.every_epochs=1",), (7,)),
 }
 

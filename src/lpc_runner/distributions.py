@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lpc_runner.likelihoods import Independent
 from lpc_runner.schema import PositiveFloat, between, checked
 
 LOG_2PI = math.log(2 * math.pi)
@@ -91,16 +92,14 @@ def log_normal(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return -0.5 * (((x - mean) * torch.exp(-log_scale)).square() + LOG_2PI) - log_scale
 
 
-class _ScaledLikelihood(nn.Module):
-    """p(x | mean) with one scale σ for all dimensions.
+class _ScaledLikelihood(Independent):
+    """p(x | mean) with one scale σ for all dimensions; η is the mean.
 
     scale: `fixed` at initial_scale; `learned` by gradient; `optimal`, σ² = running mean squared error (σ-VAE,
     Rybkin et al. 2021), where momentum is the weight of the past.
     """
 
     data_kinds: ClassVar[tuple[str, ...]] = ("images", "real-valued series")
-    is_discrete = False  # whether p(x|z) is a probability of levels rather than a density
-    initial_predictor = 0.0  # where the bias of a sequence's readout starts
 
     @checked
     def __init__(
@@ -110,7 +109,7 @@ class _ScaledLikelihood(nn.Module):
         momentum: Annotated[float, between(0, 1)],
     ) -> None:
         super().__init__()
-        self.scale, self.momentum = scale, momentum
+        self.observes, self.momentum = scale == "optimal", momentum
         log_scale = torch.tensor(math.log(initial_scale))
         if scale == "learned":
             self.log_scale = nn.Parameter(log_scale)
@@ -120,11 +119,8 @@ class _ScaledLikelihood(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor, mean: Tensor, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
-        """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it.
-
-        average: the mean over the processes that share the batch.
-        """
-        assert self.scale == "optimal"
+        """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it."""
+        assert self.observes
         error = average((x - self.within_range(mean)).square().mean())
         past = torch.where(self.num_observed == 0, 0.0, self.momentum)
         self.log_scale.copy_(0.5 * torch.log(past * torch.exp(2 * self.log_scale) + (1 - past) * error))
@@ -134,28 +130,16 @@ class _ScaledLikelihood(nn.Module):
         """The mean as an estimate of x."""
         return mean
 
-    def mean(self, predictor: Tensor) -> Tensor:
-        """The mean that a decoder's output stands for: itself."""
-        return predictor
-
     def scalars(self) -> dict[str, Tensor]:
         """What of it is logged: σ."""
         return {"sigma": self.log_scale.detach().exp()}
-
-    def density(self, x: Tensor, mean: Tensor) -> Tensor:
-        """Elementwise log-density or log-probability in nats."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, mean: Tensor) -> Tensor:
-        """log p(x | mean) in nats, (B,), summed over all dimensions; x and mean are (B, ...)."""
-        return self.density(x, mean).flatten(1).sum(1)
 
 
 class DiscretisedGaussian(_ScaledLikelihood):
     """p(x | mean) of 8-bit images scaled to [-1, 1]: each of 256 levels owns a bin of width 2/255, end bins open."""
 
     data_kinds = ("images",)
-    is_discrete = True
+    num_levels = 256
 
     def within_range(self, mean: Tensor) -> Tensor:
         # The open end bins reward means far outside [-1, 1] for black and white pixels: no error of that size exists.
@@ -170,6 +154,9 @@ class Gaussian(_ScaledLikelihood):
 
     def density(self, x: Tensor, mean: Tensor) -> Tensor:
         return log_normal(x, mean, self.log_scale)
+
+    def gaussian_variance(self) -> Tensor:
+        return torch.exp(2 * self.log_scale)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Emissions of sequences beside the Gaussian: spike counts given a predictor η = C f + d per neuron and bin."""
+"""Likelihoods beside the Gaussian: spike counts and binary pixels, each given a predictor η per dimension."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from lpc_runner.likelihoods import Independent
 from lpc_runner.schema import PositiveFloat, at_least, checked
 
 SERIES_START = -15.0  # below it log softplus(η) = η - exp(η)/2 to float64's rounding of exp(2η)
 
 
-class Poisson(nn.Module):
+class Poisson(Independent):
     """p(x | η) = Poisson(x; rate(η)) of counts per bin, with its normaliser log x!.
 
     link `exp`: rate = exp(η), from tail_start = c on continued by its tangent exp(c) (1 + η - c): once continuously
@@ -23,8 +24,6 @@ class Poisson(nn.Module):
     """
 
     data_kinds: ClassVar[tuple[str, ...]] = ("spike counts",)
-    is_discrete = True
-    scale = None  # the variance of a Poisson variable is its mean
 
     @checked
     def __init__(
@@ -56,10 +55,21 @@ class Poisson(nn.Module):
         log_rate = self.log_rate(predictor.to(x.dtype))  # where the network's arithmetic is bfloat16, this is not
         return x * log_rate - log_rate.exp() - torch.lgamma(x + 1)
 
-    def forward(self, x: Tensor, predictor: Tensor) -> Tensor:
-        """log p(x | η) in nats, (B,), summed over all dimensions; x and η are (B, ...)."""
-        return self.density(x, predictor).flatten(1).sum(1)
 
-    def scalars(self) -> dict[str, Tensor]:
-        """Nothing of its own to log."""
-        return {}
+class Bernoulli(Independent):
+    """p(x | η) of pixels in [-1, 1]: t log s(η) + (1 - t) log s(-η), t = (x + 1)/2, s the logistic function.
+
+    The exact log-probability of binary pixels, x = -1 or 1. Of grey ones, which it reads as probabilities t, it is the
+    expected log-probability of a binary draw: no probability of the grey levels.
+    """
+
+    num_levels = 2
+
+    def mean(self, predictor: Tensor) -> Tensor:
+        """2 s(η) - 1, elementwise, in [-1, 1]."""
+        return 2 * torch.sigmoid(predictor) - 1
+
+    def density(self, x: Tensor, predictor: Tensor) -> Tensor:
+        """log p(x | η), elementwise, nats."""
+        white = (x + 1) / 2
+        return -F.binary_cross_entropy_with_logits(predictor.to(x.dtype), white, reduction="none")

@@ -33,6 +33,8 @@ CHANGES_NO_RESULT = (
     "runs_per_gpu",
     "tuned",
 )
+# Keys that options have got since, with the value of the runs before them: such a value says no more than no key.
+FIRST_VALUES = {"model.activation": "silu", "dataset.binarise": "none", "dataset.binarise_seed": 0}
 # What every record holds, by type.
 _RECORDS = {
     "result.json": {"status": str, "metrics": dict},

@@ -107,6 +107,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
 
     from lpc_runner.inference.engine import make_engine
     from lpc_runner.inference.interfaces import Objective, Preconditioner
+    from lpc_runner.likelihoods import fault_of, lacking
     from lpc_runner.randomness import seeded_layers
 
     _require_methods(parts, choices)
@@ -119,6 +120,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     users = {"model": target, "metrics": parts["metrics"]}
     if (likelihood := parts["model"].keywords.get("likelihood")) is not None:
         users["model.likelihood"] = likelihood
+        _require_likelihood(likelihood, choices, lacking(likelihood))
     for group, user in users.items():
         if dataset.kind not in user.data_kinds:
             name = choices.get(group.replace(".", "/"), "")
@@ -134,9 +136,12 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     device = resolve_device(values["device"])
     with seeded_layers(values["seed"], "initialisation"):
         model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
+    _require_likelihood(model.likelihood, choices, lacking(model.likelihood))
+    _require_likelihood(model.likelihood, choices, fault_of(model.likelihood, tuple(dataset.shape)))
     if declared(parts["preconditioning"], Preconditioner, "needs_encoder") and not asks("uses_encoder"):
         raise UserError(
-            f"preconditioning={choices['preconditioning']} needs an encoder: objective={choices['objective']} has none"
+            f"preconditioning={choices['preconditioning']} needs an encoder: objective={choices['objective']} has "
+            "none, preconditioning=none, adam or adam_shared would fit"
         )
     if asks("needs_factorised_q") and not model.factorised_q:
         raise UserError(
@@ -183,6 +188,13 @@ def _require_methods(parts: dict[str, Any], choices: dict[str, str]) -> None:
                 f"{group}={choices[group]} has no {' and no '.join(lacking)}, "
                 f"which {protocol.__module__}.{protocol.__name__} asks for"
             )
+
+
+def _require_likelihood(likelihood: Any, choices: dict[str, str], fault: str | None) -> None:
+    if fault is not None:
+        option = choices.get("model/likelihood")
+        where = f"model/likelihood={option}" if option else f"the likelihood of model={choices['model']}"
+        raise UserError(f"{where}: {type(likelihood).__name__} {fault}")
 
 
 def _fitting(group: str, kind: str) -> str:

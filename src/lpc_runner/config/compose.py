@@ -33,6 +33,9 @@ CONFIG_NAME = "config"
 _PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
+# ${square:x} of a YAML file; what is no number is left to whoever checks x.
+OmegaConf.register_new_resolver("square", lambda x: x * x if isinstance(x, int | float) else x, replace=True)
+
 _PLAIN = (bool, int, float, str, type(None))
 
 

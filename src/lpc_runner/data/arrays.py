@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from lpc_runner.data.archives import Header, damage_named, npz_header
+from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data
 from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
 from lpc_runner.data.stored import content_hash
 from lpc_runner.errors import UserError
-from lpc_runner.schema import checked
+from lpc_runner.schema import NonNegativeInt, checked
 
 _MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
 
@@ -27,7 +28,14 @@ class Arrays(ImageDataset):
     name = "arrays"
 
     @checked
-    def __init__(self, train: str | list[str], test: str | None = None) -> None:
+    def __init__(
+        self,
+        train: str | list[str],
+        test: str | None = None,
+        binarise: Binarise = "none",
+        binarise_seed: NonNegativeInt = 0,
+    ) -> None:
+        self.binarisation = Binarisation(binarise, binarise_seed)
         names = [train] if isinstance(train, str) else train
         if not names:
             raise UserError("train must name at least one .npz file")
@@ -46,11 +54,12 @@ class Arrays(ImageDataset):
         return count if self._test is not None else len(hold_out(self._train[0], count)[0])
 
     def identity(self) -> dict[str, object]:
-        """SHA-256 of every file and the rule for the test split, no paths. UserError if a file is missing."""
+        """SHA-256 of every file, no paths; rule for the test split; binarisation. UserError if a file is missing."""
         for path in self._files():
             _must_exist(path)
         test = "a tenth of train" if self._test is None else content_hash(self._test)
-        return {"name": self.name, "train": [content_hash(path) for path in self._train], "test": test}
+        train = [content_hash(path) for path in self._train]
+        return {"name": self.name, "train": train, "test": test, **self.binarisation.identity()}
 
     def prepare(self) -> None:
         """Check dtypes, shapes and labels from the headers. Raises UserError naming the file at fault."""
@@ -69,6 +78,9 @@ class Arrays(ImageDataset):
 
     def load(self) -> Data:
         """Read and check all files. Raises UserError naming the file that is damaged or wrong."""
+        return self.binarisation.applied(self._grey())
+
+    def _grey(self) -> Data:
         self.prepare()
         parts = [_read(path) for path in self._train]
         images = np.concatenate([part["images"] for part in parts])

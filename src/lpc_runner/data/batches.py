@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpc_runner.data.binarise import binary_draw
 from lpc_runner.data.dataset import Batch, Dataset, Split
 from lpc_runner.errors import UserError
 from lpc_runner.randomness import generator
@@ -13,7 +14,8 @@ from lpc_runner.randomness import generator
 class Batches:
     """Random access to batch (epoch, position); nothing to save, for the same arguments give the same bits.
 
-    values: the split as stored (N, ...), in its own dtype, moved to `device` once. The incomplete last
+    values: the split as stored (N, ...), in its own dtype, moved to `device` once; of a `redrawn` split its grey images
+    are too, and a batch draws its values from them by (seed, epoch, position), alike for any rows. The incomplete last
     batch of an epoch is dropped. rows: the part of every batch that this process works on. Raises UserError if the
     split is smaller than one batch.
     """
@@ -33,6 +35,7 @@ class Batches:
                 f"batch_size must be at most {len(split)}, got {batch_size}"
             )
         self.values = split.values.to(device)
+        self._grey = split.grey.to(device) if split.redrawn else None
         self.batch_size = batch_size
         self.num_batches = len(split) // batch_size
         self._dataset = dataset
@@ -45,7 +48,12 @@ class Batches:
         """Batch `position` (0 to num_batches - 1) of an epoch: x float32 (B, ...), index int64 (B,)."""
         assert 0 <= position < self.num_batches, f"position {position} of {self.num_batches}"
         start = position * self.batch_size
-        return self._take(self.order(epoch)[start : start + self.batch_size][self._rows])
+        index = self.order(epoch)[start : start + self.batch_size]
+        if self._grey is None:
+            return self._take(index[self._rows])
+        source = generator(self._seed, "binarise", epoch, position, device=self.values.device)
+        drawn = binary_draw(self._grey.index_select(0, index), source)
+        return Batch(x=self._dataset.to_model(drawn[self._rows]), index=index[self._rows])
 
     def fixed(self, count: int) -> Batch:
         """The first `count` examples in stored order, for pictures. Raises UserError if there are fewer."""

@@ -14,14 +14,23 @@ class Split:
     """Examples of one split as stored: `values` (N, ...) in their own dtype, `labels` (N,) int64 if any.
 
     extras: what is known of the examples and never shown to a model (true rates, latents, inputs), each (N, ...).
+    grey: of binarised images, the levels (N, ...) from which the values were drawn. redrawn: whether every visit in
+    training draws its own values from them.
     """
 
     values: Tensor
     labels: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
+    grey: Tensor | None = None
+    redrawn: bool = False
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def means(self) -> Tensor:
+        """Expected values, (N, ...), which means of p(x|z) are compared with: grey levels, else the values."""
+        return self.values if self.grey is None else self.grey
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class Dataset(ABC):
 
     kind: ClassVar[str]  # what an example is, in words for messages: "images", "spike counts", "real-valued series"
     name: str
+    num_levels: int | None = None  # of a value that the model sees, equally spaced in [-1, 1]; None: any value or count
     num_held_out: int = 0  # last neurons of a sequence that no encoder and no chain may see
 
     @property

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data
 from lpc_runner.data.images import ImageDataset, decode_all, image_split
 from lpc_runner.randomness import generator
-from lpc_runner.schema import checked
+from lpc_runner.schema import NonNegativeInt, checked
 
 _VERSION = 1  # of resizing and split: raise it when either changes, for runs then see other data
 _NUM_TEST = 360
@@ -20,8 +21,8 @@ class Digits(ImageDataset):
     name = "digits"
 
     @checked
-    def __init__(self) -> None:
-        """Nothing to choose: the images lie inside scikit-learn."""
+    def __init__(self, binarise: Binarise = "none", binarise_seed: NonNegativeInt = 0) -> None:
+        self.binarisation = Binarisation(binarise, binarise_seed)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -34,8 +35,8 @@ class Digits(ImageDataset):
         return 1437
 
     def identity(self) -> dict[str, object]:
-        """Name and version of resizing and split."""
-        return {"name": self.name, "preprocessing": _VERSION}
+        """Name, version of resizing and split, binarisation."""
+        return {"name": self.name, "preprocessing": _VERSION, **self.binarisation.identity()}
 
     def prepare(self) -> None:
         """Nothing to do: the images lie inside scikit-learn."""
@@ -47,10 +48,11 @@ class Digits(ImageDataset):
         images, labels = load_digits(return_X_y=True)
         images = enlarge(images.reshape(-1, 8, 8))
         train, test = stratified_split(labels)
-        return Data(
+        data = Data(
             train=image_split("digits", images[train], labels[train]),
             test=image_split("digits", images[test], labels[test]),
         )
+        return self.binarisation.applied(data)
 
 
 def enlarge(images: np.ndarray) -> np.ndarray:

@@ -8,11 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.data.images import ImageDataset, decode_all, hold_out, image_split
 from lpc_runner.data.stored import content_hash
 from lpc_runner.errors import UserError
-from lpc_runner.schema import PositiveInt, checked
+from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _VERSION = 1  # of decoding, crop, resize and split: raise it when one changes, for runs then see other data
@@ -29,7 +30,15 @@ class ImageFolder(ImageDataset):
     name = "image_folder"
 
     @checked
-    def __init__(self, path: str, image_size: PositiveInt, channels: Literal[1, 3]) -> None:
+    def __init__(
+        self,
+        path: str,
+        image_size: PositiveInt,
+        channels: Literal[1, 3],
+        binarise: Binarise = "none",
+        binarise_seed: NonNegativeInt = 0,
+    ) -> None:
+        self.binarisation = Binarisation(binarise, binarise_seed)
         self._path = Path(path).expanduser()
         self._size = image_size
         self._channels = channels
@@ -45,12 +54,12 @@ class ImageFolder(ImageDataset):
         return len(self._splits()[0])
 
     def identity(self) -> dict[str, object]:
-        """How images are decoded and one SHA-256 over all relative names and contents. UserError if none."""
+        """How images are decoded and binarised, one SHA-256 over relative names and contents. UserError if none."""
         digest = hashlib.sha256()
         for path in sorted(path for paths in self._splits() for path in paths):
             digest.update(f"{path.relative_to(self._path).as_posix()}\0{content_hash(path)}\n".encode())
-        shape = list(self.shape)
-        return {"name": self.name, "preprocessing": _VERSION, "shape": shape, "files": digest.hexdigest()}
+        decoded = {"name": self.name, "preprocessing": _VERSION, "shape": list(self.shape)}
+        return {**decoded, "files": digest.hexdigest(), **self.binarisation.identity()}
 
     def prepare(self) -> None:
         """List the files; raise UserError if the folder is missing, empty or has `test` without `train`."""
@@ -60,7 +69,7 @@ class ImageFolder(ImageDataset):
         """Decode both splits. Raises UserError naming the first file that cannot be read."""
         train, test = self._splits()
         classes = self._classes([*train, *test])
-        return Data(self._decode(train, classes), self._decode(test, classes))
+        return self.binarisation.applied(Data(self._decode(train, classes), self._decode(test, classes)))
 
     def _splits(self) -> tuple[list[Path], list[Path]]:
         if not self._path.is_dir():

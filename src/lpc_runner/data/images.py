@@ -11,15 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpc_runner.data.binarise import Binarisation
 from lpc_runner.data.dataset import Dataset, Split
 from lpc_runner.errors import UserError
 from lpc_runner.randomness import generator
 
 
 class ImageDataset(Dataset):
-    """Images stored as uint8 (N, C, H, W) and shown to the model as float32 in [-1, 1]."""
+    """Images stored as uint8 (N, C, H, W) and shown to the model as float32 in [-1, 1].
+
+    binarisation: of a set that offers it; its `identity` enters that of the set, `load` returns what it `applied`.
+    """
 
     kind = "images"
+    binarisation = Binarisation()
+
+    @property
+    def num_levels(self) -> int:
+        """2 of binarised images, else 256."""
+        return 256 if self.binarisation.mode == "none" else 2
 
     def to_model(self, values: Tensor) -> Tensor:
         """x = values / 127.5 - 1: uint8 (B, C, H, W) to float32 (B, C, H, W) in [-1, 1]."""

@@ -16,12 +16,13 @@ from typing import ClassVar
 import numpy as np
 from filelock import FileLock
 
+from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data
 from lpc_runner.data.folder import square
 from lpc_runner.data.images import ImageDataset, image_split
 from lpc_runner.data.stored import intact, load_images, save_images
 from lpc_runner.errors import UserError
-from lpc_runner.schema import checked
+from lpc_runner.schema import NonNegativeInt, checked
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class TorchvisionImages(ImageDataset):
     version: ClassVar[int] = 1  # of the preprocessing: raise it when it changes, for runs then see other data
 
     @checked
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, binarise: Binarise = "none", binarise_seed: NonNegativeInt = 0) -> None:
+        self.binarisation = Binarisation(binarise, binarise_seed)
         self._data_dir = Path(data_dir).expanduser()
         self._folder = self._data_dir / self.subfolder
 
@@ -55,8 +57,8 @@ class TorchvisionImages(ImageDataset):
         return self.num_examples[0]
 
     def identity(self) -> dict[str, object]:
-        """Name and version of the preprocessing; the files themselves have published checksums."""
-        return {"name": self.name, "preprocessing": self.version}
+        """Name, version of the preprocessing, binarisation; the files themselves have published checksums."""
+        return {"name": self.name, "preprocessing": self.version, **self.binarisation.identity()}
 
     def to_fetch(self) -> str | None:
         """The set, unless it is there and undamaged."""
@@ -93,7 +95,7 @@ class TorchvisionImages(ImageDataset):
                     f"expected {(expected, *self.example_shape)}; {self._remedy()}"
                 )
         train, test = (image_split(self._folder, *split) for split in splits)
-        return Data(train, test)
+        return self.binarisation.applied(Data(train, test))
 
     def _remedy(self) -> str:
         return (

@@ -58,7 +58,7 @@ class Classifier:
         path = self._cache_dir / f"classifier-{self._key()[:16]}.pt"
         if not (path.exists() and self._read(path)):
             classes, targets = train.labels.cpu().unique(return_inverse=True)  # labels may be any integers
-            self._weights = self._train(train.values, targets)
+            self._weights = self._train(train.means, targets)
             self.fingerprint = hash_of_tensors(self._weights)
             self.accuracy = self._accuracy(test, classes)
             saved = {"weights": self._weights, "accuracy": self.accuracy, "fingerprint": self.fingerprint}
@@ -92,9 +92,9 @@ class Classifier:
         settings = (self.VERSION, self.WIDTHS, self.STRIDES, self.GROUPS, self.BATCH_SIZE, self.MIN_EPOCHS)
         settings += (self.MIN_UPDATES, self.LEARNING_RATE, self.WEIGHT_DECAY, self.NUM_WARMUP)
         content = {
-            f"{name} {part}": getattr(split, part)
+            f"{name} {part}": content
             for name, split in (("train", self._data.train), ("test", self._data.test))
-            for part in ("values", "labels")
+            for part, content in (("values", split.means), ("labels", split.labels))
         }
         named = json.dumps([settings, self._identity, hash_of_tensors(content)], sort_keys=True, default=str)
         return hashlib.sha256(named.encode()).hexdigest()
@@ -163,5 +163,5 @@ class Classifier:
     def _accuracy(self, test: Split, classes: Tensor) -> float:
         weights = {name: weight.to(self._device) for name, weight in self._weights.items()}
         with exact_arithmetic():
-            guesses = [self._logits(part, weights).argmax(1).cpu() for part in test.values.split(512)]
+            guesses = [self._logits(part, weights).argmax(1).cpu() for part in test.means.split(512)]
         return (classes[torch.cat(guesses)] == test.labels.cpu()).double().mean().item()

@@ -38,7 +38,7 @@ class ImageEvaluator(Evaluator):
         if trained.encoder is not None and len(self.data.test) > 0:
             metrics |= encoder_bound(model, trained.encoder, self.dataset, self.data.test, self.seed)
             facts |= {"bound_split": "test", "num_bound": len(self.data.test)}
-        metrics["sigma"] = float(model.likelihood.log_scale.detach().exp())
+        metrics |= {name: float(value) for name, value in model.likelihood.scalars().items()}
         return finite(metrics), facts
 
     def _quality(self, trained: Trained, count: int) -> dict[str, float]:

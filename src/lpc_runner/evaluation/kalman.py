@@ -1,7 +1,7 @@
 """Exact answers for linear dynamical systems with Gaussian emission, in float64.
 
 x_0 ~ N(m_0, P_0), x_t = A x_{t-1} + b + N(0, Q), y_t = C x_t + d + N(0, R), t = 1 .. T: the Kalman filter's
-log-likelihood, the Rauch-Tung-Striebel smoother's moments, and the posterior of the flat z of `models.sequential`.
+log-likelihood, a smoother's moments, and the posterior of the flat z of `models.sequential`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.func import jacrev
 
-from lpc_runner.distributions import LOG_2PI, DiagonalGaussian, Gaussian
+from lpc_runner.distributions import LOG_2PI, DiagonalGaussian
 from lpc_runner.models.generators import Linear
 from lpc_runner.models.sequential import LFADS
 
@@ -33,20 +33,24 @@ class LinearGaussian(NamedTuple):
 
 
 class Filtered(NamedTuple):
-    """log p(y) (B,) in nats; of x_t given y_1 .. y_{t-1} and y_1 .. y_t: means (B, T, D), covariances (T, D, D)."""
+    """log p(y) (B,) in nats; of x_t given y_1 .. y_{t-1} and y_1 .. y_t: means (B, T, D), covariances (T, D, D).
+
+    innovation: y_t - E[y_t | y_1 .. y_{t-1}], (B, T, N).
+    """
 
     log_likelihood: Tensor
     predicted_mean: Tensor
     predicted_covariance: Tensor
     mean: Tensor
     covariance: Tensor
+    innovation: Tensor
 
 
 def is_linear_gaussian(model: torch.nn.Module) -> bool:
     """Whether the functions below have an answer for this model."""
     if not (isinstance(model, LFADS) and isinstance(model.generator, Linear)):
         return False
-    return isinstance(model.likelihood, Gaussian) and model.input_prior is None
+    return model.likelihood.gaussian_variance() is not None and model.input_prior is None
 
 
 @torch.no_grad()
@@ -69,7 +73,7 @@ def linear_gaussian(model: LFADS) -> LinearGaussian:
         noise_covariance=noise,
         readout=readout,
         bias=bias,
-        variance=torch.exp(2 * read(model.likelihood.log_scale)),
+        variance=read(model.likelihood.gaussian_variance()),
     )
 
 
@@ -91,24 +95,37 @@ def kalman_filter(system: LinearGaussian, y: Tensor) -> Filtered:
         mean = predicted + innovation @ gain.T
         rest = identity - gain @ c
         covariance = rest @ spread @ rest.T + gain @ noise @ gain.T  # Joseph's form stays symmetric
-        kept.append((predicted, spread, mean, covariance))
-    predicted, spread, mean, covariance = zip(*kept)
+        kept.append((predicted, spread, mean, covariance, innovation))
+    predicted, spread, mean, covariance, innovation = zip(*kept)
     return Filtered(
-        total, torch.stack(predicted, 1), torch.stack(spread), torch.stack(mean, 1), torch.stack(covariance)
+        total,
+        torch.stack(predicted, 1),
+        torch.stack(spread),
+        torch.stack(mean, 1),
+        torch.stack(covariance),
+        torch.stack(innovation, 1),
     )
 
 
 def smooth(system: LinearGaussian, filtered: Filtered) -> tuple[Tensor, Tensor]:
-    """Means (B, T, D) and covariances (T, D, D) of x_t given all of y (Rauch, Tung and Striebel 1965)."""
-    mean, covariance = filtered.mean[:, -1], filtered.covariance[-1]
-    means, covariances = [mean], [covariance]
-    for t in range(len(filtered.covariance) - 2, -1, -1):
-        ahead = filtered.predicted_covariance[t + 1]
-        gain = torch.linalg.solve(ahead, system.transition @ filtered.covariance[t]).T
-        mean = filtered.mean[:, t] + (mean - filtered.predicted_mean[:, t + 1]) @ gain.T
-        covariance = filtered.covariance[t] + gain @ (covariance - ahead) @ gain.T
-        means.append(mean)
-        covariances.append(covariance)
+    """Means (B, T, D) and covariances (T, D, D) of x_t given all of y (Bryson and Frazier 1963; Bierman 1973).
+
+    The adjoint recursion inverts the innovations' covariance alone, never a state's: without process noise states'
+    covariances lose rank, and the gain of Rauch, Tung and Striebel with them.
+    """
+    a, c = system.transition, system.readout
+    noise = system.variance * torch.eye(len(c), dtype=a.dtype)
+    score, information = torch.zeros_like(filtered.mean[:, -1]), torch.zeros_like(filtered.covariance[-1])
+    means, covariances = [], []
+    for t in range(len(filtered.covariance) - 1, -1, -1):
+        mean, covariance = filtered.mean[:, t], filtered.covariance[t]
+        means.append(mean + score @ covariance)
+        covariances.append(covariance - covariance @ information @ covariance)
+        spread = filtered.predicted_covariance[t]
+        weight = torch.cholesky_solve(c, torch.linalg.cholesky(c @ spread @ c.T + noise))  # S⁻¹ C
+        rest = torch.eye(len(a), dtype=a.dtype) - spread @ c.T @ weight
+        score = (filtered.innovation[:, t] @ weight + score @ rest) @ a
+        information = a.T @ (c.T @ weight + rest.T @ information @ rest) @ a
     return torch.stack(means[::-1], 1), torch.stack(covariances[::-1])
 
 
@@ -128,7 +145,7 @@ def posterior(model: LFADS, x: Tensor) -> MultivariateNormal:
     output = lambda z: model.decode(z)[..., model.held_in].flatten()
     map_ = jacrev(output)(zero)[:, 0].detach().double().cpu()
     centred = x[..., model.held_in].flatten(1).double().cpu() - output(zero).detach().double().cpu()
-    variance = torch.exp(2 * model.likelihood.log_scale.detach().double().cpu())
+    variance = model.likelihood.gaussian_variance().detach().double().cpu()
     precision = torch.eye(model.latent_dim, dtype=torch.float64) + map_.T @ map_ / variance
     mean = torch.linalg.solve(precision, (centred @ map_ / variance).T).T
     return MultivariateNormal(mean, precision_matrix=precision.expand(len(x), -1, -1))

@@ -18,7 +18,7 @@ ACTIVE = 0.01  # variance over x of E_q[z|x] above which a latent counts as used
 def encoder_bound(
     model: LatentVariableModel, encoder: nn.Module, dataset: Dataset, split: Split, seed: int, chunk: int = 500
 ) -> dict[str, float]:
-    """ELBO and KL in nats per example (one z ~ q each), active units, and bits per dimension where x is discrete.
+    """ELBO and KL in nats per example (one z ~ q each), active units; bits per dimension where p(x|z) is a probability.
 
     The KL is analytic; every example of the split is used.
     """
@@ -38,7 +38,7 @@ def encoder_bound(
         means.append(q.mean)
     numbers = {"elbo": elbo / len(split), "kl": kl / len(split)}
     numbers["active_units"] = float((torch.cat(means).var(0) > ACTIVE).sum())
-    if model.likelihood.is_discrete:
+    if dataset.num_levels and dataset.num_levels <= (model.likelihood.num_levels or 0):
         dimensions = math.prod(split.values.shape[1:])
         numbers["bits_per_dim"] = -numbers["elbo"] / (dimensions * math.log(2))
     return numbers

@@ -222,6 +222,6 @@ class Measurer:
 def _choose(split: Split, limit: int | None, stream: str) -> Tensor:
     """All values of a split, or `limit` of them drawn without replacement: the same ones in every run."""
     if limit is None or limit >= len(split):
-        return split.values.cpu()
+        return split.means.cpu()
     chosen = torch.randperm(len(split), generator=generator(0, f"quality/{stream}"))[:limit]
-    return split.values.cpu()[chosen.sort().values]
+    return split.means.cpu()[chosen.sort().values]

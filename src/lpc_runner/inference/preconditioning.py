@@ -35,7 +35,8 @@ class Adam(Preconditioner):
     """G = 1 / (sqrt(m̂) + eps), m = β m + (1 - β) g⊙g, m̂ = m / (1 - β^t) (Algorithm 1; second moment per sample).
 
     beta: β in (0, 1). eps: added to sqrt(m̂). freeze_after: keep m̂ as it is after that many steps, null for never;
-    a frozen G makes the rest of the chain an ordinary Langevin chain.
+    a frozen G makes the rest of the chain an ordinary Langevin chain. G <= 1/eps is the only bound: a coordinate whose
+    drift happened to be near 0 until then keeps its large G for the rest of the chain.
     """
 
     @checked

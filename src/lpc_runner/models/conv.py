@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from lpc_runner.likelihoods import Likelihood
 from lpc_runner.models.latent import Encoder, LatentVariableModel
 from lpc_runner.schema import PositiveFloat, PositiveInt, checked
 
@@ -112,7 +113,7 @@ class Conv(LatentVariableModel):
         data_shape: tuple[int, ...],
         latent_dim: PositiveInt,
         prior_scale: PositiveFloat,
-        likelihood: nn.Module,
+        likelihood: Likelihood,
         variance_beta: PositiveFloat,
     ) -> None:
         super().__init__(latent_dim, prior_scale, likelihood)
@@ -124,7 +125,7 @@ class Conv(LatentVariableModel):
         self.channels, self.side, self.variance_beta = channels, sides[0], variance_beta
         self.decoder = _decoder(latent_dim, channels, self.side).to(memory_format=torch.channels_last)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def predict(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
     def build_encoder(self) -> Encoder:

@@ -12,27 +12,32 @@ from torch.nn import functional as F
 
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import DiagonalGaussian, Prior
+from lpc_runner.likelihoods import Likelihood
 
 
 class LatentVariableModel(nn.Module, ABC):
-    """p(x, z; θ) = p(x | decode(z); θ) p(z), z flat of shape (B, latent_dim).
+    """p(x, z; θ) = p(x | η(z); θ) p(z), z flat of shape (B, latent_dim); p(x | η) is the likelihood.
 
-    The likelihood is a module called as likelihood(x, mean) -> (B,) nats; `data_kinds` says which datasets fit.
+    data_kinds: kinds of dataset that fit.
     """
 
     data_kinds: ClassVar[tuple[str, ...]] = ("images",)
     blocks: Mapping[str, slice] = {}  # named parts of z, where a model has any: each one's coordinates
     factorised_q = True  # whether q(z|x) is a DiagonalGaussian, which forward KL needs
 
-    def __init__(self, latent_dim: int, prior_scale: float, likelihood: nn.Module) -> None:
+    def __init__(self, latent_dim: int, prior_scale: float, likelihood: Likelihood) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.prior = Prior(prior_scale)
         self.likelihood = likelihood
 
     @abstractmethod
+    def predict(self, z: Tensor) -> Tensor:
+        """η, what the likelihood reads, (B, *data_shape), from z (B, latent_dim): the network's own output."""
+
     def decode(self, z: Tensor) -> Tensor:
         """Mean of p(x|z; θ), (B, *data_shape), from z (B, latent_dim)."""
+        return self.likelihood.mean(self.predict(z))
 
     @abstractmethod
     def build_encoder(self) -> nn.Module:
@@ -40,15 +45,15 @@ class LatentVariableModel(nn.Module, ABC):
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x, z; θ) in nats, (B,), summed over the dimensions of x; x (B, *data_shape), z (B, latent_dim)."""
-        return self.likelihood(x, self.decode(z)) + self.prior.log_prob(z)
+        return self.likelihood(x, self.predict(z)) + self.prior.log_prob(z)
 
     @torch.no_grad()
     def observe(self, x: Tensor, z: Tensor, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
-        """Quantities estimated from data without a gradient: the `optimal` scale. Called once per update.
+        """What the likelihood estimates from data without a gradient. Called once per update.
 
         average: the mean over the processes that share the batch.
         """
-        if self.likelihood.scale == "optimal":
+        if self.likelihood.observes:
             self.likelihood.observe(*self.compared(x, z), average)
 
     def compared(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

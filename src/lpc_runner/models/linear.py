@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from lpc_runner.distributions import Gaussian
+from lpc_runner.likelihoods import Likelihood
 from lpc_runner.models.latent import Encoder, LatentVariableModel
 from lpc_runner.schema import PositiveFloat, PositiveInt, checked
 
@@ -22,16 +22,16 @@ class Linear(LatentVariableModel):
         data_shape: tuple[int, ...],
         latent_dim: PositiveInt,
         prior_scale: PositiveFloat,
-        likelihood: nn.Module,
+        likelihood: Likelihood,
         variance_beta: PositiveFloat,
     ) -> None:
-        if not isinstance(likelihood, Gaussian):
-            raise ValueError("model=linear has a closed form only under model/likelihood=gaussian")
+        if likelihood.gaussian_variance() is None:
+            raise ValueError("model=linear has a closed form only under a Gaussian, as model/likelihood=gaussian")
         super().__init__(latent_dim, prior_scale, likelihood)
         self.variance_beta, self.data_dim = variance_beta, math.prod(data_shape)
         self.decoder = nn.Sequential(nn.Linear(latent_dim, self.data_dim), nn.Unflatten(1, tuple(data_shape)))
 
-    def decode(self, z: Tensor) -> Tensor:
+    def predict(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
     def build_encoder(self) -> Encoder:
@@ -41,7 +41,7 @@ class Linear(LatentVariableModel):
     def posterior(self, x: Tensor) -> MultivariateNormal:
         """p(z|x; θ) = N(Σ Wᵀ(x - b)/σ², Σ), Σ⁻¹ = WᵀW/σ² + I/s²; batch (B,), event (latent_dim,)."""
         weight, bias = self.decoder[0].weight, self.decoder[0].bias
-        variance = torch.exp(2 * self.likelihood.log_scale)
+        variance = self.likelihood.gaussian_variance()
         identity = torch.eye(self.latent_dim, dtype=weight.dtype, device=weight.device)
         precision = weight.T @ weight / variance + identity / self.prior.scale**2
         covariance = torch.linalg.inv(precision)
@@ -53,5 +53,5 @@ class Linear(LatentVariableModel):
         weight, bias = self.decoder[0].weight, self.decoder[0].bias
         identity = torch.eye(self.data_dim, dtype=weight.dtype, device=weight.device)
         covariance = self.prior.scale**2 * weight @ weight.T
-        covariance = covariance + torch.exp(2 * self.likelihood.log_scale) * identity
+        covariance = covariance + self.likelihood.gaussian_variance() * identity
         return MultivariateNormal(bias, covariance).log_prob(x.flatten(1))

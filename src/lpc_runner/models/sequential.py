@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
+from lpc_runner.likelihoods import Likelihood
 from lpc_runner.models.generators import build_generator, recursion
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.models.sequence_encoders import BiRNN, BlockTable, FreeTable, PerBin, RawVariance
@@ -42,7 +43,7 @@ class SequentialModel(LatentVariableModel):
         self,
         data_shape: tuple[int, ...],
         num_held_out: int,
-        likelihood: nn.Module,
+        likelihood: Likelihood,
         shapes: dict[str, tuple[int, ...]],
         num_factors: int,
     ) -> None:
@@ -74,9 +75,8 @@ class SequentialModel(LatentVariableModel):
         """η = C f + d of those neurons, (B, T, n), from factors (B, T, F)."""
         return F.linear(factors, self.readout.weight[neurons], self.readout.bias[neurons])
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Expected counts per bin, or the mean, of all neurons, (B, T, N)."""
-        return self.likelihood.mean(self.predictor(self.run(z).factors))
+    def predict(self, z: Tensor) -> Tensor:
+        return self.predictor(self.run(z).factors)
 
     def log_likelihood(self, x: Tensor, z: Tensor, neurons: slice) -> Tensor:
         """log p(x | z) of those neurons in nats, (B,); x (B, T, N), whose other neurons are not read."""
@@ -114,7 +114,7 @@ class FactorAnalysis(SequentialModel):
         data_shape: tuple[int, ...],
         num_train: PositiveInt,
         num_held_out: NonNegativeInt,
-        likelihood: nn.Module,
+        likelihood: Likelihood,
         state_dim: PositiveInt,
         hidden: list[PositiveInt],
         encoder: Literal["mlp", "birnn", "free", "free_block"],
@@ -159,7 +159,7 @@ class LFADS(SequentialModel):
         data_shape: tuple[int, ...],
         num_train: PositiveInt,
         num_held_out: NonNegativeInt,
-        likelihood: nn.Module,
+        likelihood: Likelihood,
         generator: Literal["linear", "additive", "vanilla", "gru", "lstm"],
         nonlinearity: Literal["tanh", "relu"],
         hidden_dim: PositiveInt,

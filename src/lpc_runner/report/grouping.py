@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpc_runner.runs import CHANGES_NO_RESULT
+from lpc_runner.runs import CHANGES_NO_RESULT, FIRST_VALUES
 
 if TYPE_CHECKING:
     from lpc_runner.report.study import Run
@@ -113,7 +113,8 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
 def _compared(run: Run) -> dict[str, Any]:
     config = {}
     for path, value in run.config.items():
-        if path.split(".")[0] not in _FREE and not path.startswith(_FREE_PATHS):
+        free = path.split(".")[0] in _FREE or path.startswith(_FREE_PATHS)
+        if not free and not (path in FIRST_VALUES and value == FIRST_VALUES[path]):
             config[path] = value
     if isinstance(config.get("trainer.init_from"), str):  # of seed 3 from seed 3: a repetition all the same
         name = Path(config["trainer.init_from"]).name
