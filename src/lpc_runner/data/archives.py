@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -41,7 +42,7 @@ def damage_named(path: Path) -> Iterator[None]:
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:120]
         if isinstance(error, OSError) and error.errno:  # the system's refusal, not the content
-            raise UserError(f"{path}: cannot be read ({error.strerror or reason})") from error
+            raise UserError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
         if isinstance(error, NotImplementedError) or "password" in reason:  # of zipfile
             raise UserError(f"{path}: cannot be read here ({reason}), write it with np.savez") from error
         raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error

@@ -182,9 +182,7 @@ class ImageFolder(ImageDataset):
                 image = ImageOps.exif_transpose(file)
                 image = image.convert("L" if self._channels == 1 else "RGB")
         except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-            raise UserError(
-                f"{shown(path)}: not a readable image ({reason(error)}), mend or remove the file"
-            ) from error
+            raise UserError(f"{shown(path)}: not a readable image ({reason(error)}), mend or remove it") from error
         pixels = np.asarray(square(image, min(image.size), self._size))
         return pixels.reshape(self._size, self._size, -1).transpose(2, 0, 1)
 

@@ -83,7 +83,7 @@ def require_content(folder: Path, found: Found) -> None:
     if found.missing:
         count, total = len(found.missing), len(found.missing) + len(found.images)
         raise UserError(
-            f"{shown(folder)}: the content of {count:,} of {total:,} files is not there (links into nothing or pointers), "
+            f"{shown(folder)}: the content of {count:,} of {total:,} files is not there (dangling links, pointers), "
             f"such as {shown(found.missing[0].relative_to(folder))}: {_FETCH}; or remove them"
         )
     if not found.images:
@@ -140,7 +140,7 @@ def _refuse(folder: Path, faults: list[tuple[Path, str]]) -> None:
     if faults:
         path, fault = faults[0]
         others = f", and {len(faults) - 1:,} more like it" if len(faults) > 1 else ""
-        raise UserError(f"{shown(path)}: {fault}, mend or remove the file{others}")
+        raise UserError(f"{shown(path)}: {fault}, mend or remove it{others}")
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str]:
