@@ -105,7 +105,7 @@ class ImageFolder(ImageDataset):
 
     def prepare(self) -> None:
         """Decode every file once. Raises UserError: what is missing, which files cannot be read, or all are black."""
-        if require_pixels(self._path, [*self._listing.train, *self._listing.test]) <= 1:
+        if require_pixels([*self._listing.train, *self._listing.test]) <= 1:
             self.load()
 
     def load(self) -> Data:
@@ -121,7 +121,7 @@ class ImageFolder(ImageDataset):
         found = find_images(self._path)
         require_content(self._path, found)
         listing = self._in_splits(found)
-        animated = require_headers(self._path, [*listing.train, *listing.test])
+        animated = require_headers(sorted([*listing.train, *listing.test]))
         return Listing(listing.train, listing.test, listing.folders, listing.passed_over, animated)
 
     def _in_splits(self, found: Found) -> Listing:

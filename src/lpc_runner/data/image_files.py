@@ -91,10 +91,10 @@ def require_content(folder: Path, found: Found) -> None:
         raise UserError(f"{shown(folder)}: holds no image files{others}, expected {' '.join(SUFFIXES)}")
 
 
-def require_headers(folder: Path, paths: list[Path]) -> int:
+def require_headers(paths: list[Path]) -> int:
     """Raise UserError naming the files whose headers no decoder knows; how many have several frames."""
     judged = [(path, *_header(*file_state(path))) for path in paths]
-    _refuse(folder, [(path, fault) for path, fault, _ in judged if fault])
+    _refuse([(path, fault) for path, fault, _ in judged if fault])
     return sum(frames for _, _, frames in judged)
 
 
@@ -115,11 +115,11 @@ def _header(path: Path, size: int, modified: int) -> tuple[str, bool]:
         return f"not a readable image ({reason(error)})", False
 
 
-def require_pixels(folder: Path, paths: list[Path]) -> int:
+def require_pixels(paths: list[Path]) -> int:
     """Decode everything once. Raises UserError naming the files that are cut short; the largest level otherwise."""
     with ThreadPoolExecutor() as pool:
         judged = list(pool.map(lambda path: _pixels(*file_state(path)), paths))
-    _refuse(folder, [(path, fault) for path, (fault, _) in zip(paths, judged) if fault])
+    _refuse([(path, fault) for path, (fault, _) in zip(paths, judged) if fault])
     return max(level for _, level in judged)
 
 
@@ -136,7 +136,7 @@ def _pixels(path: Path, size: int, modified: int) -> tuple[str, int]:
         return f"not a readable image ({reason(error)})", 0
 
 
-def _refuse(folder: Path, faults: list[tuple[Path, str]]) -> None:
+def _refuse(faults: list[tuple[Path, str]]) -> None:
     if faults:
         path, fault = faults[0]
         others = f", and {len(faults) - 1:,} more like it" if len(faults) > 1 else ""
@@ -176,14 +176,15 @@ def refuse_deeper_splits(folder: Path, images: list[Path]) -> None:
     children: dict[Path, set[str]] = {}
     for parent in {parent for path in images for parent in path.parents if parent.is_relative_to(folder)} - {folder}:
         children.setdefault(parent.parent, set()).add(parent.name)
-    for parent, names in sorted(children.items()):
-        roles = split_folders(sorted(names))
-        if parent != folder and "train" in roles and len(roles) > 1:
-            within = shown(parent.relative_to(folder))
-            raise UserError(
-                f"{shown(folder)}: {' and '.join(map(shown, roles.values()))} lie in {within}, not at the top: "
-                f"give dataset.path={shown(parent)}, or make them the first level"
-            )
+    found = {parent: split_folders(sorted(names)) for parent, names in children.items() if parent != folder}
+    parents = sorted(parent for parent, roles in found.items() if "train" in roles and len(roles) > 1)
+    if parents:
+        roles = found[parents[0]]
+        names = " and ".join(shown(roles[role]) for role in _ROLES if role in roles)
+        remedy = (
+            f"dataset.path={shown(parents[0])}" if len(parents) == 1 else "put them at the first level, classes below"
+        )
+        raise UserError(f"has {names} in {shown(parents[0].relative_to(folder))}, not at the first level: {remedy}")
 
 
 def counted(counts: Counter[str]) -> str:

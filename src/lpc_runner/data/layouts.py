@@ -23,7 +23,7 @@ class Layout:
     headers: dict[str, Header]
     parts: tuple[tuple[str, ...], tuple[str, ...]]
     extras: dict[str, tuple[str, str]]
-    left_out: dict[str, str]
+    left_out: dict[tuple[str, ...], str]
 
     def shape(self, split: int) -> tuple[int, int, int]:
         """(trials, T, N) of the training (0) or validation (1) split."""
@@ -82,7 +82,7 @@ def _parts(
 
 def _extras(
     headers: dict[str, Header], parts: tuple, columns: str
-) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+) -> tuple[dict[str, tuple[str, str]], dict[tuple[str, ...], str]]:
     """Keys by name of what is known beside the values; optional keys that do not fit, with the reason."""
     found, left_out = {}, {}
     num_columns = sum(headers[key].shape[2] for key in parts[0])
@@ -103,7 +103,7 @@ def _extras(
             if fault and name not in OPTIONAL:
                 raise UserError(fault)
             if fault:
-                left_out[present[0]] = fault
+                left_out[tuple(present)] = fault
             elif present:
                 found[name] = pair
     return found, left_out

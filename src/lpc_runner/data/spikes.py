@@ -19,7 +19,9 @@ from lpc_runner.errors import UserError
 from lpc_runner.schema import NonNegativeInt, PositiveFloat, checked
 
 _MAX_NAMED = 8  # keys that are not read, in a line
-_LEFT_OUT: dict[tuple, dict[str, str]] = {}  # by state of a file that was read whole: each cell of a sweep asks
+_LEFT_OUT: dict[
+    tuple, dict[tuple[str, ...], str]
+] = {}  # by state of a file that was read whole: each cell of a sweep asks
 
 
 class SequenceFile(SequenceDataset):
@@ -80,8 +82,8 @@ class SequenceFile(SequenceDataset):
             + "".join(f", {note}" for note in notes)
         ]
         left_out = layout.left_out | _LEFT_OUT[self._state()]
-        lines += [f"{path}: {key} left out: {why}" for key, why in left_out.items()]
-        used = {*keys, *left_out, *(key for pair in layout.extras.values() for key in pair)}
+        lines += [f"{path}: {', '.join(keys)} left out: {why}" for keys, why in left_out.items()]
+        used = {*keys, *(key for pair in (*left_out, *layout.extras.values()) for key in pair)}
         if others := sorted(set(layout.headers) - used):
             more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
             lines.append(f"{path}: not read: {', '.join(others[:_MAX_NAMED])}{more}")
@@ -95,7 +97,8 @@ class SequenceFile(SequenceDataset):
 
     def load(self) -> Data:
         """Read and check both splits. Raises UserError naming the file, key, trial and neuron at fault."""
-        layout, state, left_out = self._layout(), self._state(), {}
+        layout, state = self._layout(), self._state()
+        left_out: dict[tuple[str, ...], str] = {}
         extras: tuple[dict, dict] = ({}, {})
         for name, pair in layout.extras.items():
             try:
@@ -103,7 +106,7 @@ class SequenceFile(SequenceDataset):
             except UserError as error:
                 if name not in OPTIONAL:
                     raise
-                left_out[pair[0]] = str(error).removeprefix(f"{self._path}: ")
+                left_out[pair] = str(error).removeprefix(f"{self._path}: ")
                 continue
             for split, values in zip(extras, read):
                 split[name] = values
