@@ -119,7 +119,7 @@ def _headers(path: Path) -> dict[str, Header]:
     _must_exist(path)
     if not zipfile.is_zipfile(path):
         if kind := no_npz(path):
-            raise UserError(f"{path}: {kind}")
+            raise UserError(f"{path}: not an .npz file but {kind}")
         raise UserError(f"{path}: not an .npz file or cut short (no zip directory at its end): {_MAKE}")
     with damage_named(path), zipfile.ZipFile(path) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
