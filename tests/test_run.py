@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_VAE, only_run, plan_of, result_of, rows_of, weights_of
+from conftest import TINY, TINY_VAE, only_run, plan_of, result_of, rows_of, weights_of, write_images
 from omegaconf import OmegaConf
 from PIL import Image
 
