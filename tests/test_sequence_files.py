@@ -280,6 +280,24 @@ class TestFilesOfOthers:
         path.write_bytes(path.read_bytes()[:-40])
         assert str(path) in user_error(spikes(path).load)
 
+    @pytest.mark.filterwarnings("ignore")  # scipy's, of what it finds
+    @pytest.mark.parametrize("write", [matlab_v5, hdf5])
+    def test_damage_of_any_kind_is_one_line(self, write, tmp_path):
+        path, random, refused = tmp_path / "a.mat", np.random.default_rng(3), 0
+        write(path, GOOD)
+        whole = path.read_bytes()
+        for _ in range(60):
+            content = bytearray(whole)
+            for place in random.integers(len(content), size=3):
+                content[place] = random.integers(256)
+            path.write_bytes(content[: len(content) - random.integers(3)])
+            try:
+                spikes(path).load()
+            except UserError as error:
+                assert str(path) in str(error)
+                refused += 1
+        assert refused > 10
+
     @pytest.mark.parametrize("dtype, order", [(">i4", "C"), ("<u2", "F"), (">f8", "F")])
     def test_byte_and_memory_order(self, dtype, order, tmp_path):
         npz(tmp_path / "a.npz", {key: np.array(array, dtype, order=order) for key, array in GOOD.items()})

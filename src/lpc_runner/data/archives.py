@@ -17,7 +17,17 @@ import numpy as np
 from lpc_runner.errors import UserError
 
 # What zipfile, zlib, numpy, scipy and h5py raise on a file whose bytes are not what they were.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError, LookupError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+)
 
 
 @dataclass(frozen=True)
