@@ -211,6 +211,8 @@ WRONG_NPZ = {
     "no images": ({"pictures": GOOD}, "'images'"),
     "floats": ({"images": GOOD.astype(np.float32) / 255}, "uint8"),
     "int64": ({"images": GOOD.astype(np.int64)}, "uint8"),
+    "booleans": ({"images": GOOD > 99}, "astype('uint8') * 255"),
+    "16 bits": ({"images": GOOD.astype(np.uint16)}, "/ 257"),
     "no channel": ({"images": GOOD[:, 0]}, "[:, None]"),
     "flat": ({"images": GOOD.reshape(20, -1)}, "(20, 16)"),
     "channels last": ({"images": random_images(20, 4, 4, 3)}, "transpose(0, 3, 1, 2)"),
@@ -249,6 +251,44 @@ class TestArrays:
         for ask in (Arrays(path).prepare, Arrays(path).load, lambda: Arrays(path).shape):
             message = user_error(ask)
             assert path in message and fact in message
+
+    ADVICE = (
+        (GOOD > 99, "images.astype('uint8') * 255", np.where(GOOD > 99, 255, 0)),
+        (GOOD.astype(np.float32) / 255, "(images * 255).round().astype('uint8')", GOOD),
+        (GOOD.astype(np.float64), "images.round().astype('uint8')", GOOD),
+        (GOOD.astype(np.int64), "images.astype('uint8')", GOOD),
+        (GOOD.astype(np.int64) // 128, "images.astype('uint8') * 255", np.where(GOOD > 127, 255, 0)),
+        (GOOD.astype(np.uint16) * 257, "(images / 257).round().astype('uint8')", GOOD),
+    )
+
+    @pytest.mark.parametrize("images, advice, expected", ADVICE, ids=[str(case[0].dtype) for case in ADVICE])
+    def test_advice_for_other_types_can_be_followed_to_the_letter(self, images, advice, expected, tmp_path):
+        assert advice in user_error(Arrays(self.save(tmp_path / "a.npz", images=images)).prepare)
+        path = self.save(tmp_path / "b.npz", images=eval(advice, {"images": images}))
+        data = Arrays(path, path).load()
+        assert np.array_equal(data.train.values, expected)
+
+    def test_images_of_zeros_and_ones_are_refused_before_the_start(self, tmp_path):
+        path = self.save(tmp_path / "a.npz", images=GOOD // 128)
+        for ask in (Arrays(path).prepare, Arrays(path).load):
+            assert "largest level of all images is 1, of 255" in user_error(ask)
+
+    def test_what_was_taken_is_said(self, tmp_path):
+        path = self.save(tmp_path / "a.npz", images=GOOD, labels=np.arange(20), notes=np.zeros(3))
+        assert Arrays(path).account() == [
+            f"{path}: 18 images (1, 4, 4) to train on, 2 to measure on, a tenth held out",
+            f"{path}: not read: notes",
+        ]
+        test = self.save(tmp_path / "b.npz", images=GOOD[:5])
+        assert (
+            Arrays([path, path], test)
+            .account()[0]
+            .endswith(f"40 images (1, 4, 4) to train on, 5 to measure on, from {test}")
+        )
+
+    def test_a_single_array_is_told_how_to_become_a_file_of_several(self, tmp_path):
+        np.save(tmp_path / "a.npy", GOOD)
+        assert "np.load(" in user_error(Arrays(str(tmp_path / "a.npy")).prepare)
 
     def test_missing_and_alien_files(self, tmp_path):
         missing = str(tmp_path / "none.npz")

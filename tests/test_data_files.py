@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import struct
 import zipfile
+from typing import ClassVar
 from urllib.error import URLError
 
 import numpy as np
@@ -81,6 +83,176 @@ class TestImageFolder:
             assert str(bad) in user_error(ImageFolder(str(tmp_path), 4, 3).load)
         self.write(bad, np.full((8, 8), 60_000, np.uint16))
         assert "8 bits" in user_error(ImageFolder(str(tmp_path), 4, 3).load)
+
+    def levels(self, folder, level, count=3, suffix="png"):
+        """`count` different pictures of about one grey level."""
+        for i in range(count):
+            self.write(folder / f"{i}.{suffix}", np.full((4, 4), level + i, np.uint8))
+
+    @pytest.mark.parametrize(
+        "train, test",
+        [
+            ("training", "testing"),
+            ("Train", "TEST"),
+            ("train", "val"),
+            ("train", "validation"),
+            ("seg_train", "seg_test"),
+            ("trainA", "testA"),
+            ("training_set", "test_set"),
+            ("trainset", "testset"),
+            ("train2017", "val2017"),
+            ("train", "test_images"),
+        ],
+    )
+    def test_the_usual_names_of_splits(self, train, test, tmp_path):
+        for name in ("a", "b"):
+            self.levels(tmp_path / train / name, 10)
+            self.levels(tmp_path / test / name, 200)
+        dataset = ImageFolder(str(tmp_path), 4, 1)
+        data = dataset.load()
+        assert set(data.train.values.flatten().tolist()) == {10, 11, 12}
+        assert set(data.test.values.flatten().tolist()) == {200, 201, 202}
+        assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and len(data.test) == 6
+        assert dataset.account() == [
+            f"{tmp_path}: 6 images to train on from {train}, 6 to measure on from {test}; 2 classes"
+        ]
+        assert dataset.identity()["splits"] == [train, test]  # once they were classes, both trained on
+
+    def test_classes_that_sound_like_splits_stay_classes(self, tmp_path):
+        for name in ("test_tube", "beaker", "valid"):
+            self.levels(tmp_path / name, 10, 10)
+        data = ImageFolder(str(tmp_path), 4, 1).load()
+        assert len(data.train) + len(data.test) == 30 and data.train.labels.unique().tolist() == [0, 1, 2]
+
+    def test_every_image_is_used_or_counted(self, tmp_path):
+        for name, count in (("train", 4), ("test", 3), ("val", 2), ("extra", 1)):
+            self.levels(tmp_path / name / "c", 50, count)
+        self.levels(tmp_path, 60, 2)
+        for name in ("train/c/photo.HEIC", "train/list.txt", "test/Thumbs.db", "test/.DS_Store", "train/README"):
+            (tmp_path / name).write_bytes(b"x")
+        (tmp_path / "__MACOSX" / "train").mkdir(parents=True)
+        (tmp_path / "__MACOSX" / "train" / "._0.png").write_bytes(b"x")
+        data, (taken, passed, _) = (ImageFolder(str(tmp_path), 4, 1).load(), ImageFolder(str(tmp_path), 4, 1).account())
+        assert (len(data.train), len(data.test)) == (4, 3)
+        assert "4 images to train on from train, 3 to measure on from test" in taken
+        for fact in (
+            "2 images in val",
+            "1 images in extra",
+            "2 images beside train",
+            "1 .heic",
+            "1 .txt",
+            "1 .db",
+            "2 hidden",
+            "1 without a suffix",
+        ):
+            assert fact in passed
+
+    def test_the_same_image_in_both_splits_is_said(self, tmp_path):
+        self.levels(tmp_path / "train", 50)
+        self.levels(tmp_path / "test", 51)
+        assert "2 of the images to measure on are" in ImageFolder(str(tmp_path), 4, 1).account()[1]
+
+    @pytest.mark.parametrize(
+        "folders, facts",
+        [
+            (("Train/a", "train/a"), ("Train and train", "split train")),
+            (("test/a", "test/b"), ("folder test", "no folder train")),
+            (("val/a", "val/b"), ("folder val", "no folder train", "dataset.path=")),
+            (("images/train/a", "images/test/a"), ("train and test", "images", "dataset.path=")),
+            (("a/train", "a/test", "b/train", "b/test"), ("train and test", "first level")),
+        ],
+    )
+    def test_splits_that_are_not_clear_are_refused(self, folders, facts, tmp_path):
+        for folder in folders:
+            self.levels(tmp_path / folder, 40)
+        message = user_error(lambda: ImageFolder(str(tmp_path), 4, 1).num_train)
+        assert all(fact in message for fact in (str(tmp_path), *facts))
+
+    def test_links_to_a_store_are_followed_and_circles_are_not(self, tmp_path):
+        self.levels(tmp_path / "store" / "cat", 10)
+        self.levels(tmp_path / "set" / "dog", 90)
+        (tmp_path / "set" / "cat").symlink_to("../store/cat")
+        (tmp_path / "set" / "dog" / "again").symlink_to("..")
+        dataset = ImageFolder(str(tmp_path / "set"), 4, 1)
+        assert dataset.num_train + len(dataset.load().test) == 6 and "2 classes" in dataset.account()[0]
+        assert "1 link to a folder above it" in dataset.account()[1]
+
+    POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 99\n"
+    MISSING: ClassVar = {
+        "git-annex": lambda folder: (folder / "c" / "x.png").symlink_to("../.git/annex/objects/x"),
+        "unlocked git-annex": lambda folder: (folder / "c" / "x.png").write_text("/annex/objects/MD5E-s9--0.png\n"),
+        "links as text": lambda folder: (folder / "c" / "x.png").write_text("../.git/annex/objects/0.png"),
+        "git-lfs": lambda folder: (folder / "c" / "x.jpg").write_bytes(TestImageFolder.POINTER),
+        "dvc": lambda folder: (folder / "c" / "x.png.dvc").write_text("outs:"),
+        "dvc folder": lambda folder: (folder / "d.dvc").write_text("outs:"),
+        "class folder": lambda folder: (folder / "d").symlink_to("../store/d"),
+        "cloud": lambda folder: (folder / "c" / ".x.png.icloud").write_bytes(b"bplist"),
+    }
+
+    @pytest.mark.parametrize("leave", MISSING.values(), ids=MISSING.keys())
+    def test_content_that_is_elsewhere_is_refused(self, leave, tmp_path):
+        self.levels(tmp_path / "c", 10)
+        leave(tmp_path)
+        message = user_error(lambda: ImageFolder(str(tmp_path), 4, 1).num_train)
+        assert "the content of 1 of 4 files is not there" in message and "git annex get" in message
+        (tmp_path / "set.dvc").write_text("outs:")
+        assert "dvc pull" in user_error(lambda: ImageFolder(str(tmp_path / "set"), 4, 1).num_train)
+
+    def test_names_in_an_old_encoding(self, tmp_path):
+        for i in range(4):
+            self.write(tmp_path / f"{i}.png", np.full((4, 4), 99 + i, np.uint8))
+        try:
+            os.rename(tmp_path / "3.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+        except OSError:
+            pytest.skip("this file system takes UTF-8 alone")
+        dataset = ImageFolder(str(tmp_path), 4, 1)
+        dataset.prepare()
+        before = dataset.identity()
+        assert len(dataset.load().train) == 3 and before == ImageFolder(str(tmp_path), 4, 1).identity()
+        os.rename(os.fsencode(tmp_path) + b"/caf\xe9.png", os.fsencode(tmp_path) + b"/caf\xe8.png")
+        assert before != ImageFolder(str(tmp_path), 4, 1).identity()
+        (tmp_path / os.fsdecode(b"caf\xe8.png")).write_bytes(b"?")
+        assert r"caf\xe8.png" in user_error(ImageFolder(str(tmp_path), 4, 1).prepare)
+
+    def test_what_cannot_be_decoded_is_refused_before_the_start(self, tmp_path):
+        self.levels(tmp_path, 10, 3)
+        self.levels(tmp_path, 90, 2, "jpg")
+        whole = (tmp_path / "1.jpg").read_bytes()
+        (tmp_path / "1.jpg").write_bytes(whole[:-20])
+        assert "1.jpg" in user_error(ImageFolder(str(tmp_path), 4, 1).prepare)
+        (tmp_path / "1.jpg").write_bytes(b"")
+        (tmp_path / "2.png").write_bytes(b"<html>")
+        message = user_error(lambda: ImageFolder(str(tmp_path), 4, 1).num_train)  # the plan's: from headers
+        assert "1.jpg: empty" in message and "1 more like it" in message
+
+    @pytest.mark.parametrize("level", [0, 1])
+    def test_images_of_ones_and_zeros_are_refused_before_the_start(self, level, tmp_path):
+        for i in range(3):
+            self.write(tmp_path / f"{i}.png", np.full((4, 4), level, np.uint8))
+        assert f"largest level of all images is {level}, of 255" in user_error(ImageFolder(str(tmp_path), 4, 1).prepare)
+
+    def test_kinds_of_pixels(self, tmp_path):
+        """Palette, transparency, CMYK, black-and-white, several frames: what a viewer shows, of the first frame."""
+        red, size = (200, 30, 30), (4, 4)
+        Image.new("RGB", size, red).quantize(4).save(tmp_path / "0.png")
+        Image.new("RGBA", size, (*red, 255)).save(tmp_path / "1.PNG")
+        Image.new("CMYK", (6, 8), (55, 225, 225, 0)).save(tmp_path / "2.tiff")
+        frames = [Image.new("RGB", size, color) for color in (red, (0, 0, 255))]
+        frames[0].save(tmp_path / "3.gif", save_all=True, append_images=frames[1:])
+        Image.new("1", size, 1).save(tmp_path / "4.bmp")
+        dataset = ImageFolder(str(tmp_path), 4, 3)
+        data = dataset.load()
+        means = torch.cat([data.train.values, data.test.values]).double().mean((2, 3))
+        means = means[means[:, 1].argsort()]
+        assert torch.allclose(means[:4], torch.tensor(red, dtype=torch.float64).expand(4, 3), atol=2)
+        assert (means[4] == 255).all()
+        assert "1 files with several frames, the first is taken" in dataset.account()[1]
+
+    def test_an_archive_is_no_folder(self, tmp_path):
+        (tmp_path / "images.zip").write_bytes(b"PK")
+        assert "unpack" in user_error(ImageFolder(str(tmp_path / "images.zip"), 4, 3).prepare)
+        (tmp_path / "a.heic").write_bytes(b"x")
+        assert "1 .heic" in user_error(ImageFolder(str(tmp_path), 4, 3).prepare)
 
     def test_identity(self, tmp_path):
         for i, image in enumerate(random_images(3, 8, 8, 3)):

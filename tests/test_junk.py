@@ -95,7 +95,7 @@ def test_command_lines(count, workplace):
 @both()
 def test_image_files(count, tmp_path):
     buffer = io.BytesIO()
-    np.savez(buffer, images=np.zeros((12, 1, 8, 8), np.uint8), labels=np.zeros(12, np.int64))
+    np.savez(buffer, images=np.full((12, 1, 8, 8), 200, np.uint8), labels=np.zeros(12, np.int64))
     path = tmp_path / "images.npz"
 
     @settings(max_examples=count, **CONFIG)
@@ -121,7 +121,7 @@ def test_arrays_of_any_kind(count, tmp_path):
     @settings(max_examples=count, **CONFIG)
     @given(kinds, st.lists(st.integers(0, 6), max_size=5), kinds, st.integers(0, 9), st.sampled_from(["images", "x"]))
     def check(kind, shape, label_kind, num_labels, key):
-        np.savez(path, **{key: np.zeros(shape, kind), "labels": np.zeros(num_labels, label_kind)})
+        np.savez(path, **{key: np.full(shape, 9).astype(kind), "labels": np.zeros(num_labels, label_kind)})
 
         def act():
             data = Arrays(train=str(path))

@@ -229,14 +229,13 @@ def test_too_few_images_for_the_metric(command, workplace, tmp_path):
     assert list(workplace.iterdir()) == []
 
 
-def test_damage_that_only_reading_shows_is_one_line_and_recorded(command, tmp_path):
+def test_damage_that_only_reading_shows_is_one_line_before_any_work(command, workplace, tmp_path):
     path = write_images(tmp_path / "images.npz", count=60)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    answer = command("dataset=arrays", f"dataset.train={path}", *TINY)
-    assert answer.code == 1 and "Traceback" not in answer.err
-    assert answer.lines[-1].startswith("lpc_runner: ") and "images.npz" in answer.lines[-1]
+    assert_one_line(command("dataset=arrays", f"dataset.train={path}", *TINY), "images.npz", "damaged")
+    assert list(workplace.iterdir()) == []
 
 
 def test_data_that_cannot_be_fetched(command, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_VAE, only_run, plan_of, result_of, rows_of, weights_of
+from conftest import TINY, TINY_VAE, only_run, plan_of, result_of, rows_of, weights_of, write_images
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -152,6 +152,22 @@ def test_check_shows_the_plan_and_starts_nothing(run, command, workplace):
     says = "to download first: cifar10 into data, Inception's weights into data/features"
     assert answer.code == 0 and says in answer.out.splitlines()
     assert contents(workplace) == before
+
+
+def test_what_was_taken_of_the_users_files_stands_in_the_plan_the_log_and_the_result(command, tmp_path):
+    path = write_images(tmp_path / "images.npz", count=70, notes=np.zeros(3))
+    mine = ("dataset=arrays", f"dataset.train={path}", *TINY)
+    says = [
+        f"{path}: 63 images (1, 28, 28) to train on, 7 to measure on, a tenth held out",
+        f"{path}: not read: notes",
+    ]
+    assert [f"data: {line}" for line in says] == [
+        line for line in command("check=true", *mine).out.splitlines() if line.startswith("data: ")
+    ]
+    answer = command(*mine)
+    assert answer.code == 0 and result_of(only_run())["data"] == says
+    for line in says:
+        assert line in answer.err + answer.out
 
 
 def test_rerun_starts_beside_the_old_run(run, command):

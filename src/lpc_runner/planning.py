@@ -139,6 +139,8 @@ def print_plan(planned: list[Planned]) -> None:
             console.print(f"{facts if first else '':<32}   {line}", highlight=False, soft_wrap=True)
     states = [run.directory.state() for run in planned]
     fetched = dict.fromkeys(what for run, state in zip(planned, states) if state != "done" for what in run.to_fetch())
+    for line in dict.fromkeys(line for run in planned for line in run.experiment.dataset.account()):
+        console.print(f"data: {line}", markup=False, highlight=False, soft_wrap=True)
     if fetched:
         console.print(f"to download first: {', '.join(fetched)}", highlight=False, soft_wrap=True)
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "resume", "new"))

@@ -140,6 +140,9 @@ def execute(planned: Planned) -> dict[str, Any]:
 def _train_and_measure(planned: Planned) -> dict[str, Any]:
     experiment, directory = planned.experiment, planned.directory
     started = time.perf_counter()
+    account = experiment.dataset.account()
+    for line in account:
+        logger.info("%s", line)
     data = experiment.dataset.load()
     batches = batches_of(planned, data)
     learner = build_learner(experiment, planned.ranks)
@@ -186,6 +189,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         with exact_arithmetic():
             _follow(planned, learner, batches)
             result = _final(evaluator, learner, outcome, str(experiment.device))
+            result["data"] = account
             result["total_seconds"] = time.perf_counter() - started
             draw(outcome.counters.update, final=True)
         tracker.summary(final_numbers(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -15,38 +16,59 @@ import numpy as np
 
 from lpc_runner.errors import UserError
 
-# What zipfile, zlib, numpy and h5py raise on a file whose bytes are not what they were.
+# What zipfile, zlib, numpy, scipy and h5py raise on a file whose bytes are not what they were.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
     EOFError,
     OSError,
+    TypeError,
     ValueError,
     RuntimeError,
-    KeyError,
-    MemoryError,
+    LookupError,
 )
 
 
 @dataclass(frozen=True)
 class Header:
-    """dtype and shape of one array."""
+    """dtype and shape of one array. fault: why it cannot be used, should somebody ask for it."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
+    fault: str = ""
+    note: str = ""  # what the reader does with it beyond reading
 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what damaged files raise into one UserError that names the file."""
+    """Turn what damaged or refused files raise into one UserError that names the file, and the cause if it is known."""
     try:
         yield
     except UserError:
         raise
+    except MemoryError as error:
+        raise UserError(f"{path}: needs more memory than there is") from error
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:120]
+        if isinstance(error, OSError) and error.errno:  # the system's refusal, not the content
+            raise UserError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
+        if isinstance(error, NotImplementedError) or "password" in reason:  # of zipfile
+            raise UserError(f"{path}: cannot be read here ({reason}), write it with np.savez") from error
         raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error
+
+
+def no_npz(path: Path) -> str:
+    """What a file is that is neither .npz nor HDF5, as far as its first bytes tell."""
+    with open(path, "rb") as file:
+        start = file.read(200)
+    if not start:
+        return "an empty file"
+    if start.startswith(b"\x93NUMPY"):
+        return "a single array (.npy), expected .npz: np.savez('all.npz', NAME=np.load('one.npy'), ...) makes one"
+    if start.startswith(b"version https://git-lfs") or b"annex/objects/" in start:
+        return "a pointer, its content is not there: git lfs pull or git annex get fetches it"
+    return ""
 
 
 def npz_header(archive: zipfile.ZipFile, key: str) -> Header:

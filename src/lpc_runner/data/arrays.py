@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_runner.data.archives import Header, damage_named, npz_header
+from lpc_runner.data.archives import Header, damage_named, no_npz, npz_header
 from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data
 from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
-from lpc_runner.data.stored import content_hash
+from lpc_runner.data.stored import content_hash, file_state
 from lpc_runner.errors import UserError
 from lpc_runner.schema import NonNegativeInt, checked
 
 _MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
+_SOUND: set[tuple] = set()  # states of files that were read whole and found sound: each cell of a sweep asks
 
 
 class Arrays(ImageDataset):
@@ -61,8 +62,30 @@ class Arrays(ImageDataset):
         train = [content_hash(path) for path in self._train]
         return {"name": self.name, "train": train, "test": test, **self.binarisation.identity()}
 
+    def account(self) -> list[str]:
+        """Images of each split and their files, keys that are not read. Raises UserError as `prepare`."""
+        train, test = ", ".join(map(str, self._train)), self._test
+        images = {path: _headers(path)["images"].shape[0] for path in self._files()}
+        num_test = sum(images[path] for path in self._train) - self.num_train if test is None else images[test]
+        where = "a tenth held out" if test is None else f"from {test}"
+        lines = [f"{train}: {self.num_train:,} images {self.shape} to train on, {num_test:,} to measure on, {where}"]
+        for path in dict.fromkeys(self._files()):
+            with damage_named(path), zipfile.ZipFile(path) as archive:
+                others = {name.removesuffix(".npy") for name in archive.namelist()} - {"images", "labels"}
+            if others:
+                lines.append(f"{path}: not read: {', '.join(sorted(others))}")
+        return lines
+
     def prepare(self) -> None:
-        """Check dtypes, shapes and labels from the headers. Raises UserError naming the file at fault."""
+        """Read and check everything once. Raises UserError naming the file at fault."""
+        self._check_headers()
+        states = tuple(file_state(path) for path in self._files())
+        if states not in _SOUND:
+            self.load()
+            _SOUND.add(states)
+
+    def _check_headers(self) -> None:
+        """dtypes, shapes and labels, from the headers. Raises UserError naming the file at fault."""
         headers = {path: _headers(path) for path in self._files()}
         first = self._train[0]
         for path, header in headers.items():
@@ -81,7 +104,7 @@ class Arrays(ImageDataset):
         return self.binarisation.applied(self._grey())
 
     def _grey(self) -> Data:
-        self.prepare()
+        self._check_headers()
         parts = [_read(path) for path in self._train]
         images = np.concatenate([part["images"] for part in parts])
         labels = np.concatenate([part["labels"] for part in parts]) if "labels" in parts[0] else None
@@ -107,6 +130,8 @@ def _headers(path: Path) -> dict[str, Header]:
     """dtype and shape of `images` and, where present, `labels`, checked; the arrays are not read."""
     _must_exist(path)
     if not zipfile.is_zipfile(path):
+        if kind := no_npz(path):
+            raise UserError(f"{path}: not an .npz file but {kind}")
         raise UserError(f"{path}: not an .npz file or cut short (no zip directory at its end): {_MAKE}")
     with damage_named(path), zipfile.ZipFile(path) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]

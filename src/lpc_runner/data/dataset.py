@@ -79,6 +79,13 @@ class Dataset(ABC):
         """What `prepare` would download, and where to; None if nothing."""
         return None
 
+    def account(self) -> list[str]:
+        """What of a user's files is taken, for what, and what is passed over and why: one line each.
+
+        Raises UserError where the files are missing or wrong.
+        """
+        return []
+
     @abstractmethod
     def load(self) -> Data:
         """Read both splits; raise UserError (one line: which file, what was expected) if damaged."""

@@ -56,9 +56,16 @@ def _dtype_fault(dtype: np.dtype) -> str:
         return ""
     if dtype.hasobject:
         return "got an object array (often images of different sizes): resize and stack them into one array"
+    if dtype.kind == "b":
+        return "got bool: images.astype('uint8') * 255 makes them black and white"
     if dtype.kind == "f":
-        return f"got {dtype}: (images * 255).round().astype('uint8') converts values in [0, 1]"
-    return f"got {dtype}: images.astype('uint8') converts values in 0..255"
+        return (
+            f"got {dtype}: (images * 255).round().astype('uint8') converts values in [0, 1], "
+            "images.round().astype('uint8') those in 0..255"
+        )
+    if dtype == np.uint16:
+        return "got uint16: (images / 257).round().astype('uint8') converts values in 0..65535"
+    return f"got {dtype}: images.astype('uint8') converts values in 0..255, images.astype('uint8') * 255 zeros and ones"
 
 
 def _layout_fault(shape: tuple[int, ...]) -> str:
@@ -83,6 +90,9 @@ def check_labels(where: str | Path, dtype: np.dtype, shape: tuple[int, ...], cou
 def image_split(where: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> Split:
     """Checked arrays as a split: images uint8 (N, C, H, W), labels integers (N,); UserError names `where`."""
     check_images(where, images.dtype, images.shape)
+    if (largest := int(images.max())) <= 1:  # black to the eye: somebody's booleans, or a conversion gone wrong
+        scaled = "" if largest == 0 else ": images of zeros and ones must be multiplied by 255"
+        raise UserError(f"{where}: the largest level of all images is {largest}, of 255{scaled}")
     values = torch.from_numpy(np.ascontiguousarray(images))
     if labels is None:
         return Split(values)

@@ -1,111 +1,126 @@
-"""Arrays in a user's NPZ or HDF5 file: headers first, then the content, with every fault in one line."""
+"""Arrays in a user's NPZ, HDF5 or MATLAB file: headers first, then the content, with every fault in one line."""
 
 from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lpc_runner.data.archives import Header, damage_named, npz_header
+from lpc_runner.data import hdf5
+from lpc_runner.data.archives import Header, damage_named, no_npz, npz_header
 from lpc_runner.errors import UserError
 
-_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_MAX_COMPRESSION = 1100  # deflate, the usual filter of both formats, cannot exceed 1032
+_MAX_COMPRESSION = 1100  # deflate, the usual filter of these formats, cannot exceed 1032
 _MAX_INT = np.iinfo(np.int32).max
+_MAX_FLOAT = float(np.finfo(np.float32).max)
+# MATLAB's classes that hold real numbers.
+_MATLAB = {"double": "f8", "single": "f4", "logical": "u1"} | {
+    f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
 
 
 def read_headers(path: Path) -> dict[str, Header]:
     """dtype and shape of every array in the file, by key; no array is read.
 
     In an HDF5 file the keys are those of the root or, where it holds nothing but one group, of that group. Raises
-    UserError for a missing, alien or damaged file, and for an array that its file cannot really hold.
+    UserError for a missing, alien or damaged file. An array that cannot be used carries its `fault`.
     """
-    with _opened(path) as file:
-        headers = {key: npz_header(file, key) for key in _keys(file)} if _is_zip(file) else _hdf5_headers(path, file)
-    for key, header in headers.items():
-        if header.dtype.hasobject or header.dtype.kind not in "biuf":
-            headers[key] = Header(np.dtype(object), header.shape)  # not numbers: only a fault if the key is used
-        elif math.prod(header.shape) * header.dtype.itemsize > _MAX_COMPRESSION * path.stat().st_size:
-            raise UserError(
-                f"{path}: {key} claims shape {header.shape}, more than a file of {path.stat().st_size:,} bytes can hold"
-            )
-    return headers
+    kind, size = _format(path), path.stat().st_size
+    with damage_named(path):
+        headers = {"npz": _npz_headers, "hdf5": _hdf5_headers, "matlab": _matlab_headers}[kind](path)
+    return {key: replace(header, fault=header.fault or _fault(header, size)) for key, header in headers.items()}
 
 
 def read_array(path: Path, key: str) -> np.ndarray:
     """One array, after `read_headers` has found it sound. Raises UserError naming a damaged file."""
-    with _opened(path) as file:
-        if _is_zip(file):
-            with file.open(f"{key}.npy") as member:
-                return np.lib.format.read_array(member, allow_pickle=False)
-        return np.asarray(_root(file)[key][...])
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A zipfile.ZipFile or h5py.File for reading; what damaged files raise becomes one line that names the file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected .npz or .h5 with arrays of shape (trials, time, neurons)")
-    with open(path, "rb") as file:
-        is_hdf5 = file.read(len(_HDF5_SIGNATURE)) == _HDF5_SIGNATURE
-    if not is_hdf5 and not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: neither .npz nor HDF5, or cut short (a MATLAB file: save it with -v7.3)")
+    kind = _format(path)
     with damage_named(path):
-        if is_hdf5:
-            import h5py
+        if kind == "hdf5":
+            with hdf5.opened(path) as file:
+                return hdf5.read(file, key)
+        if kind == "matlab":
+            from scipy.io import loadmat
 
-            with h5py.File(path, "r") as opened:
-                yield opened
-        else:
-            with zipfile.ZipFile(path) as opened:
-                yield opened
-
-
-def _is_zip(file: Any) -> bool:
-    return isinstance(file, zipfile.ZipFile)
+            return np.ascontiguousarray(loadmat(path, variable_names=[key])[key])
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
 
 
-def _keys(file: zipfile.ZipFile) -> list[str]:
-    return [name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy")]
+def _format(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file, expected .npz, .h5 or .mat with arrays of shape (trials, time, neurons)"
+        )
+    with damage_named(path):
+        if hdf5.is_hdf5(path):
+            return "hdf5"
+        with open(path, "rb") as file:
+            start = file.read(128)
+        if start[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
+            return "matlab"
+        if zipfile.is_zipfile(path):
+            return "npz"
+    raise UserError(f"{path}: {no_npz(path) or 'neither .npz nor HDF5 nor MATLAB, or cut short'}")
 
 
-def _root(file: Any) -> Any:
-    import h5py
+def _npz_headers(path: Path) -> dict[str, Header]:
+    with zipfile.ZipFile(path) as file:
+        keys = [name.removesuffix(".npy") for name in file.namelist() if name.endswith(".npy")]
+        return {key: npz_header(file, key) for key in keys}
 
-    members = list(file.values())
-    return members[0] if len(members) == 1 and isinstance(members[0], h5py.Group) else file
+
+def _hdf5_headers(path: Path) -> dict[str, Header]:
+    with hdf5.opened(path) as file:
+        return hdf5.headers(file)
 
 
-def _hdf5_headers(path: Path, file: Any) -> dict[str, Header]:
-    import h5py
+def _matlab_headers(path: Path) -> dict[str, Header]:
+    from scipy.io import whosmat
 
-    headers = {}
-    root = _root(file)
-    for key in root:
-        if root.get(key, getlink=True).__class__ is not h5py.HardLink:
-            raise UserError(f"{path}: {key} is a link to elsewhere, only arrays in the file itself are read")
-        item = root[key]
-        if not isinstance(item, h5py.Dataset):
-            continue
-        if item.is_virtual or item.external:
-            raise UserError(f"{path}: {key} lies in another file, only arrays in the file itself are read")
-        if item.shape is not None:
-            headers[key] = Header(item.dtype, item.shape)
-    return headers
+    return {key: Header(np.dtype(_MATLAB.get(kind, object)), tuple(shape)) for key, shape, kind in whosmat(path)}
+
+
+def _fault(header: Header, file_size: int) -> str:
+    """Why no reader should ask for such an array."""
+    if header.dtype.hasobject:
+        return "holds no numbers but objects (often trials of unequal length: cut them to one length and stack them)"
+    if header.dtype.kind not in "biuf":
+        return f"holds no numbers but {header.dtype}"
+    if math.prod(header.shape) * header.dtype.itemsize > _MAX_COMPRESSION * file_size:
+        return f"claims shape {header.shape}, more than a file of {file_size:,} bytes can hold"
+    return ""
 
 
 # Content --------------------------------------------------------------------------------------------------
 
 
 def check_numbers(path: Path, key: str, values: np.ndarray) -> None:
-    """Raise UserError naming trial, bin and neuron of the first value (trials, T, N) that is not finite."""
-    if values.dtype.kind == "f":
-        _refuse(path, key, values, ~np.isfinite(values), "every value must be finite")
+    """Raise UserError naming trial, bin and neuron of the first value (trials, T, N) that float32 cannot hold."""
+    if values.dtype.kind != "f":
+        return
+    finite = "every value must be finite"
+    missing = np.isnan(values)
+    if missing.any():
+        _refuse(path, key, values, missing, finite + _padding(missing))
+    _refuse(path, key, values, np.isinf(values), finite)
+    if values.dtype.itemsize > 4:
+        _refuse(path, key, values, np.abs(values) > _MAX_FLOAT, "float32 ends at 3.4e38: give the data in another unit")
+
+
+def _padding(missing: np.ndarray) -> str:
+    """What to do where missing (trials, T, N) are the ends of trials."""
+    lasting = missing.all(2)
+    lengths = np.where(lasting.any(1), lasting.argmax(1), missing.shape[1])
+    is_padding = np.array_equal(lasting, np.arange(missing.shape[1]) >= lengths[:, None])
+    if not is_padding or not np.array_equal(missing.any(2), lasting):
+        return ""
+    return (
+        f" (trials of unequal length, padded: cut all to one length, [:, :{lengths.min()}] is the shortest's, "
+        "or leave the short ones out)"
+    )
 
 
 def as_counts(path: Path, key: str, values: np.ndarray) -> np.ndarray:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from lpc_runner.data import nwb
+from lpc_runner.data.archives import Header
 from lpc_runner.data.dataset import Data, Split
-from lpc_runner.data.sequence_files import Header, as_counts, check_numbers, read_array, read_headers
+from lpc_runner.data.layouts import OPTIONAL, Layout, layout_of
+from lpc_runner.data.sequence_files import as_counts, check_numbers, read_array, read_headers
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset, smallest_counts
-from lpc_runner.data.stored import content_hash
+from lpc_runner.data.stored import content_hash, file_state
 from lpc_runner.errors import UserError
 from lpc_runner.schema import NonNegativeInt, PositiveFloat, checked
 
-# Keys of what is known beside the values, by part; the second spelling is that of the Neural Latents Benchmark.
-_KNOWN = {
-    "rates": (("train_rates", "valid_rates"),),
-    "behaviour": (("train_behaviour", "valid_behaviour"), ("train_behavior", "eval_behavior")),
-}
+_MAX_NAMED = 8  # keys that are not read, in a line
+_LEFT_OUT: dict[
+    tuple, dict[tuple[str, ...], str]
+] = {}  # by state of a file that was read whole: each cell of a sweep asks
 
 
 class SequenceFile(SequenceDataset):
@@ -31,6 +32,7 @@ class SequenceFile(SequenceDataset):
     """
 
     plain: ClassVar[tuple[str, str]]  # keys of the two splits
+    columns: ClassVar[str]  # what the last axis is, in words
     held_out_keys: ClassVar[tuple[tuple[str, str], ...]] = ()  # keys of (held-in, held-out) neurons of the two splits
 
     def __init__(self, path: str, num_held_out: int | None, bin_seconds: float) -> None:
@@ -39,21 +41,18 @@ class SequenceFile(SequenceDataset):
     @property
     def shape(self) -> tuple[int, ...]:
         """(T, N) from the headers, all neurons. Raises UserError if the file is missing or wrong."""
-        headers = self._headers()
-        first, *rest = self._parts(headers)[0]
-        return (headers[first].shape[1], headers[first].shape[2] + sum(headers[key].shape[2] for key in rest))
+        return self._layout().shape(0)[1:]
 
     @property
     def num_train(self) -> int:
         """Training trials, from the headers. Raises UserError if the file is missing or wrong."""
-        headers = self._headers()
-        return headers[self._parts(headers)[0][0]].shape[0]
+        return self._layout().shape(0)[0]
 
     @property
     def num_held_out(self) -> int:
         """Last neurons that are held out: as chosen, or those of the file's own held-out keys. Raises UserError."""
-        headers = self._headers()
-        keys = self._parts(headers)[0]
+        layout = self._layout()
+        keys, headers = layout.parts[0], layout.headers
         own = headers[keys[1]].shape[2] if len(keys) == 2 else 0
         if self._num_held_out is None:
             return own
@@ -66,23 +65,67 @@ class SequenceFile(SequenceDataset):
 
     def identity(self) -> dict[str, object]:
         """Kind, SHA-256 of the file, neurons held out; no path. Raises UserError if the file is missing."""
-        self._headers()
+        self._layout()
         return {"name": self.name, "file": content_hash(self._path), "num_held_out": self.num_held_out}
 
+    def account(self) -> list[str]:
+        """What is taken for trials, time and neurons, what is left out and why. Raises UserError as `prepare`."""
+        self.prepare()
+        layout, path = self._layout(), self._path
+        (num_train, num_bins, width), (num_valid, *_) = layout.shape(0), layout.shape(1)
+        keys = [key for keys in layout.parts for key in keys]
+        held_out = f" ({self.num_held_out} held out)" if self.num_held_out else ""
+        notes = dict.fromkeys(layout.headers[key].note for key in keys if layout.headers[key].note)
+        lines = [
+            f"{path}: {num_train:,} trials to train on and {num_valid:,} to measure on, of {num_bins:,} time bins and "
+            f"{width:,} {self.columns}{held_out}: {', '.join(keys)} (trials, time, {self.columns})"
+            + "".join(f", {note}" for note in notes)
+        ]
+        left_out = layout.left_out | _LEFT_OUT[self._state()]
+        lines += [f"{path}: {', '.join(keys)} left out: {why}" for keys, why in left_out.items()]
+        used = {*keys, *(key for pair in (*left_out, *layout.extras.values()) for key in pair)}
+        if others := sorted(set(layout.headers) - used):
+            more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
+            lines.append(f"{path}: not read: {', '.join(others[:_MAX_NAMED])}{more}")
+        return lines
+
     def prepare(self) -> None:
-        """Check keys, shapes and dtypes from the headers. Raises UserError naming file and key."""
-        self._headers()
+        """Read and check everything once. Raises UserError naming the file, key, trial and neuron at fault."""
+        self._layout()
+        if self._state() not in _LEFT_OUT:
+            self.load()
 
     def load(self) -> Data:
         """Read and check both splits. Raises UserError naming the file, key, trial and neuron at fault."""
-        headers = self._headers()
+        layout, state = self._layout(), self._state()
+        left_out: dict[tuple[str, ...], str] = {}
+        extras: tuple[dict, dict] = ({}, {})
+        for name, pair in layout.extras.items():
+            try:
+                read = [self._extra(key) for key in pair]
+            except UserError as error:
+                if name not in OPTIONAL:
+                    raise
+                left_out[pair] = str(error).removeprefix(f"{self._path}: ")
+                continue
+            for split, values in zip(extras, read):
+                split[name] = values
         splits = []
-        for number, keys in enumerate(self._parts(headers)):
+        for keys, known in zip(layout.parts, extras):
             values = np.concatenate([self._values(key) for key in keys], axis=2)
-            extras = {name: self._extra(pair[number]) for name, pair in self._known(headers).items()}
-            splits.append(Split(self._stored(values), extras=extras))
+            splits.append(Split(self._stored(values), extras=known))
         self._check_train(splits[0])
+        _LEFT_OUT[state] = left_out
         return Data(*splits)
+
+    def _state(self) -> tuple:
+        return (self.name, *file_state(self._path))
+
+    def _file_headers(self) -> dict[str, Header]:
+        return read_headers(self._path)
+
+    def _read(self, key: str) -> np.ndarray:
+        return read_array(self._path, key)
 
     def _values(self, key: str) -> np.ndarray:
         raise NotImplementedError
@@ -94,81 +137,14 @@ class SequenceFile(SequenceDataset):
         """Whatever training needs of its split beyond sound values."""
 
     def _extra(self, key: str) -> torch.Tensor:
-        values = read_array(self._path, key)
+        values = self._read(key)
         check_numbers(self._path, key, values)
         if self.kind == COUNTS and key.endswith("_rates") and (values < 0).any():
             raise UserError(f"{self._path}: {key} must be expected counts per bin, found {values.min()}")
         return torch.from_numpy(values.astype(np.float32))
 
-    def _parts(self, headers: dict[str, Header]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The keys of the training and of the validation split: one each, or held-in and held-out neurons."""
-        train, valid = self.plain
-        if train in headers:
-            parts = ((train,), (valid,))
-        elif self.held_out_keys and self.held_out_keys[0][0] in headers:
-            parts = self.held_out_keys
-        else:
-            known = " or ".join(", ".join(keys) for keys in self._layouts())
-            found = ", ".join(sorted(headers)) or "none"
-            raise UserError(f"{self._path}: no key '{train}', found {found}; expected {known}")
-        for key in (key for keys in parts for key in keys):
-            if key not in headers:
-                raise UserError(
-                    f"{self._path}: no key '{key}' beside '{parts[0][0]}', found {', '.join(sorted(headers))}"
-                )
-        return parts
-
-    def _layouts(self) -> Iterable[tuple[str, ...]]:
-        yield self.plain
-        if self.held_out_keys:
-            yield tuple(key for keys in self.held_out_keys for key in keys)
-
-    def _known(self, headers: dict[str, Header]) -> dict[str, tuple[str, str]]:
-        """Extras in the file by name, with their keys for both splits."""
-        found = {}
-        for name, spellings in _KNOWN.items():
-            for pair in spellings:
-                if pair[0] in headers and pair[1] in headers:
-                    found[name] = pair
-                elif pair[0] in headers or pair[1] in headers:
-                    missing, present = pair if pair[1] in headers else pair[::-1]
-                    raise UserError(f"{self._path}: '{present}' without '{missing}': give both or none")
-        return found
-
-    def _headers(self) -> dict[str, Header]:
-        """Headers of the file, checked against one another."""
-        headers = read_headers(self._path)
-        parts = self._parts(headers)
-        for key in (key for keys in parts for key in keys):
-            self._check(key, headers[key])
-        for train, valid in zip(*parts):
-            left, right = headers[train].shape, headers[valid].shape
-            if left[1:] != right[1:]:
-                raise UserError(f"{self._path}: {valid} of shape {right} does not fit {train} of shape {left}")
-        for keys in parts:
-            for key in keys[1:]:
-                self._check_fit(key, headers[key], headers[keys[0]].shape[:2])
-        num_neurons = sum(headers[key].shape[2] for key in parts[0])
-        for name, pair in self._known(headers).items():
-            for key, keys in zip(pair, parts):
-                self._check(key, headers[key])
-                self._check_fit(key, headers[key], headers[keys[0]].shape[:2])
-                if name == "rates" and headers[key].shape[2] != num_neurons:
-                    raise UserError(f"{self._path}: {key} has {headers[key].shape[2]} neurons, the data {num_neurons}")
-        return headers
-
-    def _check(self, key: str, header: Header) -> None:
-        if header.dtype.hasobject:
-            raise UserError(f"{self._path}: {key} holds no numbers")
-        if len(header.shape) != 3:
-            raise UserError(f"{self._path}: {key} must have shape (trials, time, neurons), got {header.shape}")
-        if 0 in header.shape:
-            axis = ("trials", "time bins", "neurons")[header.shape.index(0)]
-            raise UserError(f"{self._path}: {key} has no {axis}, its shape is {header.shape}")
-
-    def _check_fit(self, key: str, header: Header, shape: tuple[int, ...]) -> None:
-        if header.shape[:2] != shape:
-            raise UserError(f"{self._path}: {key} must have {shape[0]} trials of {shape[1]} bins, got {header.shape}")
+    def _layout(self) -> Layout:
+        return layout_of(self._path, self._file_headers(), self.columns, self.plain, self.held_out_keys)
 
 
 class Spikes(SequenceFile):
@@ -179,19 +155,58 @@ class Spikes(SequenceFile):
     `eval_spikes_heldin`, `eval_spikes_heldout`, all four, optional `train_behavior`, `eval_behavior`; other keys,
     such as those of forward prediction, are not read. Raises UserError for negative, fractional or missing counts and
     for neurons without a spike in the training split.
+
+    A path that ends in .nwb: the units' spikes, in bins of bin_seconds from each trial's start on; trial_seconds: how
+    many seconds of a trial, null where all are of one length (`read_nwb`).
     """
 
     name = "spikes"
     kind = COUNTS
+    columns = "neurons"
     plain = ("train_spikes", "valid_spikes")
     held_out_keys = (("train_spikes_heldin", "train_spikes_heldout"), ("eval_spikes_heldin", "eval_spikes_heldout"))
 
     @checked
-    def __init__(self, path: str, num_held_out: NonNegativeInt | None, bin_seconds: PositiveFloat) -> None:
+    def __init__(
+        self,
+        path: str,
+        num_held_out: NonNegativeInt | None,
+        bin_seconds: PositiveFloat,
+        trial_seconds: PositiveFloat | None = None,
+    ) -> None:
         super().__init__(path, num_held_out, bin_seconds)
+        self._is_nwb, self._trial_seconds = self._path.suffix.lower() == ".nwb", trial_seconds
+        if trial_seconds is not None and not self._is_nwb:
+            raise ValueError("trial_seconds is for .nwb files, whose trials are cut from a recording")
+
+    def identity(self) -> dict[str, object]:
+        """Kind, SHA-256 of the file, neurons held out; of NWB also how it is binned. Raises UserError."""
+        if not self._is_nwb:
+            return super().identity()
+        binning = {"version": nwb.VERSION, "bin_seconds": self.bin_seconds, "trial_seconds": self._trial_seconds}
+        return super().identity() | {"binning": binning}
+
+    def account(self) -> list[str]:
+        """What is taken for trials, time and neurons, what is left out and why. Raises UserError as `prepare`."""
+        return super().account() + (list(self._binned()[1]) if self._is_nwb else [])
+
+    def _binned(self) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        return nwb.read_nwb(self._path, self.bin_seconds, self._trial_seconds)
+
+    def _state(self) -> tuple:
+        return (*super()._state(), self.bin_seconds, self._trial_seconds)
+
+    def _file_headers(self) -> dict[str, Header]:
+        if not self._is_nwb:
+            return super()._file_headers()
+        note = f"in bins of {self.bin_seconds:g} s from start_time on"
+        return {key: Header(array.dtype, array.shape, note=note) for key, array in self._binned()[0].items()}
+
+    def _read(self, key: str) -> np.ndarray:
+        return self._binned()[0][key] if self._is_nwb else super()._read(key)
 
     def _values(self, key: str) -> np.ndarray:
-        return as_counts(self._path, key, read_array(self._path, key))
+        return as_counts(self._path, key, self._read(key))
 
     def _stored(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(smallest_counts(values))
@@ -212,6 +227,7 @@ class Series(SequenceFile):
 
     name = "series"
     kind = SERIES
+    columns = "dimensions"
     plain = ("train_series", "valid_series")
 
     @checked
@@ -219,7 +235,7 @@ class Series(SequenceFile):
         super().__init__(path, num_held_out, bin_seconds)
 
     def _values(self, key: str) -> np.ndarray:
-        values = read_array(self._path, key)
+        values = self._read(key)
         check_numbers(self._path, key, values)
         return values.astype(np.float32)
 

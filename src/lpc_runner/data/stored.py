@@ -15,10 +15,15 @@ from lpc_runner.errors import UserError
 from lpc_runner.files import remove_temporary, sha256_of, sync_folder, temporary_beside
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, computed once per (path, size, time of change): each cell of a sweep asks for it."""
+def file_state(path: Path) -> tuple[Path, int, int]:
+    """Path, size and time of change: what is known of a file stays true as long as these are the same."""
     state = path.stat()
-    return _content_hash(path.resolve(), state.st_size, state.st_mtime_ns)
+    return path.resolve(), state.st_size, state.st_mtime_ns
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, computed once per state of it: each cell of a sweep asks for it."""
+    return _content_hash(*file_state(path))
 
 
 @functools.cache
@@ -28,10 +33,7 @@ def _content_hash(path: Path, size: int, modified: int) -> str:
 
 def intact(path: Path, md5: str | None) -> bool:
     """Whether a file exists and, where an MD5 is given, has it; computed once like `content_hash`."""
-    if not path.is_file():
-        return False
-    state = path.stat()
-    return md5 is None or _md5(path.resolve(), state.st_size, state.st_mtime_ns) == md5
+    return path.is_file() and (md5 is None or _md5(*file_state(path)) == md5)
 
 
 @functools.cache
