@@ -1,14 +1,26 @@
-"""Files that are whole or not there: atomic writes and content hashes."""
+"""Files that are whole or not there: atomic writes, content hashes, locks; and what a file system may lack of it."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import functools
 import hashlib
+import logging
 import os
 import re
+import tempfile
 import uuid
 from pathlib import Path
 
+from filelock import FileLock
+
 from lpc_runner.errors import UserError
+
+_logger = logging.getLogger(__name__)
+# What file systems answer that lack links, locks or the flushing of folders: FUSE, SMB, exFAT, NFS without its lock
+# service. (Linux says EPERM of links on FAT.)
+LACKING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EPERM)
 
 
 def sha256_of(path: Path) -> str:
@@ -46,18 +58,32 @@ def temporary_beside(path: Path) -> Path:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside `path`, flush, rename over it, flush the folder: a reader sees old or new, never half."""
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_cache(path: Path, content: bytes) -> None:
+    """Write what can be computed again, and its folder; where that is refused, say so once and go on without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        say_once(f"{path.parent}: nothing is kept there for later runs ({error.strerror})")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the system refused (rights, a disk's fault, memory): that says nothing about a file's content."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and bool(error.errno))
 
 
 def remove_temporary(path: Path) -> None:
@@ -66,10 +92,84 @@ def remove_temporary(path: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and deletions in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_to_disk(descriptor: int) -> None:
+    """Make what was written to a file or folder survive a power cut, where its file system can."""
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (*LACKING, errno.EROFS):
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in `folder` durable, where its file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (*LACKING, errno.EACCES, errno.EISDIR):  # a folder may be written and not be read
+            raise
+        return
+    try:
+        flush_to_disk(descriptor)
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """A warning that this process gives once."""
+    _logger.warning("%s", text)
+
+
+def lock_on(path: Path) -> FileLock:
+    """A lock that ends with its process, however that dies: of the file `path`, whose folder must exist.
+
+    Where the file system has no locks it is one of this machine's, and that is said once. OSError.
+    """
+    if _has_locks(path.parent):
+        return FileLock(path)
+    say_once(
+        f"{path.parent}: this file system has no file locks. Processes of this machine keep apart; make sure that no "
+        "other machine works in the same folder"
+    )
+    local = _local_lock(path)
+    local.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return FileLock(local)
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds `lock_on(path)`; looking writes nothing. OSError if that cannot be told."""
+    for place in (path, _local_lock(path)):
+        try:
+            with open(place, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise
+    return False
+
+
+_with_locks: dict[int, bool] = {}  # by number of the device
+
+
+def _has_locks(folder: Path) -> bool:
+    device = folder.stat().st_dev
+    if device not in _with_locks:
+        with tempfile.TemporaryFile(dir=folder) as file:  # not the lock itself: that may be held
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _with_locks[device] = True
+            except OSError as error:
+                if error.errno not in LACKING:
+                    raise
+                _with_locks[device] = False
+    return _with_locks[device]
+
+
+def _local_lock(path: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return Path(tempfile.gettempdir()) / f"lpc_runner-locks-{os.getuid()}" / f"{name}.lock"

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lpc_runner.errors import UserError
 from lpc_runner.main import one_line_errors
-from lpc_runner.runs import RunDirectory, last_row
+from lpc_runner.runs import RunDirectory, follow, last_row
 
 _METRICS = ("fid", "fd_", "elbo", "log_likelihood", "r2")  # shown, in this order; --json has all
 
@@ -39,13 +39,14 @@ class Listed:
 
 def list_runs(folder: Path | str) -> list[Listed]:
     """The runs of an output folder, of a study in it, or one run. Raises UserError if `folder` holds none."""
-    folder = Path(folder)
+    folder = follow(Path(folder))
     if (folder / "run.json").is_file():
         return [_look(folder)]
     root = folder / "runs" if (folder / "runs").is_dir() else folder
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder; runs lie in outputs/ unless output_dir says otherwise")
-    found = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = [follow(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    found = [path for path in found if path.is_dir()]
     found = [path for path in found if (path / "run.json").exists() or (path / ".owner").exists()]
     if not found:
         raise UserError(f"{folder} holds no runs; runs lie in outputs/ unless output_dir says otherwise")

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -67,8 +67,8 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
         OmegaConf.resolve(cfg)
         return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
     try:
-        cell = json.loads(Path(path).read_text())[hydra_cfg.job.num]
-    except (OSError, ValueError, LookupError):
+        cell = json.loads(Path(path).read_text(encoding="utf-8"))[hydra_cfg.job.num]
+    except (FileNotFoundError, ValueError, LookupError):
         raise UserError(
             f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
         ) from None
@@ -167,9 +167,10 @@ def print_results(planned: list[Planned]) -> None:
         if result is None or result["status"] not in DONE:
             continue
         try:
-            print_measurement(run.directory.name, result["metrics"], result["measurement"])
+            measured = _measured(result["metrics"], result["measurement"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:  # edited by hand
             raise run.directory.damaged("result.json", "its measurement has lost something") from error
+        _print_measured(console, run.directory.name, measured)
         seconds, updates = result["train_seconds"], result["num_updates"]
         ending = f" at update {result['diverged_at'].get('update')}" if result["diverged_at"] else ""
         console.print(
@@ -178,24 +179,39 @@ def print_results(planned: list[Planned]) -> None:
             soft_wrap=True,
         )
         link = Path(run.cell.cfg.output_dir) / run.cell.cfg.study / run.directory.name
+        link = link if link.is_symlink() else run.directory.path  # no links on this file system: not through a file
         console.print(f"  samples  {link}/samples/final.png", soft_wrap=True)
         console.print(f"  result   {link}/result.json", soft_wrap=True)
 
 
 def print_measurement(name: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
     """Metrics as a table, with what they were measured on."""
-    console = Console()
+    _print_measured(Console(), name, _measured(metrics, facts))
+
+
+class _Measured(NamedTuple):
+    """A table of numbers, what they were measured on, and the columns that the numbers and their names take."""
+
+    table: Table
+    sources: str
+    width: int
+
+
+def _measured(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
+    return (_sequences if facts.get("kind") == "sequences" else _images)(metrics, facts)
+
+
+def _print_measured(console: Console, name: str, measured: _Measured) -> None:
     console.print(f"\n[bold]{name}[/bold]", highlight=False, soft_wrap=True)
-    if facts.get("kind") == "sequences":
-        _print_sequences(console, metrics, facts)
-    else:
-        _print_images(console, metrics, facts)
+    # Names and numbers stay whole on the narrowest terminal, which breaks the lines itself; notes are wrapped.
+    console.print(measured.table, width=max(console.width, measured.width))
+    console.print(f"  {measured.sources}", highlight=False, soft_wrap=True)
 
 
-def _print_sequences(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+def _sequences(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Every number beside that of the true rates, where there is one, and its unit."""
     table = Table(box=None, padding=(0, 1))
-    table.add_column("", min_width=max(map(len, metrics), default=0), no_wrap=True)
+    table.add_column("", no_wrap=True)
     for column in ("model", "true rates"):
         table.add_column(column, justify="right", header_style="dim", no_wrap=True)
     table.add_column("")
@@ -203,14 +219,20 @@ def _print_sequences(console: Console, metrics: dict[str, float], facts: dict[st
         ceiling = facts["ceilings"].get(metric)
         truth = "" if ceiling is None else f"{ceiling:.4g}"
         table.add_row(metric, f"{metrics[metric]:.4g}", truth, facts["notes"].get(metric, ""))
-    console.print(table)
-    console.print(f"  {facts['sources']}", highlight=False, soft_wrap=True)
+    return _Measured(table, facts["sources"], _width(metrics) + 11 + 14)
 
 
-def _print_images(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+def _width(metrics: dict[str, float]) -> int:
+    """Columns of the longest name and the longest number, those between them, and some for a note."""
+    return max(map(len, metrics), default=0) + len("-1.234e-05") + 8
+
+
+def _images(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Sample quality first, with N, k, extractor and split of those it belongs to."""
     suffix = "_" + facts["extractor"]
     table = Table(show_header=False, box=None, padding=(0, 2))
+    for wraps in (False, False, True):
+        table.add_column(no_wrap=not wraps)
     quality = [metric for metric in _ordered(metrics) if metric.removesuffix(suffix) in _SHOWN]
     for metric in quality:
         note = ""
@@ -223,14 +245,13 @@ def _print_images(console: Console, metrics: dict[str, float], facts: dict[str, 
     for metric in (metric for metric in _ordered(metrics) if metric not in quality):
         note = {"elbo": "nats per image", "kl": "nats per image", "bits_per_dim": "from the ELBO"}.get(metric, "")
         table.add_row(metric, f"{metrics[metric]:.4g}", note)
-    console.print(table)
     sources = (
         f"N = {facts['num_samples']:,} samples against {facts['num_references']:,} {facts['reference']} images, "
         f"k = {facts['k']}, extractor {facts['extractor']} {facts['extractor_hash'][:8]}"
     )
     if "num_bound" in facts:
         sources += f"; elbo to active_units: {facts['num_bound']:,} {facts['bound_split']} images"
-    console.print(f"  {sources}", soft_wrap=True)
+    return _Measured(table, sources, _width(metrics))
 
 
 def _ordered(metrics: dict[str, float]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lpc_runner.errors import UserError
+from lpc_runner.files import is_refusal
 
 # What zipfile, zlib, numpy and h5py raise on a file whose bytes are not what they were.
 _DAMAGE = (
@@ -46,6 +47,8 @@ def damage_named(path: Path) -> Iterator[None]:
         raise
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:120]
+        if is_refusal(error):
+            raise UserError(f"{path}: cannot be read ({reason or 'not enough memory'})") from error
         raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -173,7 +174,9 @@ class WandbTracker(Sink):
             self._fall_back(what)
         if self.mode == "offline":
             why = f" ({reason})" if reason else ""
-            _logger.info("W&B offline%s: upload with `wandb sync %s`", why, self.folder)
+            # All sessions of this run: W&B keeps one folder for each, and its command uploads those it is given.
+            sessions = f"{shlex.quote(str(self.folder.parent))}/offline-run-*"
+            _logger.info("W&B offline%s: upload with `wandb sync %s`", why, sessions)
         elif self.mode == "online":
             # The id is an agent's choice in a sweep: without this note, publishing the run would double it.
             place = destination(self._run.settings.base_url, self._run.entity, self._run.project)
