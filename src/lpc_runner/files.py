@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock
@@ -121,20 +122,30 @@ def say_once(text: str) -> None:
     _logger.warning("%s", text)
 
 
-def lock_on(path: Path) -> FileLock:
+class _Unlocked(nullcontext):
+    """In the place of a lock on a machine that has none."""
+
+    def acquire(self, timeout: float = 0) -> _Unlocked:
+        del timeout
+        return self
+
+    def release(self) -> None:
+        pass
+
+
+def lock_on(path: Path) -> FileLock | _Unlocked:
     """A lock that ends with its process, however that dies: of the file `path`, whose folder must exist.
 
     Where the file system has no locks it is one of this machine's, and that is said once. OSError.
     """
     if _has_locks(path.parent):
         return FileLock(path)
-    say_once(
-        f"{path.parent}: this file system has no file locks. Processes of this machine keep apart; make sure that no "
-        "other machine works in the same folder"
-    )
     local = _local_lock(path)
     local.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return FileLock(local)
+    here = _has_locks(local.parent)
+    apart = "processes of this machine keep apart, those of others" if here else "two processes"
+    say_once(f"{path.parent}: no file locks on this file system: {apart} must not be started on the same run at once")
+    return FileLock(local) if here else _Unlocked()
 
 
 def is_held(path: Path) -> bool:
@@ -153,23 +164,23 @@ def is_held(path: Path) -> bool:
     return False
 
 
-_with_locks: dict[int, bool] = {}  # by number of the device
-
-
 def _has_locks(folder: Path) -> bool:
-    device = folder.stat().st_dev
-    if device not in _with_locks:
-        with tempfile.TemporaryFile(dir=folder) as file:  # not the lock itself: that may be held
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _with_locks[device] = True
-            except OSError as error:
-                if error.errno not in LACKING:
-                    raise
-                _with_locks[device] = False
-    return _with_locks[device]
+    with tempfile.TemporaryFile(dir=folder, prefix=".") as file:  # not the lock itself: that may be held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise
+            return False
+    return True
 
 
 def _local_lock(path: Path) -> Path:
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    return Path(tempfile.gettempdir()) / f"lpc_runner-locks-{os.getuid()}" / f"{name}.lock"
+    return _local_folder() / f"lpc_runner-locks-{os.getuid()}" / f"{name}.lock"
+
+
+def _local_folder() -> Path:
+    """Of this machine alone and the same for all its processes, which TMPDIR need not be."""
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())

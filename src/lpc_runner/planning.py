@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # Shown first in the closing table, in this order; metrics carry the extractor's name behind these.
 _SHOWN = ("fid", "fd", "kid", "precision", "recall", "density", "coverage")
 _PLAN = "LPC_RUNNER_PLAN"  # environment variable with the path of the sweep's plan, which launchers pass on
+_NOTE = 24  # columns that a note beside the numbers needs
 _BOUND = ("elbo", "kl", "bits_per_dim", "active_units", "sigma")
 
 
@@ -190,11 +191,11 @@ def print_measurement(name: str, metrics: dict[str, float], facts: dict[str, Any
 
 
 class _Measured(NamedTuple):
-    """A table of numbers, what they were measured on, and the columns that the numbers and their names take."""
+    """Rows of name, numbers and a note; the numbers' headings; and, in words, what all was measured on."""
 
-    table: Table
+    rows: list[tuple[str, ...]]
+    headings: tuple[str, ...]
     sources: str
-    width: int
 
 
 def _measured(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
@@ -202,56 +203,62 @@ def _measured(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
 
 
 def _print_measured(console: Console, name: str, measured: _Measured) -> None:
+    """The numbers as a table; where it is too wide for the terminal, the notes follow it: no name or number is cut."""
     console.print(f"\n[bold]{name}[/bold]", highlight=False, soft_wrap=True)
-    # Names and numbers stay whole on the narrowest terminal, which breaks the lines itself; notes are wrapped.
-    console.print(measured.table, width=max(console.width, measured.width))
+    table = _table(measured, noted=False)
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    fits = needed + _NOTE <= console.width
+    width, console.width = console.width, max(console.width, needed)
+    console.print(_table(measured, noted=True) if fits else table)
+    console.width = width
+    for row in () if fits else filter(lambda row: row[-1], measured.rows):
+        console.print(f"  {row[0]}: {row[-1]}", highlight=False, soft_wrap=True)
     console.print(f"  {measured.sources}", highlight=False, soft_wrap=True)
+
+
+def _table(measured: _Measured, noted: bool) -> Table:
+    titled = any(measured.headings)
+    table = Table(show_header=titled, box=None, padding=(0, 1 if titled else 2))
+    table.add_column("", no_wrap=True)
+    for heading in measured.headings:
+        table.add_column(heading, justify="right" if titled else "left", header_style="dim", no_wrap=True)
+    for row in measured.rows:
+        table.add_row(*(row if noted else row[:-1]))
+    return table
 
 
 def _sequences(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Every number beside that of the true rates, where there is one, and its unit."""
-    table = Table(box=None, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for column in ("model", "true rates"):
-        table.add_column(column, justify="right", header_style="dim", no_wrap=True)
-    table.add_column("")
+    rows = []
     for metric in _ordered(metrics):
         ceiling = facts["ceilings"].get(metric)
         truth = "" if ceiling is None else f"{ceiling:.4g}"
-        table.add_row(metric, f"{metrics[metric]:.4g}", truth, facts["notes"].get(metric, ""))
-    return _Measured(table, facts["sources"], _width(metrics) + 11 + 14)
-
-
-def _width(metrics: dict[str, float]) -> int:
-    """Columns of the longest name and the longest number, those between them, and some for a note."""
-    return max(map(len, metrics), default=0) + len("-1.234e-05") + 8
+        rows.append((metric, f"{metrics[metric]:.4g}", truth, facts["notes"].get(metric, "")))
+    return _Measured(rows, ("model", "true rates"), facts["sources"])
 
 
 def _images(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Sample quality first, with N, k, extractor and split of those it belongs to."""
     suffix = "_" + facts["extractor"]
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for wraps in (False, False, True):
-        table.add_column(no_wrap=not wraps)
     quality = [metric for metric in _ordered(metrics) if metric.removesuffix(suffix) in _SHOWN]
+    rows = []
     for metric in quality:
         note = ""
         if metric.startswith("coverage"):
             note = f"{facts['coverage_ceiling']:.3f} at best with these N"
         elif facts.get(f"{metric}_floor") is not None:
             note = f"{facts[f'{metric}_floor']:.3g} between the references and {facts['num_floor']:,} other real images"
-        table.add_row(metric, f"{metrics[metric]:.4g}", note)
-    table.add_section()
+        rows.append((metric, f"{metrics[metric]:.4g}", note))
     for metric in (metric for metric in _ordered(metrics) if metric not in quality):
         note = {"elbo": "nats per image", "kl": "nats per image", "bits_per_dim": "from the ELBO"}.get(metric, "")
-        table.add_row(metric, f"{metrics[metric]:.4g}", note)
+        rows.append((metric, f"{metrics[metric]:.4g}", note))
     sources = (
         f"N = {facts['num_samples']:,} samples against {facts['num_references']:,} {facts['reference']} images, "
         f"k = {facts['k']}, extractor {facts['extractor']} {facts['extractor_hash'][:8]}"
     )
     if "num_bound" in facts:
         sources += f"; elbo to active_units: {facts['num_bound']:,} {facts['bound_split']} images"
-    return _Measured(table, sources, _width(metrics))
+    return _Measured(rows, ("",), sources)
 
 
 def _ordered(metrics: dict[str, float]) -> list[str]:

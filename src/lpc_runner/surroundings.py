@@ -28,14 +28,19 @@ class _Printed(io.FileIO):
 
     def write(self, data: Any) -> int:
         """All of `data`, or the system's refusal is noted and the rest dropped."""
+        left = memoryview(data).cast("B")
+        size = len(left)
         try:
-            while (written := super().write(data)) is None:  # another process has made the pipe non-blocking
-                select.select([], [self], [])
-            return written
+            while left:
+                written = super().write(left)
+                if written is None:  # another process has made the pipe non-blocking
+                    select.select([], [self], [])
+                else:
+                    left = left[written:]
         except OSError as error:
             if error.errno not in _NOBODY_READS:
                 self.refused = self.refused or error
-            return memoryview(data).nbytes
+        return size
 
 
 def settle() -> None:

@@ -296,9 +296,11 @@ def _check_root(values: dict[str, Any]) -> None:
         if not values[key] or values[key].startswith("~"):  # no shell expands the ~ behind a =
             raise UserError(f"{key} must be a folder's path, got {values[key]!r}: $HOME/... is yours, . is this one")
     study = values["study"]
-    plain = study.isprintable() and not set(study) & set("/\\") and not study.startswith(".") and len(study) <= 100
+    plain = (
+        study.isprintable() and not set(study) & set("/\\") and not study.startswith(".") and len(study.encode()) <= 240
+    )
     if not study or not plain or study == "runs":
-        raise UserError(f"study must be a plain folder name other than 'runs', got {study!r}")
+        raise UserError(f"study must be a plain folder name of at most 240 bytes, other than 'runs', got {study!r}")
 
 
 def resolve_device(name: str) -> Any:
