@@ -175,6 +175,18 @@ def test_names_and_numbers_are_whole_on_a_narrow_terminal(columns, monkeypatch, 
     assert "40 other real images" in " ".join(images.split())
 
 
+def test_a_listing_on_a_narrow_terminal_has_a_line_for_every_name(tmp_path, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    name = "digits-conv-langevin-jeffreys-adam_shared-s0-0123456789"
+    make(tmp_path, name, {"status": "finished", "metrics": {"fid": 12.5}})
+    lines = command(str(tmp_path), entry=lpc_runner.ls.main).out.splitlines()
+    assert lines[0] == name and lines[1].startswith("  done, epoch 2.0, fid 12.5, 0 s")
+
+
+def test_a_terminal_without_a_size_is_printed_on(listed):
+    assert b"a-failed" in shell("$PYTHON -m lpc_runner.ls outputs", listed, COLUMNS="0").stdout
+
+
 # File systems ---------------------------------------------------------------------------------------------
 
 
@@ -391,6 +403,15 @@ def test_a_run_needs_its_checkpoint_and_not_its_data(command, workplace, tmp_pat
     write_images(tmp_path / "wider.npz", 60, (1, 32, 32))
     answer = command(str(there), "dataset.train=wider.npz", entry=lpc_runner.evaluate.main)
     assert answer.code == 1 and len(answer.lines) == 1 and "(1, 28, 28)" in answer.err and "(1, 32, 32)" in answer.err
+
+
+def test_a_read_only_run_is_measured_nowhere_and_that_is_said_first(command, workplace, monkeypatch):
+    assert command(*TINY).code == 0
+    run, real = only_run().resolve(), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run and real(path, mode))
+    monkeypatch.setattr(lpc_runner.evaluate, "_require_data", lambda _: pytest.fail("began to measure"))
+    answer = command(str(run), entry=lpc_runner.evaluate.main)
+    assert answer.code == 1 and len(answer.lines) == 1 and "is read-only" in answer.err
 
 
 def test_a_folder_that_may_be_written_and_not_be_read(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     UserError if the run, the data or the weights are missing.
     """
     run = load(run_dir, overrides)
+    if not os.access(run.directory.path, os.W_OK | os.X_OK):
+        raise UserError(f"{run.directory.path} is read-only, and what is measured is kept there: copy the folder first")
     set_up_torch(run.experiment)
     metrics, dataset, cache = run.experiment.metrics, run.experiment.dataset, feature_cache(run.cfg)
     _require_data(run)

@@ -19,6 +19,7 @@ from lpc_runner.errors import UserError
 from lpc_runner.main import one_line_errors
 from lpc_runner.runs import RunDirectory, follow, last_row
 
+_NARROW = 60  # columns below which a table is no help: every run takes lines of its own
 _METRICS = ("fid", "fd_", "elbo", "log_likelihood", "r2")  # shown, in this order; --json has all
 
 
@@ -123,15 +124,20 @@ def _ago(seconds: float | None) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
+def _numbers(run: Listed) -> list[str]:
+    """The two metrics that are shown."""
+    known = [key for key, value in run.metrics.items() if _number(value) is not None]
+    shown = [key for start in _METRICS for key in known if key.startswith(start)][:2]
+    return [f"{key} {run.metrics[key]:.4g}" for key in shown]
+
+
 def _table(runs: list[Listed]) -> Table:
     table = Table(box=None)
     for name in ("run", "state", "epoch", "metrics", "age", "host", "what to do"):
         table.add_column(name, overflow="fold")  # a name cut short could not be looked for
     colours = {"done": "green", "running": "cyan", "interrupted": "yellow"}
     for run in runs:
-        known = [key for key, value in run.metrics.items() if _number(value) is not None]
-        shown = [key for start in _METRICS for key in known if key.startswith(start)][:2]
-        numbers = "  ".join(f"{key} {run.metrics[key]:.4g}" for key in shown)
+        numbers = "  ".join(_numbers(run))
         epoch = "" if run.epoch is None else f"{run.epoch:.1f}"
         state = f"[{colours.get(run.state, 'red')}]{run.state}[/]"
         table.add_row(run.name, state, epoch, numbers, _ago(run.age), run.host or "", run.todo.replace("[", "\\["))
@@ -152,7 +158,16 @@ def main() -> None:
             return
         # In a file or a pipe a name is to be found in one piece.
         console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
-        console.print(_table(runs))
+        if console.width < _NARROW:
+            for run in runs:
+                facts = [run.state, f"epoch {run.epoch:.1f}" if run.epoch is not None else "", *_numbers(run)]
+                facts += [_ago(run.age), run.host or ""]
+                for line in filter(
+                    None, (run.name, f"  {', '.join(filter(None, facts))}", run.todo and f"  {run.todo}")
+                ):
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(_table(runs))
         states = [run.state for run in runs]
         console.print(
             f"{len(runs)} runs: " + ", ".join(f"{states.count(state)} {state}" for state in sorted({*states}))

@@ -59,6 +59,8 @@ def settle() -> None:
             setattr(sys, name, _lasting(stream))
         elif number and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("COLUMNS", "").strip("0") == "":  # a terminal without a size: rich would print nothing at all
+        os.environ.pop("COLUMNS", None)
     _name_user()
 
 
@@ -117,6 +119,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
         _require_printed()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except UserError as error:
         _leave_with(error, str(error))
     except OSError as error:  # a full disk, a folder without permission

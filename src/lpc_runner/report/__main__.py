@@ -39,7 +39,7 @@ from lpc_runner.report.tables import (
 from lpc_runner.report.tuning import tuning_tables
 from lpc_runner.surroundings import one_line_errors
 
-WIDTH = 100
+WIDTH, NARROW = 100, 40  # what is narrower breaks the lines itself: no number is cut
 MIN_LABEL = 20
 GAP = 2  # between columns
 
@@ -99,9 +99,9 @@ def markdown(study: Study, tables: Sequence[Table], pictures: Sequence[tuple[str
 
 
 def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -> None:
-    """The main columns, what went wrong, and where the files are, in at most WIDTH columns."""
+    """The main columns, what went wrong, and where the files are, in at most WIDTH columns and at least NARROW."""
     console = Console(highlight=False)
-    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    console.width = max(NARROW, min(WIDTH, console.width)) if console.is_terminal else WIDTH
     console.print(Text(f"{study.name}: {len(study.runs)} runs, {count_statuses(study.runs)}", style="bold"))
     for table in tables:
         console.print(_grid(table, console.width))
