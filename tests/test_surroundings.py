@@ -354,7 +354,7 @@ def test_a_cache_is_done_without_and_that_is_said_once(tmp_path, monkeypatch, ca
 def test_a_refusal_of_the_system_is_not_called_damage(error, tmp_path, monkeypatch, caplog):
     with pytest.raises(UserError, match=rf"x\.npz: cannot be read .*{error.strerror}"), damage_named(Path("x.npz")):
         raise error
-    with pytest.raises(UserError, match=r"cannot be read \(not enough memory\)"), damage_named(Path("x.npz")):
+    with pytest.raises(UserError, match="more memory than there is"), damage_named(Path("x.npz")):
         raise MemoryError
     with pytest.raises(UserError, match="damaged or cut short"), damage_named(Path("x.npz")):
         raise OSError("Unable to open file (truncated file)")  # h5py's words for damage, no number of the system's

@@ -144,6 +144,13 @@ def _table(runs: list[Listed]) -> Table:
     return table
 
 
+def _lines(run: Listed) -> list[str]:
+    """What the table says of a run, where there is no room for a table."""
+    epoch = "" if run.epoch is None else f"epoch {run.epoch:.1f}"
+    facts = [run.state, epoch, *_numbers(run), _ago(run.age), run.host]
+    return [run.name, "  " + ", ".join(filter(None, facts)), *([f"  {run.todo}"] if run.todo else [])]
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m lpc_runner.ls", description=__doc__)
@@ -159,13 +166,8 @@ def main() -> None:
         # In a file or a pipe a name is to be found in one piece.
         console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
         if console.width < _NARROW:
-            for run in runs:
-                facts = [run.state, f"epoch {run.epoch:.1f}" if run.epoch is not None else "", *_numbers(run)]
-                facts += [_ago(run.age), run.host or ""]
-                for line in filter(
-                    None, (run.name, f"  {', '.join(filter(None, facts))}", run.todo and f"  {run.todo}")
-                ):
-                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+            for line in (line for run in runs for line in _lines(run)):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             console.print(_table(runs))
         states = [run.state for run in runs]

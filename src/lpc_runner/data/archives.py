@@ -26,7 +26,6 @@ _DAMAGE = (
     ValueError,
     RuntimeError,
     KeyError,
-    MemoryError,
 )
 
 
@@ -45,10 +44,12 @@ def damage_named(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except MemoryError as error:
+        raise UserError(f"{path}: needs more memory than there is") from error
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:120]
         if is_refusal(error):
-            raise UserError(f"{path}: cannot be read ({reason or 'not enough memory'})") from error
+            raise UserError(f"{path}: cannot be read ({reason})") from error
         raise UserError(f"{path}: damaged or cut short ({reason}), fetch or write the file again") from error
 
 
