@@ -79,6 +79,7 @@ def test_what_an_offline_run_prints_uploads_all_of_its_sessions(server, tmp_path
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", line.split("`")[1]],
+        cwd=tmp_path,  # where W&B writes its own log
         env={**os.environ, "PATH": path, "WANDB_API_KEY": KEY, "WANDB_ENTITY": ENTITY},
         capture_output=True,
         text=True,

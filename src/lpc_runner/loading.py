@@ -78,7 +78,7 @@ def _facts(directory: RunDirectory) -> dict[str, Any] | None:
     """What run.json keeps of the data, which need not be there; None where it lacks something: the data are asked."""
     found = {name: directory.description().get(name) for name in ("data_shape", "num_train", "num_held_out")}
     counts = [*found["data_shape"], found["num_train"], found["num_held_out"]] if found["data_shape"] else [None]
-    return found if all(isinstance(count, int) for count in counts) else None
+    return found | {"data_shape": tuple(counts[:-2])} if all(isinstance(count, int) for count in counts) else None
 
 
 def _read_config(path: Path) -> DictConfig:

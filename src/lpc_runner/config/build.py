@@ -139,8 +139,6 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
     device = resolve_device(values["device"])
     facts = facts if facts is not None else _facts(dataset)
     asked = {name: facts[name] for name in LATER["model"] & hints_of(target).keys()}
-    if "data_shape" in asked:
-        asked["data_shape"] = tuple(asked["data_shape"])
     with seeded_layers(values["seed"], "initialisation"):
         model = _naming("model", parts["model"], **asked)
     if declared(parts["preconditioning"], Preconditioner, "needs_encoder") and not asks("uses_encoder"):
@@ -208,11 +206,8 @@ def _fitting(group: str, kind: str) -> str:
 
 def _facts(dataset: Any) -> dict[str, Any]:
     """What a model's constructor may ask to know of the data. Raises UserError if they are missing."""
-    return {
-        "data_shape": list(dataset.shape),
-        "num_train": dataset.num_train,
-        "num_held_out": dataset.num_held_out,
-    }
+    shape = tuple(dataset.shape)
+    return {"data_shape": shape, "num_train": dataset.num_train, "num_held_out": dataset.num_held_out}
 
 
 def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
