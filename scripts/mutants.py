@@ -154,10 +154,10 @@ def judge(mutant: Mutant | None, tests: tuple[str, str], folder: Path) -> str:
     shutil.copytree(ROOT / "src" / "lpc_runner", source / "lpc_runner", ignore=shutil.ignore_patterns("__pycache__"))
     if mutant is not None:
         path = source / "lpc_runner" / mutant.file
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if text.count(mutant.old) != 1:
             return f"NOT PLANTED: {text.count(mutant.old)} lines match"
-        path.write_text(text.replace(mutant.old, mutant.new))
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     status = run_tests(source, tests)
     return {0: "SURVIVED", 1: "caught"}.get(status, f"NOT RUN: pytest exit status {status}")
 

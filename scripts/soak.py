@@ -38,7 +38,7 @@ SETTINGS = (
 def start(folder: Path, num_runs: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "lpc_runner", "-m", f"seed=range({num_runs})", *SETTINGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    output = open(folder / "output.txt", "a")  # noqa: SIM115 (the process writes to it)
+    output = open(folder / "output.txt", "a", encoding="utf-8")  # noqa: SIM115 (the process writes to it)
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
 
 
@@ -48,18 +48,22 @@ def examine(folder: Path, num_runs: int) -> list[str]:
     runs = sorted((folder / "outputs" / "soak").iterdir())
     if len(runs) != num_runs:
         wrong.append(f"{len(runs)} runs instead of {num_runs}")
-    seeds = [json.loads((run / "run.json").read_text())["keys"]["seed"] for run in runs]
+    seeds = [json.loads((run / "run.json").read_text(encoding="utf-8"))["keys"]["seed"] for run in runs]
     wrong += [f"seed {seed}: {seeds.count(seed)} runs" for seed in range(num_runs) if seeds.count(seed) != 1]
     for run in runs:
-        result = json.loads((run / "result.json").read_text()) if (run / "result.json").exists() else {}
+        result = json.loads((run / "result.json").read_text(encoding="utf-8")) if (run / "result.json").exists() else {}
         if result.get("status") != "finished":
             wrong.append(f"{run.name}: {result.get('status', 'no result')}")
             continue
-        updates = [json.loads(line)["update"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        updates = [
+            json.loads(line)["update"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         if updates != list(range(1, 61)):
             wrong.append(f"{run.name}: updates {updates}")
         ended = (run / "result.json").stat().st_mtime
-        starts = [json.loads(line)["started"] for line in (run / "sessions.jsonl").read_text().splitlines()]
+        starts = [
+            json.loads(line)["started"] for line in (run / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         if datetime.fromisoformat(starts[-1]).timestamp() > ended + 1:
             wrong.append(f"{run.name}: begun again after its end")
     return wrong
@@ -98,7 +102,9 @@ def main() -> None:
             time.sleep(1)
             keep_both_running()
         wrong = examine(folder, given.runs)
-        begun = sum(len(path.read_text().splitlines()) for path in folder.glob("outputs/runs/*/sessions.jsonl"))
+        begun = sum(
+            len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("outputs/runs/*/sessions.jsonl")
+        )
         print(
             f"{given.runs} runs, {kills} kills, {begun} starts, {time.monotonic() - began:.0f} s: "
             f"{results()} results, {len(wrong)} wrong"

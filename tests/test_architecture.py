@@ -9,7 +9,18 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lpc_runner"
 # Each part may import itself and those before it.
-BASE = ("errors", "masking", "commands", "schema", "randomness", "files", "runs", "environment", "memory")
+BASE = (
+    "errors",
+    "masking",
+    "commands",
+    "schema",
+    "randomness",
+    "files",
+    "runs",
+    "environment",
+    "memory",
+    "surroundings",
+)
 ORDER = (
     "data",
     "likelihoods",
@@ -118,6 +129,19 @@ def test_wandb_and_torch_fidelity_are_imported_late():
         for node in ast.parse((SOURCE / name).read_text()).body:
             assert not isinstance(node, ast.Import) or node.names[0].name not in late
             assert not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in late
+
+
+def test_every_text_file_is_read_and_written_in_a_named_encoding():
+    """A terminal's encoding is no business of a file's."""
+    texts = ("read_text", "write_text", "open", "fdopen", "NamedTemporaryFile")
+    for path in (*FILES, *(SOURCE.parents[1] / "scripts").glob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            given = [word.value for word in call.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+            binary = any(len(word) <= 3 and "b" in word for word in given)
+            plain = isinstance(call.func, ast.Name) or (name != "open" or (bool(given) and given[0] in ("r", "w", "a")))
+            if name in texts and plain and not binary:
+                assert "encoding" in {word.arg for word in call.keywords}, f"{path.name}, line {call.lineno}"
 
 
 @each_file

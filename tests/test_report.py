@@ -275,7 +275,7 @@ def test_every_run_that_did_not_finish_is_named(disk, capsys):
     (folder / "result.json").write_text(json.dumps({"status": "failed", "metrics": {}, "error": "OOM:\nbig"}))
     disk.run("half", LPC, 3, rows=[{"update": 1234, "epoch": 1, "train/elbo": -5}])
     disk.run("begun", VAE, 0)
-    assert main([str(disk.study)]) == 0
+    main([str(disk.study)])
     printed = capsys.readouterr().out
     text = (disk.study / "report" / "report.md").read_text()
     for expected in (
@@ -321,7 +321,9 @@ def test_impossible_requests_are_one_line(tmp_path, capsys, arguments):
     (tmp_path / "empty").mkdir()
     (tmp_path / "only_broken").mkdir()
     (tmp_path / "only_broken" / "x").symlink_to("nothing")
-    assert main([str(tmp_path / arguments[0])]) == 1
+    with pytest.raises(SystemExit) as left:
+        main([str(tmp_path / arguments[0])])
+    assert left.value.code == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and arguments[0] in captured.err
     with pytest.raises(UserError, match="empty, only_broken" if arguments == ["nowhere"] else "holds no runs"):
@@ -338,7 +340,9 @@ def test_the_folder_of_all_runs_names_its_studies(tmp_path):
 def test_an_output_that_cannot_be_written_is_one_line(disk, tmp_path, capsys):
     disk.run("a", VAE, metrics={"elbo": 1.0})
     (tmp_path / "file").write_text("")
-    assert main([str(disk.study), "--output", str(tmp_path / "file")]) == 1
+    with pytest.raises(SystemExit) as left:
+        main([str(disk.study), "--output", str(tmp_path / "file")])
+    assert left.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -362,7 +366,7 @@ def test_a_report_written_twice_is_the_same_to_the_byte(disk, tmp_path):
     curves(disk)
     contents = []
     for folder in (disk.study / "report", tmp_path / "elsewhere"):
-        assert main([str(disk.study), "--output", str(folder)]) == 0
+        main([str(disk.study), "--output", str(folder)])
         contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert contents[0] == contents[1]
     assert {"report.md", "report.csv", "digits-fd_random_conv.png", "digits-samples.png"} <= set(contents[0])
@@ -377,7 +381,7 @@ def test_the_csv_holds_every_run_in_full_precision(disk):
     place = {"update": 5, "epoch": 0.5}
     disk.run("b", VAE, 0, metrics={"elbo": -7.0}, status="diverged", diverged_at=place, error='a, "b"')
     disk.run("c", VAE, 1)
-    assert main([str(disk.study)]) == 0
+    main([str(disk.study)])
     text = (disk.study / "report" / "report.csv").read_text()
     a, b, c = csv.DictReader(io.StringIO(text))
     assert float(a["metric.fd_random_conv"]) == 1 / 3 and float(a["metric.elbo"]) == -0.1
@@ -402,7 +406,7 @@ def test_the_terminal_shows_at_most_100_columns(disk, capsys):
     for seed, step_size in ((0, 0.25), (1, 0.25), (0, 0.5)):
         settings = LPC | {"preconditioning": "adam_shared", "step_size": step_size, "learning_rate": 0.00125}
         disk.run(f"y{seed}{step_size}", settings, seed, metrics=bounds)
-    assert main([str(disk.study)]) == 0
+    main([str(disk.study)])
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if str(disk.study) not in line) <= 100
     assert any("LPC jeffreys, " in line and "-12,346 ± 0" in line for line in lines)

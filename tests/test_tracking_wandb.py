@@ -107,7 +107,8 @@ def test_offline_run_holds_the_values_steps_config_and_pictures(home, tmp_path, 
     assert records(sink.folder, "run")[0]["run_group"] == "fig4"
 
     assert capfd.readouterr() == ("", "")
-    assert [record.getMessage() for record in said(caplog)] == [f"W&B offline: upload with `wandb sync {sink.folder}`"]
+    sessions = f"{sink.folder.parent}/offline-run-*"
+    assert [record.getMessage() for record in said(caplog)] == [f"W&B offline: upload with `wandb sync {sessions}`"]
     changed = {name for name in os.environ if os.environ[name] != before.get(name)} - {"PYTEST_CURRENT_TEST"}
     assert changed <= {"WANDB_SERVICE"}
 

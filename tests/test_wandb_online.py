@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from wandb_server import KEY, StoredSweep, make_run, running_server
+from wandb_server import ENTITY, KEY, StoredSweep, make_run, running_server
 
 from lpc_runner.ls import list_runs
 from lpc_runner.tracking.log import MetricLog
@@ -30,10 +30,10 @@ def server(tmp_path, monkeypatch):
         yield server
 
 
-def start(folder, **more):
+def start(folder, mode="online", **more):
     folder.mkdir(exist_ok=True)
     run_time = {"run_id": "digits-1a2b", "name": "digits", "group": "fig4", "config": CONFIG, "folder": folder}
-    return WandbTracker("online", "lpc_test", None, ["mine"], **(run_time | more))
+    return WandbTracker(mode, "lpc_test", None, ["mine"], **(run_time | more))
 
 
 def test_the_server_gets_rows_settings_pictures_and_summary_and_a_resumed_run_goes_on(server, tmp_path, capfd):
@@ -63,6 +63,32 @@ def test_the_server_gets_rows_settings_pictures_and_summary_and_a_resumed_run_go
     assert stored.files[stored.history[-1]["samples"]["path"]] == picture.read_bytes()
     assert stored.exit_code == 0 and set(server.runs) == {"lpc_test/digits-1a2b"}
     assert capfd.readouterr() == ("", "") and KEY not in (tmp_path / "run" / "published.json").read_text()
+
+
+def test_what_an_offline_run_prints_uploads_all_of_its_sessions(server, tmp_path, caplog):
+    folder = tmp_path / "a 'quoted' run"
+    # The second session repeats what came after the checkpoint: of a step given twice, W&B would make another row.
+    for updates, status in (((1, 10, 20), "interrupted"), ((20, 30), "finished")):
+        with caplog.at_level("INFO", "lpc_runner"):
+            sink = start(folder, mode="offline")
+        tracker = Tracker(MetricLog(folder / "metrics.jsonl"), [sink])
+        for update in updates:
+            tracker.log(update, update / 10, {"train/elbo": -float(update)})
+        tracker.close(status)
+    line = next(message for message in reversed(caplog.messages) if "wandb sync" in message)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line.split("`")[1]],
+        cwd=tmp_path,  # where W&B writes its own log
+        env={**os.environ, "PATH": path, "WANDB_API_KEY": KEY, "WANDB_ENTITY": ENTITY},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    (stored,) = server.runs.values()
+    assert [row["_step"] for row in stored.history] == [1, 10, 20, 30], done.stdout + done.stderr
+    assert stored.exit_code == 0
 
 
 def test_an_agents_run_takes_the_agents_id_and_publishing_knows_it(server, tmp_path, monkeypatch):

@@ -58,5 +58,7 @@ def git_commit() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, check=True, encoding="utf-8", errors="replace"
+    )
     return done.stdout.strip()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lpc_runner.environment import describe_environment
+from lpc_runner.errors import UserError
 from lpc_runner.evaluation.networks import exact_arithmetic
-from lpc_runner.loading import load
+from lpc_runner.loading import LoadedRun, load
 from lpc_runner.main import one_line_errors
 from lpc_runner.parts import feature_cache
 from lpc_runner.planning import print_measurement
@@ -23,9 +25,11 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     UserError if the run, the data or the weights are missing.
     """
     run = load(run_dir, overrides)
+    if not os.access(run.directory.path, os.W_OK | os.X_OK):
+        raise UserError(f"{run.directory.path} is read-only, and what is measured is kept there: copy the folder first")
     set_up_torch(run.experiment)
     metrics, dataset, cache = run.experiment.metrics, run.experiment.dataset, feature_cache(run.cfg)
-    dataset.prepare()
+    _require_data(run)
     metrics.require(dataset, cache)
     evaluator = metrics.evaluator(dataset, dataset.load(), cache, run.experiment.device, run.experiment.seed)
     with exact_arithmetic():
@@ -39,12 +43,31 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
         "measurement": facts,
         "update": run.update,
         "overrides": list(overrides),
+        "data": dataset.identity(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": describe_environment(run.experiment.device),
     }
     run.directory.write(f"evaluations/{stem}-{number}.json", content)
     print_measurement(run.directory.name, numbers, facts)
     return folder / f"{stem}-{number}.json"
+
+
+def _require_data(run: LoadedRun) -> None:
+    """Raises UserError (one line) if the data are not there, or are not of the shape that the model knows."""
+    dataset = run.experiment.dataset
+    try:
+        dataset.prepare()
+        found = [*dataset.shape, dataset.num_held_out]
+    except UserError as error:
+        where = [key for key in run.cfg.dataset if key in ("train", "test", "path", "folder")]
+        places = " ".join(f"{'' if key == 'data_dir' else 'dataset.'}{key}=..." for key in where or ["data_dir"])
+        raise UserError(f"{error}; data that lie elsewhere now are given with {places}") from None
+    known = [*run.experiment.facts["data_shape"], run.experiment.facts["num_held_out"]]
+    if found != known:
+        raise UserError(
+            f"the run's model takes examples of shape {tuple(known[:-1])} with {known[-1]} held out, "
+            f"the data given are of shape {tuple(found[:-1])} with {found[-1]}"
+        )
 
 
 def main() -> None:

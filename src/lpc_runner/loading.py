@@ -38,7 +38,7 @@ class LoadedRun:
 
 
 def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "auto") -> LoadedRun:
-    """Model and encoder of a run, in evaluation mode, from its newest whole checkpoint.
+    """Model and encoder of a run, in evaluation mode, from its newest whole checkpoint; the data need not be there.
 
     overrides: `metrics=...`, `metrics.key=...`, `dataset.data_dir=...`, `device=...`. Threads and determinism of the
     process stay as they are (`lpc_runner.run.set_up_torch` sets the run's). Raises UserError if run_dir is no run, has
@@ -62,7 +62,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
                 raise UserError(f"{override}: not a value: {str(error).splitlines()[0]}") from None
         if key == "data_dir" and "data_dir" in cfg.dataset:
             cfg.dataset.data_dir = value
-    experiment = build(cfg, choices)
+    experiment = build(cfg, choices, _facts(directory))
     learner = build_learner(experiment)
     state = load_checkpoint(directory.checkpoints, experiment.device)
     if state is None:
@@ -74,10 +74,17 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     return LoadedRun(*parts, experiment, cfg, directory, state["counters"]["update"])
 
 
+def _facts(directory: RunDirectory) -> dict[str, Any] | None:
+    """What run.json keeps of the data, which need not be there; None where it lacks something: the data are asked."""
+    found = {name: directory.description().get(name) for name in ("data_shape", "num_train", "num_held_out")}
+    counts = [*found["data_shape"], found["num_train"], found["num_held_out"]] if found["data_shape"] else [None]
+    return found | {"data_shape": tuple(counts[:-2])} if all(isinstance(count, int) for count in counts) else None
+
+
 def _read_config(path: Path) -> DictConfig:
     try:
         cfg = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+    except (FileNotFoundError, ValueError, YAMLError, OmegaConfBaseException):
         cfg = None
     if not isinstance(cfg, DictConfig) or not cfg:
         raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from lpc_runner.errors import UserError
 from lpc_runner.main import one_line_errors
-from lpc_runner.runs import RunDirectory, last_row
+from lpc_runner.runs import RunDirectory, follow, last_row
 
+_NARROW = 60  # columns below which a table is no help: every run takes lines of its own
 _METRICS = ("fid", "fd_", "elbo", "log_likelihood", "r2")  # shown, in this order; --json has all
 
 
@@ -39,13 +40,14 @@ class Listed:
 
 def list_runs(folder: Path | str) -> list[Listed]:
     """The runs of an output folder, of a study in it, or one run. Raises UserError if `folder` holds none."""
-    folder = Path(folder)
+    folder = follow(Path(folder))
     if (folder / "run.json").is_file():
         return [_look(folder)]
     root = folder / "runs" if (folder / "runs").is_dir() else folder
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder; runs lie in outputs/ unless output_dir says otherwise")
-    found = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = [follow(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    found = [path for path in found if path.is_dir()]
     found = [path for path in found if (path / "run.json").exists() or (path / ".owner").exists()]
     if not found:
         raise UserError(f"{folder} holds no runs; runs lie in outputs/ unless output_dir says otherwise")
@@ -122,19 +124,31 @@ def _ago(seconds: float | None) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
+def _numbers(run: Listed) -> list[str]:
+    """The two metrics that are shown."""
+    known = [key for key, value in run.metrics.items() if _number(value) is not None]
+    shown = [key for start in _METRICS for key in known if key.startswith(start)][:2]
+    return [f"{key} {run.metrics[key]:.4g}" for key in shown]
+
+
 def _table(runs: list[Listed]) -> Table:
     table = Table(box=None)
     for name in ("run", "state", "epoch", "metrics", "age", "host", "what to do"):
         table.add_column(name, overflow="fold")  # a name cut short could not be looked for
     colours = {"done": "green", "running": "cyan", "interrupted": "yellow"}
     for run in runs:
-        known = [key for key, value in run.metrics.items() if _number(value) is not None]
-        shown = [key for start in _METRICS for key in known if key.startswith(start)][:2]
-        numbers = "  ".join(f"{key} {run.metrics[key]:.4g}" for key in shown)
+        numbers = "  ".join(_numbers(run))
         epoch = "" if run.epoch is None else f"{run.epoch:.1f}"
         state = f"[{colours.get(run.state, 'red')}]{run.state}[/]"
         table.add_row(run.name, state, epoch, numbers, _ago(run.age), run.host or "", run.todo.replace("[", "\\["))
     return table
+
+
+def _lines(run: Listed) -> list[str]:
+    """What the table says of a run, where there is no room for a table."""
+    epoch = "" if run.epoch is None else f"epoch {run.epoch:.1f}"
+    facts = [run.state, epoch, *_numbers(run), _ago(run.age), run.host]
+    return [run.name, "  " + ", ".join(filter(None, facts)), *([f"  {run.todo}"] if run.todo else [])]
 
 
 def main() -> None:
@@ -151,7 +165,11 @@ def main() -> None:
             return
         # In a file or a pipe a name is to be found in one piece.
         console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
-        console.print(_table(runs))
+        if console.width < _NARROW:
+            for line in (line for run in runs for line in _lines(run)):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(_table(runs))
         states = [run.state for run in runs]
         console.print(
             f"{len(runs)} runs: " + ", ".join(f"{states.count(state)} {state}" for state in sorted({*states}))

@@ -10,17 +10,17 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import DictConfig
 
 from lpc_runner.commands import main_process, told_to_workers
 from lpc_runner.errors import UserError
-from lpc_runner.masking import mask_logs, masked
+from lpc_runner.masking import mask_logs
+from lpc_runner.surroundings import one_line_errors, said, settle
 
 logger = logging.getLogger(__name__)
 
@@ -94,27 +94,6 @@ def _connected() -> Iterator[Any]:
 def _first(ranks: Any) -> AbstractContextManager[None]:
     """Rank 0 goes first: it reports mistakes and fetches data for all."""
     return ranks.main_first() if ranks else nullcontext()
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A UserError, or a refusal of the system, becomes one line on standard error and exit code 1.
-
-    LPC_TRACEBACK=1 shows the traceback too.
-    """
-    try:
-        yield
-    except UserError as error:
-        _leave_with(error, str(error))
-    except OSError as error:  # a full disk, a folder without permission
-        _leave_with(error, f"{error.filename}: {error.strerror}" if error.filename else str(error))
-
-
-def _leave_with(error: Exception, text: str) -> NoReturn:
-    if os.environ.get("LPC_TRACEBACK"):
-        traceback.print_exception(error)
-    print(f"lpc_runner: {masked(text)}", file=sys.stderr)
-    raise SystemExit(1) from None
 
 
 def _hydra(args: argparse.Namespace) -> None:
@@ -196,6 +175,7 @@ def job(cfg: DictConfig) -> None:
     from lpc_runner.training.distributed import Ranks
     from lpc_runner.training.interrupts import Interrupted
 
+    settle()
     mask_logs()
     hydra_cfg = HydraConfig.get()
     main_died = _watch_main() if starts_workers_here(hydra_cfg.launcher._target_) else None
@@ -220,9 +200,13 @@ def job(cfg: DictConfig) -> None:
         logger.error("%s", error)
         if ranks.size > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
-    except Exception:
+    except Exception as error:
         # Not raised again: Hydra would end the sweep's report with this one failure and hide the others. The failed
         # run is in its result.json, and `main` names it and exits with 1.
-        logger.exception("run failed" if ranks.size == 1 else f"rank {ranks.rank} failed")
+        what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
+        if isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
+            logger.error("%s: %s", what, said(error))
+        else:
+            logger.exception(what)
         if ranks.size > 1:
             raise SystemExit(1) from None

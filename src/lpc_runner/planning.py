@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # Shown first in the closing table, in this order; metrics carry the extractor's name behind these.
 _SHOWN = ("fid", "fd", "kid", "precision", "recall", "density", "coverage")
 _PLAN = "LPC_RUNNER_PLAN"  # environment variable with the path of the sweep's plan, which launchers pass on
+_NOTE = 24  # columns that a note beside the numbers needs
 _BOUND = ("elbo", "kl", "bits_per_dim", "active_units", "sigma")
 
 
@@ -67,8 +68,8 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
         OmegaConf.resolve(cfg)
         return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
     try:
-        cell = json.loads(Path(path).read_text())[hydra_cfg.job.num]
-    except (OSError, ValueError, LookupError):
+        cell = json.loads(Path(path).read_text(encoding="utf-8"))[hydra_cfg.job.num]
+    except (FileNotFoundError, ValueError, LookupError):
         raise UserError(
             f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
         ) from None
@@ -169,9 +170,10 @@ def print_results(planned: list[Planned]) -> None:
         if result is None or result["status"] not in DONE:
             continue
         try:
-            print_measurement(run.directory.name, result["metrics"], result["measurement"])
+            measured = _measured(result["metrics"], result["measurement"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:  # edited by hand
             raise run.directory.damaged("result.json", "its measurement has lost something") from error
+        _print_measured(console, run.directory.name, measured)
         seconds, updates = result["train_seconds"], result["num_updates"]
         ending = f" at update {result['diverged_at'].get('update')}" if result["diverged_at"] else ""
         console.print(
@@ -180,59 +182,85 @@ def print_results(planned: list[Planned]) -> None:
             soft_wrap=True,
         )
         link = Path(run.cell.cfg.output_dir) / run.cell.cfg.study / run.directory.name
+        link = link if link.is_symlink() else run.directory.path  # no links on this file system: not through a file
         console.print(f"  samples  {link}/samples/final.png", soft_wrap=True)
         console.print(f"  result   {link}/result.json", soft_wrap=True)
 
 
 def print_measurement(name: str, metrics: dict[str, float], facts: dict[str, Any]) -> None:
     """Metrics as a table, with what they were measured on."""
-    console = Console()
+    _print_measured(Console(), name, _measured(metrics, facts))
+
+
+class _Measured(NamedTuple):
+    """Rows of name, numbers and a note; the numbers' headings; and, in words, what all was measured on."""
+
+    rows: list[tuple[str, ...]]
+    headings: tuple[str, ...]
+    sources: str
+
+
+def _measured(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
+    return (_sequences if facts.get("kind") == "sequences" else _images)(metrics, facts)
+
+
+def _print_measured(console: Console, name: str, measured: _Measured) -> None:
+    """The numbers as a table; where it is too wide for the terminal, the notes follow it: no name or number is cut."""
     console.print(f"\n[bold]{name}[/bold]", highlight=False, soft_wrap=True)
-    if facts.get("kind") == "sequences":
-        _print_sequences(console, metrics, facts)
-    else:
-        _print_images(console, metrics, facts)
+    table = _table(measured, noted=False)
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    fits = needed + _NOTE <= console.width
+    width, console.width = console.width, max(console.width, needed)
+    console.print(_table(measured, noted=True) if fits else table)
+    console.width = width
+    for row in () if fits else filter(lambda row: row[-1], measured.rows):
+        console.print(f"  {row[0]}: {row[-1]}", highlight=False, soft_wrap=True)
+    console.print(f"  {measured.sources}", highlight=False, soft_wrap=True)
 
 
-def _print_sequences(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+def _table(measured: _Measured, noted: bool) -> Table:
+    titled = any(measured.headings)
+    table = Table(show_header=titled, box=None, padding=(0, 1 if titled else 2))
+    table.add_column("", no_wrap=True)
+    for heading in measured.headings:
+        table.add_column(heading, justify="right" if titled else "left", header_style="dim", no_wrap=True)
+    for row in measured.rows:
+        table.add_row(*(row if noted else row[:-1]))
+    return table
+
+
+def _sequences(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Every number beside that of the true rates, where there is one, and its unit."""
-    table = Table(box=None, padding=(0, 1))
-    table.add_column("", min_width=max(map(len, metrics), default=0), no_wrap=True)
-    for column in ("model", "true rates"):
-        table.add_column(column, justify="right", header_style="dim", no_wrap=True)
-    table.add_column("")
+    rows = []
     for metric in _ordered(metrics):
         ceiling = facts["ceilings"].get(metric)
         truth = "" if ceiling is None else f"{ceiling:.4g}"
-        table.add_row(metric, f"{metrics[metric]:.4g}", truth, facts["notes"].get(metric, ""))
-    console.print(table)
-    console.print(f"  {facts['sources']}", highlight=False, soft_wrap=True)
+        rows.append((metric, f"{metrics[metric]:.4g}", truth, facts["notes"].get(metric, "")))
+    return _Measured(rows, ("model", "true rates"), facts["sources"])
 
 
-def _print_images(console: Console, metrics: dict[str, float], facts: dict[str, Any]) -> None:
+def _images(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Sample quality first, with N, k, extractor and split of those it belongs to."""
     suffix = "_" + facts["extractor"]
-    table = Table(show_header=False, box=None, padding=(0, 2))
     quality = [metric for metric in _ordered(metrics) if metric.removesuffix(suffix) in _SHOWN]
+    rows = []
     for metric in quality:
         note = ""
         if metric.startswith("coverage"):
             note = f"{facts['coverage_ceiling']:.3f} at best with these N"
         elif facts.get(f"{metric}_floor") is not None:
             note = f"{facts[f'{metric}_floor']:.3g} between the references and {facts['num_floor']:,} other real images"
-        table.add_row(metric, f"{metrics[metric]:.4g}", note)
-    table.add_section()
+        rows.append((metric, f"{metrics[metric]:.4g}", note))
     for metric in (metric for metric in _ordered(metrics) if metric not in quality):
         note = {"elbo": "nats per image", "kl": "nats per image", "bits_per_dim": "from the ELBO"}.get(metric, "")
-        table.add_row(metric, f"{metrics[metric]:.4g}", note)
-    console.print(table)
+        rows.append((metric, f"{metrics[metric]:.4g}", note))
     sources = (
         f"N = {facts['num_samples']:,} samples against {facts['num_references']:,} {facts['reference']} images, "
         f"k = {facts['k']}, extractor {facts['extractor']} {facts['extractor_hash'][:8]}"
     )
     if "num_bound" in facts:
         sources += f"; elbo to active_units: {facts['num_bound']:,} {facts['bound_split']} images"
-    console.print(f"  {sources}", soft_wrap=True)
+    return _Measured(rows, ("",), sources)
 
 
 def _ordered(metrics: dict[str, float]) -> list[str]:

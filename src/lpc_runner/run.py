@@ -123,8 +123,8 @@ def execute(planned: Planned) -> dict[str, Any]:
             _report_again(planned)
             return directory.result()
         set_up_torch(experiment)
-        _describe(planned)
         try:
+            _describe(planned)
             result = _train_and_measure(planned)
             directory.write("result.json", result)
         except Exception as error:
@@ -236,7 +236,7 @@ def _describe(planned: Planned) -> None:
             "choices": cell.choices,
             "keys": flat_keys(cell),
             "studies": [*studies, cell.cfg.study],
-            "data_shape": list(planned.experiment.dataset.shape),
+            **planned.experiment.facts,
             "data": planned.experiment.dataset.identity(),
         }
         directory.write("run.json", description)

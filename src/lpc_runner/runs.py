@@ -7,14 +7,14 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lpc_runner.errors import UserError
-from lpc_runner.files import remove_temporary, sha256_of, write_atomically
+from lpc_runner.files import LACKING, is_held, lock_on, remove_temporary, say_once, sha256_of, write_atomically
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
@@ -57,6 +57,7 @@ _WRITTEN_AGAIN = {
     "run.json": "the run's command writes it again",
 }
 _START_AGAIN = "move the folder away, and its command starts it again"
+_LONGEST_LINK = 4096  # bytes, the longest path
 _TAIL = 65536  # bytes of a log that are read from its end
 
 
@@ -79,6 +80,21 @@ def checkpoint_files(folder: Path) -> list[CheckpointFile]:
     """The checkpoints in a folder, newest first."""
     matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("update-*.pt"))
     return sorted((CheckpointFile(int(m[1]), m[2], path) for m, path in matches if m), reverse=True)
+
+
+def follow(entry: Path) -> Path:
+    """Where an entry of outputs/<study> leads: a run's folder, or a link to it, is itself what it leads to.
+
+    Where the file system has no symbolic links, a small file that holds the relative path stands for one, as archives
+    and version control write it there too.
+    """
+    try:
+        if entry.is_dir() or not entry.is_file() or entry.stat().st_size > _LONGEST_LINK:
+            return entry
+        target = Path(entry.read_text(encoding="utf-8").removesuffix("\n"))
+    except (OSError, ValueError):  # unreadable, or no text: whatever it is, it is no link
+        return entry
+    return entry.parent / target if target.name == entry.name else entry
 
 
 def last_row(path: Path) -> dict[str, Any]:
@@ -119,7 +135,7 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
         """An existing run directory. Raises UserError if `path` is none."""
-        run = cls(Path(path).resolve())
+        run = cls(follow(Path(path)).resolve())
         if not (run.path / "run.json").is_file():
             raise UserError(f"{path} is no run directory (it has no run.json); runs lie in outputs/<study>/<run>")
         return run
@@ -174,7 +190,7 @@ class RunDirectory:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError):
@@ -219,17 +235,26 @@ class RunDirectory:
         folder = Path(output_dir) / study
         folder.mkdir(parents=True, exist_ok=True)
         link = folder / self.name
-        if not link.is_symlink():
-            with suppress(FileExistsError):  # another run of the study was faster
-                link.symlink_to(os.path.relpath(self.path, folder.resolve()))
+        if _is_link(link):
+            return link
+        target = os.path.relpath(self.path, folder.resolve())
+        try:
+            link.symlink_to(target)
+        except FileExistsError:  # another run of the study was faster
+            pass
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise
+            say_once(f"{folder}: no symbolic links on this file system, small files stand for them ({error.strerror})")
+            write_atomically(link, target + "\n")
         return link
 
     def require_linkable(self, output_dir: Path, study: str) -> None:
         """Raises UserError if something else has the place of the run, or of the link in a study's folder."""
         folder = Path(output_dir) / study
         link = folder / self.name
-        for path, fits in ((self.path, self.path.is_dir()), (folder, folder.is_dir()), (link, link.is_symlink())):
-            if os.path.lexists(path) and not fits:
+        for path, fits in ((self.path, self.path.is_dir()), (folder, folder.is_dir()), (link, _is_link(link))):
+            if _is_there(path) and not fits:
                 raise UserError(
                     f"{path} is in the way: it is no {'link to a run' if path == link else 'folder'}; move it"
                 )
@@ -237,30 +262,45 @@ class RunDirectory:
     def owner(self) -> str | None:
         """pid and host of the process that runs this run now, None if there is none (one that was killed is none)."""
         try:
-            who = (self.path / ".owner").read_text().strip()
-            with FileLock(self.path / ".lock").acquire(timeout=0):
-                return None
-        except Timeout:
-            return who or "another process"
-        except OSError:
+            who = (self.path / ".owner").read_text(encoding="utf-8").strip() or "another process"
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return who if is_held(self.path / ".lock") else None
+        except OSError as error:
+            return f"{who} (whether it still works cannot be told: {error.strerror})"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Sole use of the directory. Raises Occupied with pid and host of whoever has it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
+        lock = lock_on(self.path / ".lock")
         owner = self.path / ".owner"
         try:
             lock.acquire(timeout=0.2)  # whoever only looks (`owner`) has it for an instant
         except Timeout:
-            who = owner.read_text().strip() if owner.exists() else "another process"
+            who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
             raise Occupied(f"{self.path} is being run by {who}") from None
         try:
-            owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             for name in _LOCKED:
                 remove_temporary(self.path / name)
             yield
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
+
+
+def _is_link(path: Path) -> bool:
+    return path.is_symlink() or follow(path) != path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, a link into nothing too. Raises UserError for a name that no file can have."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # too long, or in a folder that may not be searched
+        raise UserError(f"{path}: {error.strerror}") from None
+    return True

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def processor() -> str:
     """The processor's model in words."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -157,13 +157,13 @@ class Folder:
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, facts = path, machine(device)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "machine.json").write_text(json.dumps(facts, indent=1))
-        (path / "benchmark.md").write_text(f"{markdown_of_machine(facts)}\n")
+        (path / "machine.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        (path / "benchmark.md").write_text(f"{markdown_of_machine(facts)}\n", encoding="utf-8")
 
     def keep(self, name: str, result: dict[str, Any], text: str) -> None:
         """One stage."""
-        (self.path / f"{name}.json").write_text(json.dumps(result, indent=1))
-        with (self.path / "benchmark.md").open("a") as file:
+        (self.path / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        with (self.path / "benchmark.md").open("a", encoding="utf-8") as file:
             file.write(f"\n## {name}\n\n{text}\n")
         show(f"\n{name}\n{text}")
 

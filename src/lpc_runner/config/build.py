@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -65,7 +65,10 @@ LATER = {
 
 @dataclass
 class Experiment:
-    """The checked objects of one run; model and sampler are complete, the tracker still waits for its run."""
+    """The checked objects of one run; model and sampler are complete, the tracker still waits for its run.
+
+    facts: what a model may ask to know of the data, as run.json keeps it: data_shape, num_train, num_held_out.
+    """
 
     dataset: Any
     model: Any
@@ -78,6 +81,7 @@ class Experiment:
     traces: Any
     metrics: Any
     tracker: Callable[..., Any]
+    facts: dict[str, Any]
     seed: int
     device: Any
     engine: Any
@@ -92,9 +96,10 @@ class Experiment:
             _naming(group, declared(getattr(self, group), Part, "bind"), self.model, device)
 
 
-def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
+def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None = None) -> Experiment:
     """All objects of a resolved configuration, nothing heavy loaded.
 
+    facts: of the data, where they are known; else the dataset is asked, whose files must be there then.
     Raises UserError, one line that names the key, for an unknown key, a wrong type, a value out of range, or options
     that do not go together.
     """
@@ -134,10 +139,12 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
     if sampler.num_steps > 0 and not asks("allows_chain"):
         raise UserError(f"objective={choices['objective']} has no chain: it goes with sampler=none only")
     device = resolve_device(values["device"])
+    facts = facts if facts is not None else _facts(dataset)
+    asked = {name: facts[name] for name in LATER["model"] & hints_of(target).keys()}
     with seeded_layers(values["seed"], "initialisation"):
-        model = _naming("model", parts["model"], **_facts(dataset, hints_of(target)))
+        model = _naming("model", parts["model"], **asked)
     _require_likelihood(model.likelihood, choices, lacking(model.likelihood))
-    _require_likelihood(model.likelihood, choices, fault_of(model.likelihood, tuple(dataset.shape)))
+    _require_likelihood(model.likelihood, choices, fault_of(model.likelihood, tuple(facts["data_shape"])))
     if declared(parts["preconditioning"], Preconditioner, "needs_encoder") and not asks("uses_encoder"):
         raise UserError(
             f"preconditioning={choices['preconditioning']} needs an encoder: objective={choices['objective']} has "
@@ -159,6 +166,7 @@ def build(cfg: DictConfig, choices: dict[str, str]) -> Experiment:
         traces=parts["traces"],
         metrics=parts["metrics"],
         tracker=parts["tracker"],
+        facts=facts,
         seed=values["seed"],
         device=device,
         engine=make_engine(values["engine"], values["precision"], device),
@@ -208,14 +216,10 @@ def _fitting(group: str, kind: str) -> str:
     return f"{group}={', '.join(fitting)} would fit"
 
 
-def _facts(dataset: Any, wanted: Container[str]) -> dict[str, Any]:
-    """What a model's constructor asks to know of the data."""
-    offered = {
-        "data_shape": lambda: tuple(dataset.shape),
-        "num_train": lambda: dataset.num_train,
-        "num_held_out": lambda: dataset.num_held_out,
-    }
-    return {name: read() for name, read in offered.items() if name in wanted}
+def _facts(dataset: Any) -> dict[str, Any]:
+    """What a model's constructor may ask to know of the data. Raises UserError if they are missing."""
+    shape = tuple(dataset.shape)
+    return {"data_shape": shape, "num_train": dataset.num_train, "num_held_out": dataset.num_held_out}
 
 
 def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
@@ -299,9 +303,11 @@ def _check_root(values: dict[str, Any]) -> None:
         if not values[key] or values[key].startswith("~"):  # no shell expands the ~ behind a =
             raise UserError(f"{key} must be a folder's path, got {values[key]!r}: $HOME/... is yours, . is this one")
     study = values["study"]
-    plain = study.isprintable() and not set(study) & set("/\\") and not study.startswith(".") and len(study) <= 100
+    plain = (
+        study.isprintable() and not set(study) & set("/\\") and not study.startswith(".") and len(study.encode()) <= 240
+    )
     if not study or not plain or study == "runs":
-        raise UserError(f"study must be a plain folder name other than 'runs', got {study!r}")
+        raise UserError(f"study must be a plain folder name of at most 240 bytes, other than 'runs', got {study!r}")
 
 
 def resolve_device(name: str) -> Any:

@@ -261,7 +261,7 @@ def options_of(group: str) -> list[str]:
 
 
 def _text(group: str, option: str) -> str:
-    return (CONF_DIR / group.replace(".", "/") / f"{option}.yaml").read_text()
+    return (CONF_DIR / group.replace(".", "/") / f"{option}.yaml").read_text(encoding="utf-8")
 
 
 def _first_sentence(error: Exception) -> str:

@@ -12,12 +12,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.errors import UserError
-from lpc_runner.files import sha256_of, write_atomically
+from lpc_runner.files import lock_on, sha256_of, write_atomically
 from lpc_runner.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class SimulatedDataset(SequenceDataset):
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._folder / f".{self._stem()}.lock"):  # jobs of a sweep start together
+            with lock_on(self._folder / f".{self._stem()}.lock"):  # jobs of a sweep start together
                 if self._path() is None:
                     content = _archive(self.simulate())
                     digest = hashlib.sha256(content).hexdigest()[:16]

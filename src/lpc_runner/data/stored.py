@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lpc_runner.errors import UserError
-from lpc_runner.files import remove_temporary, sha256_of, sync_folder, temporary_beside
+from lpc_runner.files import flush_to_disk, remove_temporary, sha256_of, sync_folder, temporary_beside
 
 
 def file_state(path: Path) -> tuple[Path, int, int]:
@@ -60,7 +60,7 @@ def save_images(folder: Path, stem: str, count: int, chunks: Iterator[np.ndarray
                     file.write(data)
                     digest.update(data)
             file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno())
         path = folder / f"{stem}-{digest.hexdigest()[:16]}.npy"
         os.replace(temporary, path)
     except BaseException:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from filelock import FileLock
 
 from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data
@@ -22,6 +21,7 @@ from lpc_runner.data.folder import square
 from lpc_runner.data.images import ImageDataset, image_split
 from lpc_runner.data.stored import intact, load_images, save_images
 from lpc_runner.errors import UserError
+from lpc_runner.files import is_refusal, lock_on
 from lpc_runner.schema import NonNegativeInt, checked
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class TorchvisionImages(ImageDataset):
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._data_dir / f".{self.name}.lock"):  # jobs of a sweep start together
+            with lock_on(self._data_dir / f".{self.name}.lock"):  # jobs of a sweep start together
                 if not self._complete():
                     log.info("%s: downloading to %s", self.name, self._folder)
                     self._download()
@@ -86,7 +86,8 @@ class TorchvisionImages(ImageDataset):
         try:
             splits = self._read()
         except Exception as error:  # what a damaged file does to a parser is anyone's guess
-            fault = f"damaged in {self._folder} ({_reason(error)})"
+            what = "cannot be read" if is_refusal(error) else "damaged"
+            fault = f"{what} in {self._folder} ({_reason(error)})"
             raise UserError(f"{self.name}: {fault}; {self._remedy()}") from error
         for (images, _), expected in zip(splits, self.num_examples):
             if images.shape != (expected, *self.example_shape):
@@ -266,7 +267,7 @@ class CelebA64(TorchvisionImages):
             if not check_integrity(self._folder / file, md5):
                 _require_gdown()
                 download_file_from_google_drive(file_id, self._folder, file, md5)
-        lines = (self._folder / self.archives[1]).read_text().splitlines()
+        lines = (self._folder / self.archives[1]).read_text(encoding="utf-8").splitlines()
         partition = dict(line.split() for line in lines)
         with zipfile.ZipFile(self._folder / self.archives[0]) as archive:
             for split, code in self.partitions.items():

@@ -16,7 +16,7 @@ from torch.nn import functional
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.networks import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
-from lpc_runner.files import write_atomically
+from lpc_runner.files import is_refusal, write_cache
 from lpc_runner.randomness import generator
 
 _log = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ class Classifier:
             saved = {"weights": self._weights, "accuracy": self.accuracy, "fingerprint": self.fingerprint}
             buffer = io.BytesIO()
             torch.save(saved, buffer)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, buffer.getvalue())
+            write_cache(path, buffer.getvalue())
         self.to(self._device)
 
     def to(self, device: torch.device | str) -> Classifier:
@@ -107,7 +106,8 @@ class Classifier:
                 raise ValueError("its hash does not fit its weights")
             accuracy = float(saved["accuracy"])
         except Exception as error:  # torch.load raises almost anything on a damaged file, and all of it means: again
-            _log.warning("%s is damaged (%s); training the classifier again", path, type(error).__name__)
+            what = "cannot be read" if is_refusal(error) else "is damaged"
+            _log.warning("%s %s (%s); training the classifier again", path, what, type(error).__name__)
             return False
         self._weights, self.fingerprint, self.accuracy = saved["weights"], saved["fingerprint"], accuracy
         return True

@@ -17,7 +17,7 @@ from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import within_term
 from lpc_runner.evaluation.neighbours import squared_radii
 from lpc_runner.evaluation.networks import hash_of_tensors
-from lpc_runner.files import write_atomically
+from lpc_runner.files import is_refusal, write_cache
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
 
@@ -62,7 +62,8 @@ class Reference:
             if not whole:
                 raise ValueError("its hash does not fit its content")
         except Exception as error:  # zip, header and shape errors alike mean: compute it again
-            _log.warning("%s is damaged (%s); computing the reference again", path, type(error).__name__)
+            what = "cannot be read" if is_refusal(error) else "is damaged"
+            _log.warning("%s %s (%s); computing the reference again", path, what, type(error).__name__)
             return None
         within, floor, num_floor = stored["scalars"].tolist()
         return cls(
@@ -86,8 +87,7 @@ class Reference:
         }
         buffer = io.BytesIO()
         np.savez(buffer, seal=_seal(stored, key), **{name: tensor.numpy() for name, tensor in stored.items()})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_cache(path, buffer.getvalue())
 
 
 def _seal(stored: dict[str, Tensor], key: str) -> str:

@@ -16,6 +16,7 @@ from lpc_runner.data.sequences import COUNTS, SequenceDataset
 from lpc_runner.evaluation.posterior import Means
 from lpc_runner.evaluation.spikes import linear_readout
 from lpc_runner.files import write_atomically
+from lpc_runner.surroundings import picture_style
 
 if TYPE_CHECKING:
     pass
@@ -228,10 +229,9 @@ def _legend(figure: Any, axis: Any) -> None:
 @contextmanager
 def _figure(path: Path, size: tuple[float, float]):
     """A figure in this module's style, written to `path` at the end, byte for byte the same for the same data."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with picture_style(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         buffer = io.BytesIO()

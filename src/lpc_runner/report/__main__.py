@@ -7,7 +7,6 @@ outputs/<study>/report, and prints the main columns.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from lpc_runner.errors import UserError
 from lpc_runner.files import write_atomically
 from lpc_runner.report import paper
 from lpc_runner.report.budgets import BUDGETS, budget_table, curve_settings
@@ -39,27 +37,24 @@ from lpc_runner.report.tables import (
     state_notes,
 )
 from lpc_runner.report.tuning import tuning_tables
+from lpc_runner.surroundings import one_line_errors
 
-WIDTH = 100
+WIDTH, NARROW = 100, 40  # what is narrower breaks the lines itself: no number is cut
 MIN_LABEL = 20
 GAP = 2  # between columns
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write and print the report of one study; 1 with one line on stderr where that is impossible."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write and print the report of one study; exit code 1 with one line on stderr where that is impossible."""
     parser = argparse.ArgumentParser(prog="python -m lpc_runner.report", description=__doc__)
     parser.add_argument("study", type=Path, help="a folder of runs: outputs/<study>")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: <study>/report)")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_errors():
         study = read_study(options.study)
         tables = study_tables(study)
         paths = write_report(study, tables, options.output or options.study / "report")
-    except (UserError, OSError) as error:
-        print(f"lpc_runner: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    print_report(study, tables, paths)
-    return 0
+        print_report(study, tables, paths)
 
 
 def study_tables(study: Study) -> list[Table]:
@@ -104,9 +99,9 @@ def markdown(study: Study, tables: Sequence[Table], pictures: Sequence[tuple[str
 
 
 def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -> None:
-    """The main columns, what went wrong, and where the files are, in at most WIDTH columns."""
+    """The main columns, what went wrong, and where the files are, in at most WIDTH columns and at least NARROW."""
     console = Console(highlight=False)
-    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    console.width = max(NARROW, min(WIDTH, console.width)) if console.is_terminal else WIDTH
     console.print(Text(f"{study.name}: {len(study.runs)} runs, {count_statuses(study.runs)}", style="bold"))
     for table in tables:
         console.print(_grid(table, console.width))
@@ -145,4 +140,4 @@ def _widest(cells: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

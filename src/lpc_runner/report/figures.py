@@ -14,13 +14,12 @@ from lpc_runner.report.study import Study
 from lpc_runner.report.style import STYLE, Picture
 from lpc_runner.report.sweep_figures import sweep_pictures
 from lpc_runner.report.trajectory_figures import trajectory_pictures
+from lpc_runner.surroundings import picture_style
 
 
 def study_pictures(study: Study, warnings: list[str]) -> Iterator[Picture]:
     """One by one, dataset by dataset; a figure whose data are not there is left out, damaged files are named."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
+    with picture_style(STYLE):
         for dataset in study.datasets:
             groups = study.of(dataset)
             yield from trajectory_pictures(dataset, groups, warnings)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lpc_runner.files import is_refusal
 from lpc_runner.report.evidence import as_planned
 from lpc_runner.report.grouping import Group
 from lpc_runner.report.study import Run
@@ -50,8 +51,9 @@ def _panels(groups: Sequence[Group], warnings: list[str]) -> list[tuple[str, Any
         if path.exists():
             try:
                 panels.append((title, matplotlib.image.imread(path)))
-            except (OSError, ValueError, SyntaxError):
-                warnings.append(f"{path.parents[1].name}/samples/{path.name} is damaged (no picture)")
+            except (OSError, ValueError, SyntaxError) as error:
+                what = f"cannot be read ({error.strerror})" if is_refusal(error) else "is damaged (no picture)"
+                warnings.append(f"{path.parents[1].name}/samples/{path.name} {what}")
     return panels
 
 

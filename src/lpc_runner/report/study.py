@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lpc_runner.errors import UserError
 from lpc_runner.report.grouping import Group, group_runs
+from lpc_runner.runs import follow
 from lpc_runner.tracking.log import MetricLog
 
 QUALITY = re.compile(r"(fid|fd|kid|precision|recall|density|coverage)(?:_(\w+))?")
@@ -124,8 +125,8 @@ class Study:
 
 
 def read_study(folder: Path) -> Study:
-    """Read outputs/<study>; UserError when there is no such folder or no run in it."""
-    folder = Path(folder)
+    """Read outputs/<study>, or one run; UserError when there is no such folder or no run in it."""
+    folder = follow(Path(folder))
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder{_studies_in(folder.parent)}")
     warnings: list[str] = []
@@ -144,10 +145,12 @@ def _studies_in(folder: Path) -> str:
 
 
 def _read_runs(folder: Path, warnings: list[str]) -> Iterator[Run]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "report":
+    entries = [folder] if (folder / "run.json").is_file() else sorted(folder.iterdir())
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "report":
             continue
-        if path.is_symlink() and not path.exists():
+        path = follow(entry)
+        if (entry.is_symlink() or path != entry) and not path.exists():
             warnings.append(f"{path.name}: a link to a run that is not there")
         elif path.is_dir():
             run = read_run(path, warnings)
@@ -210,8 +213,11 @@ def _read_json(path: Path, warnings: list[str], name: str = "") -> dict[str, Any
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        warnings.append(f"{label} is damaged ({'no JSON' if isinstance(error, ValueError) else error.strerror})")
+    except OSError as error:
+        warnings.append(f"{label} cannot be read ({error.strerror})")
+        return None
+    except (ValueError, RecursionError):
+        warnings.append(f"{label} is damaged (no JSON)")
         return None
     if not isinstance(content, dict):
         warnings.append(f"{label} is damaged (no JSON object)")
@@ -226,7 +232,10 @@ def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
         content = yaml.load((path / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except OSError as error:
+        warnings.append(f"{path.name}/config.yaml cannot be read ({error.strerror})")
+        return {}
+    except (ValueError, yaml.YAMLError):
         warnings.append(f"{path.name}/config.yaml is damaged (no YAML)")
         return {}
     if content is not None and not isinstance(content, dict):
@@ -285,7 +294,10 @@ def _add_curves(run: Run, warnings: list[str]) -> None:
         rows = MetricLog.read(run.path / "metrics.jsonl")
     except FileNotFoundError:
         return
-    except (OSError, UserError):
+    except OSError as error:
+        warnings.append(f"{run.name}/metrics.jsonl cannot be read ({error.strerror}): no curves of this run")
+        return
+    except UserError:
         warnings.append(f"{run.name}/metrics.jsonl is damaged: no curves of this run")
         return
     finals = {found.setting.extractor: found.setting for found in reversed(run.measurements)}

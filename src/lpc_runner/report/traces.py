@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lpc_runner.files import is_refusal
 from lpc_runner.report.grouping import Group
 from lpc_runner.report.study import Run
 
@@ -36,14 +37,14 @@ def read_arrays(path: Path, warnings: list[str]) -> dict[str, np.ndarray] | None
     try:
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name].astype(np.float64) for name in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError):
-        _say_damaged(path, warnings)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        _say_damaged(path, warnings, f"cannot be read ({error.strerror})" if is_refusal(error) else "is damaged")
         return None
 
 
-def _say_damaged(path: Path, warnings: list[str]) -> None:
+def _say_damaged(path: Path, warnings: list[str], what: str = "is damaged") -> None:
     depth = 1 + (path.parent.name == "traces")  # folders up to the study's
-    warnings.append(f"{path.relative_to(path.parents[depth])} is damaged: left out")
+    warnings.append(f"{path.relative_to(path.parents[depth])} {what}: left out")
 
 
 def traced_updates(run: Run) -> list[int]:

@@ -277,10 +277,10 @@ def _write(path: Path, place: Place, workspace: Any, report: Any, saved: dict[st
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, TypeError, ValueError):
+    except (TypeError, ValueError):
         raise UserError(f"{path} is damaged; delete it: the dashboard is saved as a new one then") from None
 
 

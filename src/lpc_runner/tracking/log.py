@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_runner.errors import UserError
+from lpc_runner.files import flush_to_disk
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _BLOCK = 65536
@@ -50,7 +51,7 @@ class MetricLog:
 
     def sync(self) -> None:
         """Make the lines so far survive a power cut; call it before a checkpoint stores `offset`."""
-        os.fsync(self._file.fileno())
+        flush_to_disk(self._file.fileno())
 
     def rewind(self, offset: int) -> None:
         """Drop what was written after a checkpoint's `offset` (bytes); UserError when the log is another."""

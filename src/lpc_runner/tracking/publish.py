@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from lpc_runner.errors import UserError
 from lpc_runner.files import sha256_of
-from lpc_runner.runs import DONE, RunDirectory
+from lpc_runner.runs import DONE, RunDirectory, follow
 from lpc_runner.tracking.published import destination, note_published, read_published
 from lpc_runner.tracking.rows import Row, final_numbers, rows_of
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
@@ -86,12 +86,13 @@ def publish(study: Path, entity: str | None = None, project: str | None = None) 
 def runs_of(study: Path) -> list[RunDirectory]:
     """The runs that outputs/<study> links to, or the one that `study` is. Raises UserError if there is none."""
     study = Path(study)
-    if (study / "run.json").is_file():
+    if (follow(study) / "run.json").is_file():
         return [RunDirectory.open(study)]
-    found = sorted(path for path in study.glob("*/run.json") if not path.parent.name.startswith("."))
+    entries = sorted(study.glob("[!.]*"))
+    found = [path for path in entries if (follow(path) / "run.json").is_file()]
     if not found:
         raise UserError(f"{study} holds no runs: give outputs/<study> or outputs/<study>/<run>")
-    return [RunDirectory.open(path.parent) for path in found]
+    return [RunDirectory.open(path) for path in found]
 
 
 def picture_file(name: str, update: int, path: Path) -> str:
@@ -105,8 +106,8 @@ def settings_of(run: RunDirectory) -> dict[str, Any]:
 
     path = run.path / "config.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        content = yaml.safe_load(path.read_bytes())
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")

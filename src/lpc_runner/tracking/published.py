@@ -22,7 +22,7 @@ def read_published(folder: Path) -> dict[str, dict[str, Any]]:
     """By destination: `run_id` there, the `studies` that its group and tags name, `complete`. UserError if damaged."""
     path = Path(folder) / NAME
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (TypeError, ValueError):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lpc_runner.errors import UserError
-from lpc_runner.runs import DONE
+from lpc_runner.runs import DONE, last_row
 from lpc_runner.schema import NonNegativeInt, checked
 from lpc_runner.tracking.published import destination, note_published
 from lpc_runner.tracking.tracker import Sink, Status
@@ -95,6 +96,7 @@ class WandbTracker(Sink):
         }
         if not under_agent():  # which has chosen these three itself
             what |= {"id": run_id, "resume": "allow", "project": project, "entity": entity}
+        self._repeated = self._logged_before()
         self._places = Places(folder)
         try:
             self._start(what)
@@ -151,6 +153,15 @@ class WandbTracker(Sink):
             self._directory,
         )
 
+    def _logged_before(self) -> int:
+        """The first update that no session of this run before this one logged, 0 where W&B has no session of it.
+
+        Offline nobody answers what W&B has, and of a step that it is given twice it makes a row with a wrong number.
+        """
+        has_sessions = any((self._directory / "wandb").glob("*run-*"))
+        last = last_row(self._directory / "metrics.jsonl").get("update")
+        return last + 1 if has_sessions and isinstance(last, int) else 0
+
     def _takes(self, update: int) -> bool:
         # A run killed after its last checkpoint repeats updates whose rows W&B already has, bit for bit.
         return self._run is not None and update >= self._first
@@ -173,7 +184,9 @@ class WandbTracker(Sink):
             self._fall_back(what)
         if self.mode == "offline":
             why = f" ({reason})" if reason else ""
-            _logger.info("W&B offline%s: upload with `wandb sync %s`", why, self.folder)
+            # All sessions of this run: W&B keeps one folder for each, and its command uploads those it is given.
+            sessions = f"{shlex.quote(str(self.folder.parent))}/offline-run-*"
+            _logger.info("W&B offline%s: upload with `wandb sync %s`", why, sessions)
         elif self.mode == "online":
             # The id is an agent's choice in a sweep: without this note, publishing the run would double it.
             place = destination(self._run.settings.base_url, self._run.entity, self._run.project)
@@ -206,4 +219,6 @@ class WandbTracker(Sink):
             **what,
         )
         self._first = self._run.starting_step  # not `step`: the service may not have heard yet where to go on
+        if self.mode == "offline":
+            self._first = max(self._first, self._repeated)
         self.folder = Path(self._run.dir).parent
