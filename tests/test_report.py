@@ -127,6 +127,8 @@ def test_numbers_have_the_decimals_that_their_size_deserves():
     assert [show(x) for x in (None, 12345.6, 113.29, 5.0, 0.63, 0.0002)] == [
         "–", "12,346", "113.3", "5.00", "0.630", "0.0002"
     ]  # fmt: skip
+    assert spread([4e-6, 4.2e-6]) == "4.1e-06 ± 1.4e-07" and spread([0.0, 0.0]) == "0.000 ± 0.000"
+    assert spread([math.nan, 1.0, 2.0]) == "not finite in 1 of 3"
     assert spread([]) == "–" and spread([None, 1.0, 1.0]) == "1.00 ± 0.00"
 
 
@@ -286,8 +288,32 @@ def test_every_run_that_did_not_finish_is_named(disk, capsys):
     ):
         assert expected in text and expected in printed
     rows, _ = table(read_study(disk.study), "runs")
-    assert rows["LPC jeffreys"]["runs"] == "1 finished, 1 diverged, 1 failed, 1 unfinished"
-    assert table(read_study(disk.study), "sample quality")[0]["LPC jeffreys"]["fd_random_conv"] == "2.00 ± –"
+    label = "LPC jeffreys (1 of 4 diverged)"
+    assert rows[label]["runs"] == "1 finished, 1 diverged, 1 failed, 1 unfinished"
+    assert table(read_study(disk.study), "sample quality")[0][label]["fd_random_conv"] == "2.00 ± –"
+
+
+def test_seeds_that_diverged_or_are_not_finite_stay_visible_in_every_table_and_picture(disk):
+    settings = {"wild": LPC, "odd": LPC | {"objective": "reverse"}}
+    for seed in range(3):
+        for name, keys in settings.items():
+            values = {"fd_random_conv": math.nan if (name, seed) == ("odd", 1) else 2.0, "elbo": -1.0}
+            status = "diverged" if name == "wild" and seed else "finished"
+            rows = [measured(50, 5.0, 3.0)]
+            disk.run(f"{name}{seed}", keys, seed, rows=rows, metrics=values, status=status, device="GPU A")
+    for seed in range(3):
+        disk.run(f"vae{seed}", VAE, seed, metrics={"fd_random_conv": 2.0}, device="GPU A")
+    study = read_study(disk.study)
+    shown = [table for table in study_tables(study) if table.columns[0] == "method" and "diverged" not in table.title]
+    assert len(shown) >= 5
+    for found in shown:
+        assert [row[0] for row in found.rows if "jeffreys" in row[0]] == ["LPC jeffreys (2 of 3 diverged)"], found.title
+    assert table(study, "sample quality")[0]["LPC reverse"]["fd_random_conv"] == "not finite in 1 of 3"
+    figures = figures_of(study)
+    ticks = [text.get_text() for text in figures["digits-objectives-random_conv.png"].axes[0].get_yticklabels()]
+    assert any("2 of 3 diverged" in tick for tick in ticks) and any("1 of 3 not finite" in tick for tick in ticks)
+    legend = figures["digits-fd_random_conv.png"].legends[0].get_texts()
+    assert any("2 of 3 diverged" in " ".join(text.get_text().split()) for text in legend)
 
 
 def test_a_group_without_a_finished_run_shows_its_last_finite_states_marked(disk):

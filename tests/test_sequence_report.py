@@ -70,6 +70,12 @@ def test_the_table_compares_every_method_with_the_vae(study):
     assert rows["VEM"] == ["1", "-2.00 ± –", "–", "-0.50 ± –"]
 
 
+def test_the_table_says_of_each_number_which_way_is_better(study):
+    notes = " ".join(paired_table("lorenz", study.of("lorenz")).notes)
+    assert "free_iwae: higher is better" in notes
+    assert "amortisation_gap, approximation_gap: smaller" in notes and "Higher is better" not in notes
+
+
 def test_one_method_has_nothing_to_be_compared_with(tmp_path):
     write_run(tmp_path / "s", "VAE", 0, free_iwae=-500.0)
     assert paired_table("lorenz", read_study(tmp_path / "s").groups) is None

@@ -63,7 +63,11 @@ def study_tables(study: Study) -> list[Table]:
     answers = study_answers(study)
     for dataset in study.datasets:
         groups = study.of(dataset)
-        tables += [claims_table(dataset, answers), cost_table(dataset, groups), divergence_table(dataset, groups)]
+        tables += [
+            claims_table(dataset, groups, answers),
+            cost_table(dataset, groups),
+            divergence_table(dataset, groups),
+        ]
         tables += [quality_table(dataset, groups, setting) for setting in settings_of(groups)]
         tables += [paper_table(dataset)] if dataset in paper.DATASETS else []
         tables += [*tuning_tables(dataset, groups), time_table(dataset, groups), likelihood_table(dataset, groups)]

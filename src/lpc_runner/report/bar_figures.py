@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lpc_runner.report.grouping import Group
-from lpc_runner.report.study import Setting
+from lpc_runner.report.study import Measurement, Setting
 from lpc_runner.report.style import (
     COLOURS,
     FRECHET,
@@ -67,12 +67,20 @@ def objective_figure(dataset: str, groups: Sequence[Group], setting: Setting) ->
         panel.set_xlabel(axis_name(name, setting))
         panel.grid(visible=False, axis="y")
     titles = short_labels(groups, lambda group: OBJECTIVES[group.properties["objective"]])
-    marked = [f"{title}\n(last finite state)" if g.diverged else title for title, g in zip(titles, groups)]
+    marked = [f"{title}{_mark(group, runs, names)}" for title, group, runs in zip(titles, groups, found)]
     panels[0].set_yticks(range(len(groups)), [wrapped(title, 26) for title in marked])
     panels[0].invert_yaxis()
     counted = "" if setting.num_samples is None else f", N = {setting.num_samples:,} samples"
     figure.suptitle(f"{dataset}{counted}", fontsize=14)
     return figure
+
+
+def _mark(group: Group, runs: Sequence[Measurement | None], names: Sequence[str]) -> str:
+    """What became of seeds that have no dot in some panel."""
+    odd = sum(any(not math.isfinite(found.values.get(name, 0.0)) for name in names) for found in runs if found)
+    words = ["last finite state"] if group.diverged else [group.outcome] * bool(group.outcome)
+    words += [f"{odd} of {len(runs)} not finite"] if odd else []
+    return f"\n({', '.join(words)})" if words else ""
 
 
 def _names(groups: Sequence[Group], setting: Setting) -> list[str]:

@@ -7,28 +7,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lpc_runner.report import paper
-from lpc_runner.report.claim_checks import CHECKS, Check
-from lpc_runner.report.evidence import Evidence
+from lpc_runner.report.claim_checks import CHECKS
+from lpc_runner.report.evidence import CHANCE, FAILS, HOLDS, UNMEASURED, Evidence, Finding
 from lpc_runner.report.grouping import Group
 from lpc_runner.report.study import Setting, Study
 from lpc_runner.report.tables import DASH, Table
-
-HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured"
+from lpc_runner.report.tuning import papers_cell
 
 
 @dataclass(frozen=True)
 class Answer:
-    """HOLDS, FAILS or UNMEASURED for one dataset; extractor: "" where no features enter."""
+    """HOLDS, FAILS, CHANCE or UNMEASURED for one dataset; extractor: "" where no features enter; cell: whose it is,
+    "" where it is of nobody in particular."""
 
     claim: paper.Claim
     dataset: str
     extractor: str
+    cell: str
     verdict: str
     numbers: str
 
 
 def study_answers(study: Study) -> list[Answer]:
-    """Every claim for every dataset of images, and for every extractor where one enters."""
+    """Every claim for every dataset of images, for every extractor where one enters, and for every cell."""
     answers = []
     for dataset in study.datasets:
         groups = study.of(dataset)
@@ -37,23 +38,21 @@ def study_answers(study: Study) -> list[Answer]:
         for claim in paper.CLAIMS:
             check, featured = CHECKS[claim.id]
             for setting in main_settings(groups) or [None] if featured else [None]:
-                answers.append(_answer(claim, check, Evidence(dataset, groups, setting, [])))
+                extractor = "" if setting is None else setting.extractor
+                for found in _said(check(Evidence(dataset, groups, setting))):
+                    answers.append(Answer(claim, dataset, extractor, found.cell, found.verdict, found.text))
     return answers
+
+
+def _said(findings: Sequence[Finding]) -> list[Finding]:
+    """The cells that have something to be compared with; where none has, the one that lacks least."""
+    matched = [found for found in findings if not found.unlike]
+    return matched or [min(findings, key=lambda found: found.unlike)]
 
 
 def of_images(groups: Sequence[Group]) -> bool:
     """Whether these runs drew images, of which alone the paper speaks; a shape that nobody recorded may be one."""
     return any(len(run.shape) in (0, 3) for group in groups for run in group.runs)
-
-
-def _answer(claim: paper.Claim, check: Check, evidence: Evidence) -> Answer:
-    holds = check(evidence)
-    if holds is None or evidence.missing:
-        verdict, lines = UNMEASURED, [f"needs {', '.join(dict.fromkeys(evidence.missing))}", *evidence.numbers]
-    else:
-        verdict, lines = HOLDS if holds else FAILS, evidence.numbers
-    extractor = "" if evidence.setting is None else evidence.setting.extractor
-    return Answer(claim, evidence.dataset, extractor, verdict, "; ".join(lines))
 
 
 def main_settings(groups: Sequence[Group]) -> list[Setting]:
@@ -67,19 +66,37 @@ def main_settings(groups: Sequence[Group]) -> list[Setting]:
     return [best[name] for name in sorted(best, key=lambda name: (name != paper.EXTRACTOR, name))]
 
 
-def claims_table(dataset: str, answers: Sequence[Answer]) -> Table | None:
-    """One row per claim and extractor, what was measured first; None without an answer."""
+def claims_table(dataset: str, groups: Sequence[Group], answers: Sequence[Answer]) -> Table | None:
+    """One row per claim, extractor and cell, what was measured first; None without an answer."""
     own = [answer for answer in answers if answer.dataset == dataset]
     if not own:
         return None
     own.sort(key=lambda answer: answer.verdict == UNMEASURED)
-    rows = [[a.claim.text, a.claim.source, a.extractor or DASH, a.verdict, a.numbers] for a in own]
+    papers = {group.label for group in groups if _as_in_paper(group)}
+    rows = []
+    for a in own:
+        several = sum((o.claim, o.extractor) == (a.claim, a.extractor) for o in own) > 1
+        mark = ", the paper's setting" if a.cell in papers else ""
+        text = f"{a.claim.text} ({a.cell}{mark})" if a.cell and (several or mark) else a.claim.text
+        rows.append([text, a.claim.source, a.extractor or DASH, a.verdict, a.numbers])
     counts = Counter(answer.verdict for answer in own)
-    notes = ["; ".join(f"{counts[verdict]} {verdict}" for verdict in (HOLDS, FAILS, UNMEASURED)) + "."]
-    notes.append("By means over seeds; a difference within two of its standard errors may be chance.")
+    verdicts = (HOLDS, FAILS, CHANCE, UNMEASURED)
+    notes = ["; ".join(f"{counts[verdict]} {verdict}" for verdict in verdicts) + "."]
+    notes.append(
+        "Of runs that are equal in all that the claim is not about; within chance: a difference of at most two of its "
+        "standard errors, or of one seed. A diverged seed counts as worse than any that finished."
+    )
     if any(answer.extractor not in ("", paper.EXTRACTOR) for answer in own):
         notes.append(f"FID stands for the Fréchet distance in the features named; the paper's are {paper.EXTRACTOR}'s.")
     if dataset not in paper.DATASETS:
         notes.append(f"The paper has no {dataset}: the same questions, asked of these runs.")
     columns = ["claim", "source", "features", "answer", "numbers"]
     return Table(f"{dataset}: the paper's claims", columns, rows, notes, frozenset({"source", "numbers"}))
+
+
+def _as_in_paper(group: Group) -> bool:
+    """Whether a chain has what Table 3 says of its dataset."""
+    if group.dataset not in paper.TABLE_3 or group.method == "VAE":
+        return False
+    wanted = paper.COMMON | paper.LPC_COMMON | papers_cell(group.dataset, group.method)
+    return all(paper.same(group.properties.get(key), value) for key, value in wanted.items())

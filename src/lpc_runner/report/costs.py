@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from lpc_runner.report import paper
+from lpc_runner.report.evidence import UNKNOWN, devices_of, epochs_of
 from lpc_runner.report.grouping import Group
 from lpc_runner.report.study import Run
 from lpc_runner.report.tables import DASH, Table, mean_of, show, spread
@@ -17,46 +18,31 @@ def ms_per_batch(run: Run) -> float | None:
     return None if seconds is None or not updates else 1e3 * seconds / updates
 
 
-def finished(group: Group) -> list[Run]:
-    """The runs whose times are those of a whole training."""
-    return [run for run in group.runs if run.status == "finished"]
-
-
 def reference_vae(groups: Sequence[Group]) -> Group | None:
     """The finished VAE that trained longest: 50 epochs in the paper."""
-    found = [group for group in groups if group.method == "VAE" and mean_of(map(ms_per_batch, finished(group)))]
+    found = [group for group in groups if group.method == "VAE" and mean_of(map(ms_per_batch, group.finished))]
     return max(found, key=epochs_of, default=None)
-
-
-def epochs_of(group: Group) -> float:
-    """Epochs that the finished runs of a group trained, 0 where none is recorded."""
-    return mean_of([run.cost("num_epochs") for run in finished(group)]) or 0.0
-
-
-def devices_of(group: Group) -> set[str]:
-    """Names of the processors behind a group's times."""
-    return {run.device or "not recorded" for run in finished(group)}
 
 
 def ratios(group: Group, reference: Group) -> tuple[float, float] | None:
     """Time per batch and of the whole training, in multiples of the reference's means.
 
-    None where either has no times, or where they were taken on different devices.
+    None where either has no times, or where they were not all taken on one device that is recorded.
     """
     pairs = []
     for cost in (ms_per_batch, lambda run: run.cost("train_seconds")):
-        ours, theirs = (mean_of(map(cost, finished(each))) for each in (group, reference))
+        ours, theirs = (mean_of(map(cost, each.finished)) for each in (group, reference))
         if ours is None or not theirs:
             return None
         pairs.append(ours / theirs)
-    same = devices_of(group) == devices_of(reference) and len(devices_of(group)) == 1
-    return (pairs[0], pairs[1]) if same else None
+    devices = devices_of(group) | devices_of(reference)
+    return (pairs[0], pairs[1]) if len(devices) == 1 and UNKNOWN not in devices else None
 
 
 def time_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     """Table 4: ours and the paper's ratios; None without a finished VAE and something to set beside it."""
     reference = reference_vae(groups)
-    shown = [group for group in groups if mean_of(map(ms_per_batch, finished(group)))]
+    shown = [group for group in groups if mean_of(map(ms_per_batch, group.finished))]
     if reference is None or len(shown) < 2:
         return None
     theirs = {cost.method: cost for cost in paper.TABLE_4}
@@ -69,14 +55,14 @@ def time_table(dataset: str, groups: Sequence[Group]) -> Table | None:
         steps = group.properties.get("num_steps")
         rows.append(
             [
-                group.label,
-                str(len(finished(group))),
+                group.marked_label,
+                str(len(group.finished)),
                 show(epochs_of(group), 0),
                 DASH if steps is None else str(steps),
-                spread(map(ms_per_batch, finished(group))),
+                spread(map(ms_per_batch, group.finished)),
                 show(per_batch),
                 DASH if printed is None else f"{printed.per_batch:g}",
-                spread(run.cost("train_seconds") for run in finished(group)),
+                spread(run.cost("train_seconds") for run in group.finished),
                 show(whole),
                 DASH if printed is None else f"{printed.end_to_end:g}",
                 ", ".join(sorted(devices_of(group))),
@@ -88,7 +74,9 @@ def time_table(dataset: str, groups: Sequence[Group]) -> Table | None:
         f"Ours on {', '.join(devices)}; the paper's: T = 300, 15 epochs against the VAE's 50, "
         f"on {paper.TABLE_4_HARDWARE}.",
     ]
-    notes += [f"{DASH} for a ratio: other device than the VAE's."] * any(ratios(g, reference) is None for g in shown)
+    notes += [f"{DASH} for a ratio: not on one recorded device with the VAE."] * any(
+        ratios(g, reference) is None for g in shown
+    )
     hidden = frozenset({"epochs", "T", "device", "training s"})
     return Table(f"{dataset}: times (Table 4)", columns, rows, notes, hidden)
 

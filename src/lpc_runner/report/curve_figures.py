@@ -192,4 +192,5 @@ def legend(group: Group, num_runs: int) -> str:
     """A group's label, how many seeds are behind its line, and what became of them."""
     seeds = f"{num_runs} seeds" if num_runs > 1 else "1 seed"
     statuses = sorted({run.status for run in followed(group)} - {"finished"})
+    statuses += [group.outcome] if group.outcome and not group.diverged else []
     return wrapped(f"{group.label} ({', '.join([seeds, *statuses])})", 48)

@@ -36,10 +36,14 @@ class Group:
     repeated: list[Run] = field(default_factory=list)
 
     @property
+    def finished(self) -> list[Run]:
+        """Runs that reached their end."""
+        return [run for run in self.runs if run.status == "finished"]
+
+    @property
     def counted(self) -> list[Run]:
         """The runs whose numbers are averaged: the finished ones, else the diverged ones."""
-        finished = [run for run in self.runs if run.status == "finished"]
-        return finished or [run for run in self.runs if run.status == "diverged"]
+        return self.finished or [run for run in self.runs if run.status == "diverged"]
 
     @property
     def diverged(self) -> bool:
@@ -47,8 +51,17 @@ class Group:
         return bool(self.counted) and self.counted[0].status == "diverged"
 
     @property
+    def outcome(self) -> str:
+        """How many seeds diverged, as in: 2 of 3 diverged; empty where none did."""
+        number = sum(run.status == "diverged" for run in self.runs)
+        return f"{number} of {len(self.runs)} diverged" if number else ""
+
+    @property
     def marked_label(self) -> str:
-        return self.label + ("\N{NO-BREAK SPACE}†" if self.diverged else "")
+        """The label, and how many seeds diverged: their numbers are not in the mean of those that finished."""
+        if self.diverged:
+            return f"{self.label}\N{NO-BREAK SPACE}†"
+        return f"{self.label} ({self.outcome})" if self.outcome else self.label
 
 
 def method_of(sampler: str, objective: str) -> str:
@@ -90,7 +103,7 @@ def _properties(run: Run) -> dict[str, Any]:
 def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> list[Group]:
     """Groups of runs with these properties, apart where config.yaml differs in anything but the seed."""
     members = sorted(members, key=lambda member: (member[1].status != "finished", member[1].name))
-    configs = [_compared(run) for _, run in members]
+    configs = [compared_config(run) for _, run in members]
     known = [config for config in configs if config]
     paths = sorted({path for config in known for path in config})
     differing = [path for path in paths if len({repr(config.get(path)) for config in known}) > 1]
@@ -110,7 +123,8 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
     return list(found.values())
 
 
-def _compared(run: Run) -> dict[str, Any]:
+def compared_config(run: Run) -> dict[str, Any]:
+    """The settings of config.yaml in which repetitions of one another agree, by path."""
     config = {}
     for path, value in run.config.items():
         free = path.split(".")[0] in _FREE or path.startswith(_FREE_PATHS)

@@ -62,7 +62,8 @@ class Point:
 class Run:
     """One run: its settings, its state (one of STATUSES), what it cost and what it reached.
 
-    shape: of one example, () where it is not recorded; device: the name of the machine's processor, where recorded.
+    shape: of one example, () where it is not recorded; devices: the names of the processors it ran on, session by
+    session, each once; () where a session does not say its own.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Run:
     keys: dict[str, Any]
     config: dict[str, Any]
     shape: tuple[int, ...] = ()
-    device: str | None = None
+    devices: tuple[str, ...] = ()
     status: str = "unfinished"
     result: dict[str, Any] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
@@ -188,23 +189,18 @@ def read_run(path: Path, warnings: list[str]) -> Run | None:
             warnings.append(f"{path.name}/{name} measured update {update:.0f} of {final:.0f}: left out")
     shape = described.get("data_shape")
     run.shape = tuple(shape) if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else ()
-    run.device = _device(path) or run.result.get("device")
+    run.devices = _devices(path)
     _add_curves(run, warnings)
     return run
 
 
-def _device(path: Path) -> str | None:
-    """The processor of the last session that says one."""
+def _devices(path: Path) -> tuple[str, ...]:
+    """The processors of all sessions; () where one does not say it: its share of the times is of an unknown one."""
     try:
         lines = (path / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return None
-    for line in reversed(lines):
-        try:
-            return str(json.loads(line)["device"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
+        return tuple(dict.fromkeys(str(json.loads(line)["device"]) for line in lines))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def _read_json(path: Path, warnings: list[str], name: str = "") -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ LIKELIHOOD = ("elbo", "bits_per_dim", "kl", "active_units", "sigma")
 UNITS = {"elbo": "nats per example", "kl": "nats per example", "bits_per_dim": "bits per dimension"}
 DASH = "–"
 LONG = 40
+TINY = 0.001  # below it a number is written with an exponent
 DIVERGED = "† no seed finished: the last finite states of diverged runs."
 
 
@@ -65,7 +66,7 @@ def show(value: float | None, decimals: int | None = None) -> str:
         return DASH
     if not math.isfinite(value):
         return str(value)
-    if decimals is None and value != 0 and abs(value) < 0.001:
+    if decimals is None and value != 0 and abs(value) < TINY:
         return f"{value:.2g}"
     return f"{value:,.{decimals_of(value) if decimals is None else decimals}f}"
 
@@ -85,12 +86,21 @@ def spread(values: Iterable[float | None], expected: int | None = None) -> str:
     if not present:
         return DASH
     count = "" if expected in (None, len(present)) else f" (n={len(present)})"
-    if not all(map(math.isfinite, present)):
-        return f"not finite{count}"
-    mean = statistics.fmean(present)
-    if len(present) == 1:
-        return f"{show(mean)} ± {DASH}{count}"
-    return f"{show(mean)} ± {show(statistics.stdev(present), decimals_of(mean))}{count}"
+    odd = sum(not math.isfinite(value) for value in present)
+    if odd:
+        return f"not finite{f' in {odd} of {len(present)}' if len(present) > 1 else ''}{count}"
+    return f"{mean_and_spread(present)}{count}"
+
+
+def mean_and_spread(values: Sequence[float], alone: str = f" ± {DASH}") -> str:
+    """mean ± standard deviation over n - 1, to the same decimals; `alone` after a single value, nothing for none."""
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return show(mean) + alone
+    decimals = decimals_of(mean) if abs(mean) >= TINY or mean == 0 else None
+    return f"{show(mean)} ± {show(statistics.stdev(values), decimals)}"
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:

@@ -1,115 +1,223 @@
-"""Whether a claim of the paper holds in a study: of Figure 3, along the chains, and of Figure 5, samples and epochs."""
+"""What a study says of the paper's claims about Figure 3, along the chains, and Figure 5, samples and epochs."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from lpc_runner.report.budgets import curve_settings
-from lpc_runner.report.evidence import FRECHET, Evidence, comparison, finished, named, summary
-from lpc_runner.report.sharpness import sharpness
-from lpc_runner.report.study import Point, Run, Setting
-from lpc_runner.report.tables import base_name
-from lpc_runner.report.traces import LOG_JOINT, read_trace, steps_gained, traced_runs, traced_updates
+from lpc_runner.report.evidence import (
+    ENDED,
+    EPOCHS,
+    FRECHET,
+    METHOD,
+    Evidence,
+    Finding,
+    against,
+    all_of,
+    answer,
+    as_planned,
+    epochs_of,
+    lacking,
+    of_cells,
+    out_of_proportion,
+    sample,
+)
+from lpc_runner.report.grouping import Group
+from lpc_runner.report.study import Point, Run
+from lpc_runner.report.tables import base_name, show
+from lpc_runner.report.traces import LOG_JOINT, read_trace, steps_gained, traced_updates
 
 JEFFREYS, REVERSE, FORWARD = "LPC jeffreys", "LPC reverse", "LPC forward"
-SETTLED = 1.0  # nats: a chain whose median step gains less is near the mode
-MARGIN = 0.1  # share of its final Fréchet distance within which a method has converged
-
+SETTLED = 1.0  # nats: a chain whose median step changes less is near the mode
+MARGIN = 0.1  # share of its lowest Fréchet distance within which a method has converged
 
 # Figure 3 -------------------------------------------------------------------------------------------------
 
 
-def steps_until_settled(log_joint: np.ndarray) -> int:
-    """The first step whose median gain over chains is below SETTLED nats; their number where none is.
+def climbing_steps(log_joint: np.ndarray) -> int | None:
+    """Steps before the first that changes log p by less than SETTLED nats, in the median over chains.
 
-    log_joint: log p(x, z(t-1)) in nats, (T, B).
+    All of them where the chain climbs to its end; None where it falls, or leaves the finite numbers, before it has
+    settled. log_joint: log p(x, z(t-1)) in nats, (T, B).
     """
-    gains = steps_gained(log_joint)
-    gains = np.where(np.isfinite(gains), gains, np.inf)  # what left the finite numbers has not settled
-    below = np.flatnonzero(np.median(gains, axis=1) < SETTLED)
-    return int(below[0]) + 1 if len(below) else len(gains)
+    gains = np.median(steps_gained(log_joint), axis=1)  # nan where one is nan
+    for step, gain in enumerate(gains):
+        if not math.isfinite(gain) or gain <= -SETTLED:
+            return None
+        if gain < SETTLED:
+            return step
+    return len(gains)
 
 
-def drift_phase(e: Evidence) -> bool | None:
-    phases: dict[str, dict[int, list[float]]] = {}
-    for method in (FORWARD, REVERSE, JEFFREYS):
-        groups = [g for g in e.groups if g.method == method and any(traced_updates(run) for run in traced_runs(g))]
-        if not groups:
-            e.missing.append(f"traces of {method}")
-            continue
-        group = max(groups, key=lambda g: max(len(traced_updates(run)) for run in traced_runs(g)))
-        for run in traced_runs(group):
-            for update in traced_updates(run):
-                trace = read_trace(run, update, e.warnings)
-                if trace is not None:
-                    steps = steps_until_settled(trace[LOG_JOINT])
-                    phases.setdefault(method, {}).setdefault(update, []).append(steps)
-    if e.missing:
-        return None
-    shared = sorted(set.intersection(*(set(phases.get(method, {})) for method in (FORWARD, REVERSE, JEFFREYS))))
-    if not shared:
-        e.missing.append("traces of all three objectives at one training batch")
-        return None
-    longer = []
-    for update in shared:
-        forward, *others = ((m, phases[m][update]) for m in (FORWARD, REVERSE, JEFFREYS))
-        longer += [statistics.fmean(forward[1]) > statistics.fmean(other[1]) for other in others]
-        counts = ", ".join(f"{method} {summary(steps)}" for method, steps in (forward, *others))
-        e.numbers.append(f"steps until the median gain is below {SETTLED:g} nat, batch {update:,}: {counts}")
-    return all(longer)
+def drift_phase(e: Evidence) -> list[Finding]:
+    """Forward KL's chains climb for more steps than reverse KL's and Jeffreys', at every batch that all recorded."""
+    own = ("objective", EPOCHS)  # a training batch is the same whatever comes after it
+
+    def longer(forward: Group, other: Group) -> Finding:
+        runs = [run for group in (forward, other) for run in group.runs if run.status in ENDED]
+        shared = sorted(set.intersection(*({*traced_updates(run)} for run in runs))) if runs else []
+        parts = []
+        for update in shared:
+            pair = [
+                sample(group, lambda run, update=update: _phase(e, run, update), ENDED) for group in (other, forward)
+            ]
+            parts.append(answer(*pair, f"climbing steps at batch {update:,}"))
+        return all_of(parts) if parts else lacking(f"traces of {forward.label} and {other.label} at one batch", 0)
+
+    def cell(forward: Group) -> Finding:
+        return all_of([against(forward, e.of(m), f"traces of {m}", own, longer) for m in (REVERSE, JEFFREYS)])
+
+    traced = [group for group in e.of(FORWARD) if any(traced_updates(run) for run in group.runs)]
+    return of_cells(traced, f"traces of {FORWARD}", cell)
+
+
+def _phase(e: Evidence, run: Run, update: int) -> float | str:
+    trace = read_trace(run, update, e.warnings)
+    steps = None if trace is None else climbing_steps(trace[LOG_JOINT])
+    if steps is None:
+        return "its trace is damaged" if trace is None else f"its chains do not settle at batch {update:,}"
+    return float(steps)
 
 
 # Figure 5 -------------------------------------------------------------------------------------------------
 
-
-def sharp(e: Evidence) -> bool | None:
-    lpc, vae = e.find(JEFFREYS, measured=False), e.longest_trained_vae()
-    if not (lpc and vae):
-        return None
-    found = [[s for run in finished(group) if (s := sharpness(run)) is not None] for group in (lpc, vae)]
-    e.missing += [f"sample grids of {group.label}" for group, own in zip((lpc, vae), found) if not own]
-    if e.missing:
-        return None
-    text = comparison(named(lpc), found[0], named(vae), found[1])
-    e.numbers.append(f"gradient energy of the samples in multiples of the data's: {text}")
-    return statistics.fmean(found[0]) > statistics.fmean(found[1])
+GAP = 2  # white pixels around every image of a grid
+ENLARGED = 96  # small images are enlarged by whole pixels to about this side
 
 
-def epochs_until(points: Sequence[Point], metric: str, target: float) -> float | None:
-    """The first epoch at which the metric is no larger than `target`."""
-    return next((p.epoch for p in points if p.epoch is not None and p.values.get(metric, math.inf) <= target), None)
+def sharp(e: Evidence) -> list[Finding]:
+    """LPC's samples are nearer to the data's gradient energy than those of a VAE of equal or the paper's epochs."""
 
+    known: dict[str, float | None] = {}
 
-def fast(e: Evidence) -> bool | None:
-    setting = next((s for s in curve_settings(e.groups) if e.setting and s.extractor == e.setting.extractor), None)
-    lpc, vae = e.find(JEFFREYS), e.longest_trained_vae(measured=True)
-    if not (lpc and vae):
-        return None
-    curves = [[c for run in finished(g) if len(c := _followed(run, setting)) >= 3] for g in (lpc, vae)]
-    e.missing += [f"three measurements during training of {g.label}" for g, own in zip((lpc, vae), curves) if not own]
-    if e.missing:
-        return None
-    metric = next(name for name in curves[0][0][0].values if base_name(name) in FRECHET)
-    ends = [[curve[-1].values[metric] for curve in own] for own in curves]
-    epochs = [
-        [epochs_until(curve, metric, (1 + MARGIN) * end) for curve, end in zip(own, last)]
-        for own, last in zip(curves, ends)
-    ]
-    text = comparison(named(lpc), epochs[0], named(vae), epochs[1])
-    e.numbers.append(f"epochs until within {MARGIN:.0%} of its own final Fréchet distance: {text}")
-    passed = [epochs_until(curve, metric, statistics.fmean(ends[1])) for curve in curves[0]]
-    known = [value for value in passed if value is not None]
-    seeds = f" ({len(known)} of {len(passed)} seeds)" if len(known) < len(passed) else ""
-    e.numbers.append(
-        f"epochs until {lpc.label} is below the VAE's final: {summary(known) if known else 'never'}{seeds}"
+    def energy(run: Run) -> float | None:
+        if run.name not in known:
+            known[run.name] = sharpness(run)
+        return known[run.name]
+
+    def distance(run: Run) -> float | str:
+        return "no sample grid, or none of the data" if energy(run) is None else abs(energy(run) - 1)
+
+    def nearer(lpc: Group, vae: Group) -> Finding:
+        part = answer(sample(lpc, distance), sample(vae, distance), "distance of the gradient energy from the data's")
+        means = []
+        for group in (lpc, vae):
+            own = [found for run in group.finished if (found := energy(run)) is not None]
+            means += [f"× {show(statistics.fmean(own))} of {group.label}"] if own else []
+        return all_of([part, Finding(part.verdict, f"gradient energy {', '.join(means)}")]) if means else part
+
+    def epochs(lpc: Group, vae: Group) -> list[str]:
+        equal = as_planned(epochs_of(lpc), epochs_of(vae))
+        return [] if equal else out_of_proportion(e.dataset, lpc, vae)
+
+    own = (*METHOD, EPOCHS)
+    return of_cells(
+        e.of(JEFFREYS), f"a finished {JEFFREYS}", lambda g: against(g, e.of("VAE"), "a VAE", own, nearer, epochs)
     )
-    return statistics.fmean(epochs[0]) < statistics.fmean(epochs[1])
 
 
-def _followed(run: Run, setting: Setting | None) -> list[Point]:
-    points = [] if setting is None else run.curve(setting)
-    return [p for p in points if any(base_name(n) in FRECHET and math.isfinite(v) for n, v in p.values.items())]
+def sharpness(run: Run) -> float | None:
+    """Gradient energy of a run's final samples in multiples of its data's.
+
+    Gradient energy: the mean over images, channels and pixels of (∂x/∂i)² + (∂x/∂j)², differences between neighbours
+    within an image, in samples/final.png and samples/data.png. 1: as much detail as the data; below: blurred; above:
+    noise. None where a grid or the images' shape is missing, a grid is damaged, or the data are flat.
+    """
+    final, data = (_grid_energy(run.path / "samples" / name, run.shape) for name in ("final.png", "data.png"))
+    return None if final is None or not data else final / data
+
+
+def gradient_energy(images: np.ndarray) -> float:
+    """Mean squared difference between vertical and between horizontal neighbours, added; images (N, H, W, C)."""
+    return float(np.mean(np.diff(images, axis=1) ** 2) + np.mean(np.diff(images, axis=2) ** 2))
+
+
+def _grid_energy(path: Path, shape: tuple[int, ...]) -> float | None:
+    import matplotlib.image
+
+    if len(shape) != 3 or min(shape[1:]) < 2:
+        return None
+    try:
+        picture = matplotlib.image.imread(path)
+    except (OSError, ValueError, SyntaxError):
+        return None
+    images = cut(np.asarray(picture, dtype=np.float64), *shape[1:])
+    return None if images is None else gradient_energy(images)
+
+
+def cut(picture: np.ndarray, height: int, width: int) -> np.ndarray | None:
+    """The images (N, height, width, C) of a grid (rows, columns, C), at their own size; None where they do not fit."""
+    picture = picture[..., None] if picture.ndim == 2 else picture[..., :3]
+    side = max(1, round(ENLARGED / width))
+    picture = picture[::side, ::side]
+    rows, columns = ((size - GAP) // (own + GAP) for size, own in zip(picture.shape, (height, width)))
+    expected = (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP)
+    if picture.shape[:2] != expected or not rows * columns:
+        return None
+    corners = [(GAP + i * (height + GAP), GAP + j * (width + GAP)) for i in range(rows) for j in range(columns)]
+    images = [picture[top : top + height, left : left + width] for top, left in corners]
+    images = [image for image in images if image.min() < picture.max()]  # the last row ends with empty places
+    return np.stack(images) if images else None
+
+
+def fast(e: Evidence) -> list[Finding]:
+    """LPC is within MARGIN of its lowest Fréchet distance after fewer epochs than a VAE of the paper's epochs.
+
+    Where the lowest was and how much worse the end is stand beside it: a run that gets worse has its best early.
+    """
+    setting = next((s for s in curve_settings(e.groups) if e.setting and s.extractor == e.setting.extractor), None)
+
+    def curve(run: Run) -> list[tuple[float, float]]:
+        points = [] if setting is None else run.curve(setting)
+        found = [(point.epoch, _frechet(point)) for point in points]
+        return [(epoch, value) for epoch, value in found if epoch is not None and value is not None]
+
+    def epochs(run: Run) -> float | str:
+        found = curve(run)
+        if len(found) < 3:
+            return "fewer than three measurements during training whose epoch is recorded"
+        if not math.isfinite(found[-1][1]):
+            return math.nan
+        return until(found, (1 + MARGIN) * _best(found)[1])
+
+    def sooner(lpc: Group, vae: Group) -> Finding:
+        found = answer(sample(lpc, epochs), sample(vae, epochs), f"epochs until within {MARGIN:.0%} of its own best")
+        texts = [found.text]
+        for group in (lpc, vae):
+            followed = [own for run in group.finished if len(own := curve(run)) >= 3]
+            if followed:
+                best = statistics.fmean(_best(own)[0] for own in followed)
+                worse = statistics.fmean(own[-1][1] / _best(own)[1] - 1 for own in followed)
+                texts.append(f"{group.label} is best after epoch {show(best, 1)} and ends {worse:.0%} above that")
+        return Finding(found.verdict, "; ".join(texts))
+
+    def apart(lpc: Group, vae: Group) -> list[str]:
+        gaps = []
+        for group in (lpc, vae):
+            own = next((found for run in group.finished if len(found := curve(run)) >= 3), None)
+            gaps += [own[1][0] - own[0][0]] if own else []
+        words = [f"measured every {gaps[0]:.3g} epochs against every {gaps[1]:.3g}"] if len(gaps) == 2 else []
+        return out_of_proportion(e.dataset, lpc, vae) + (words if words and abs(gaps[0] - gaps[1]) > 0.5 else [])
+
+    own = (*METHOD, EPOCHS)
+    return of_cells(
+        e.of(JEFFREYS), f"a finished {JEFFREYS}", lambda g: against(g, e.of("VAE"), "a VAE", own, sooner, apart)
+    )
+
+
+def _frechet(point: Point) -> float | None:
+    return next((value for name, value in point.values.items() if base_name(name) in FRECHET), None)
+
+
+def _best(curve: list[tuple[float, float]]) -> tuple[float, float]:
+    """Epoch and value of the lowest finite value."""
+    return min(((e, v) for e, v in curve if math.isfinite(v)), key=lambda point: point[1])
+
+
+def until(curve: list[tuple[float, float]], target: float) -> float:
+    """The first epoch at which a value is no larger than `target`; curve: (epoch, value) in order, one of them so."""
+    return next(epoch for epoch, value in curve if value <= target)

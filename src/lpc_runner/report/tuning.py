@@ -71,14 +71,15 @@ def _table(dataset: str, family: Sequence[Group], setting: Setting) -> Table | N
     rows = []
     for group in cells:
         run = _run_of(group, seed)
-        others = [value_of(other, setting, metric) for other in group.runs if other is not run]
-        others = [value for value in others if value is not None]
+        rest = [other for other in group.runs if other is not run]
+        others = [value for other in rest if (value := value_of(other, setting, metric)) is not None]
+        lost = f", {len(others)} of {len(rest)} finished with a number" if len(others) < len(rest) else ""
         rows.append(
             [
                 group.label,
                 show(value_of(run, setting, metric)) if run.status == "finished" else "diverged",
                 "chosen" if group is best else "",
-                f"{spread(others)} (n={len(others)})" if group is best and others else DASH,
+                f"{spread(others)} (n={len(others)}{lost})" if group is best and rest else DASH,
                 "paper's choice" if _is_papers(dataset, group) else "",
             ]
         )
