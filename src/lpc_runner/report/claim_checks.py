@@ -173,6 +173,8 @@ def _harm(e: Evidence, betas: Mapping[float, Mapping[float, Group]]) -> Finding:
     if size is None:
         return lacking("a step size at which a seed finished", 0)
     harms = [_relative(f"β = {beta:g}", own, size) for beta, own in samples.items()]
+    if all(set(harm.by_seed.values()) == {1.0} and not harm.num_lost for harm in harms):
+        return lacking(f"a step size that harms: γ = {size:g} has the lowest of every β", 0)
     what = f"Fréchet distance at γ = {size:g} in multiples of the lowest of the same β"
     ends = answer(harms[-1], harms[0], what)
     middle = [f"; {harm.text()}" for harm in harms[1:-1]]
