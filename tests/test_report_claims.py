@@ -395,11 +395,14 @@ def test_a_chain_climbs_until_the_first_step_of_small_median_change():
     assert climbing_steps(climb(20, 19)) == 19  # to its end
     mixed = np.concatenate([climb(20, 7, 2), climb(20, 3, 1)], axis=1)
     assert climbing_steps(mixed) == 7
-    exploding = climb(20, 2)
-    exploding[5:] = np.nan
-    assert climbing_steps(exploding) == 2
-    exploding[2:] = -np.inf
-    assert climbing_steps(exploding) is None
+    dip = climb(20, 7)
+    dip[8:] -= 5.0  # one step back, then level
+    assert climbing_steps(dip) == 7
+    for value in (np.nan, -np.inf):
+        exploding = climb(20, 2)
+        exploding[5:] = value
+        assert climbing_steps(exploding) is None
+    assert climbing_steps(np.concatenate([climb(10, 4), climb(10, 9, gain=-50.0)])) is None
     assert climbing_steps(climb(20, 19, gain=-50.0)) is None  # a chain that loses 50 nats a step has not settled
 
 

@@ -39,18 +39,17 @@ MARGIN = 0.1  # share of its lowest Fréchet distance within which a method has 
 
 
 def climbing_steps(log_joint: np.ndarray) -> int | None:
-    """Steps before the first that changes log p by less than SETTLED nats, in the median over chains.
+    """Steps before the first that gains less than SETTLED nats, in the median over chains; all where none does.
 
-    All of them where the chain climbs to its end; None where it falls, or leaves the finite numbers, before it has
-    settled. log_joint: log p(x, z(t-1)) in nats, (T, B).
+    None where the chain has not come to rest: it leaves the finite numbers, or loses SETTLED nats or more per step in
+    the median of the second half of its steps. log_joint: log p(x, z(t-1)) in nats, (T, B).
     """
     gains = np.median(steps_gained(log_joint), axis=1)  # nan where one is nan
-    for step, gain in enumerate(gains):
-        if not math.isfinite(gain) or gain <= -SETTLED:
-            return None
-        if gain < SETTLED:
-            return step
-    return len(gains)
+    rest = np.median(gains[len(gains) // 2 :])
+    if not np.isfinite(gains).all() or rest <= -SETTLED:
+        return None
+    below = np.flatnonzero(gains < SETTLED)
+    return int(below[0]) if len(below) else len(gains)
 
 
 def drift_phase(e: Evidence) -> list[Finding]:
