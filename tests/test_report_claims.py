@@ -408,7 +408,13 @@ def test_a_chain_climbs_until_the_first_step_of_small_median_change():
 
 @pytest.mark.parametrize(
     ("forward", "gain", "verdict"),
-    [((9, 9), 10.0, HOLDS), ((9, 3), 10.0, FAILS), ((9, 4), 10.0, CHANCE), ((9, 9), -50.0, UNMEASURED)],
+    [
+        ((9, 9), 10.0, HOLDS),
+        ((9, 3), 10.0, FAILS),
+        ((9, 4), 10.0, CHANCE),
+        ((9, 9), -50.0, FAILS),
+        ((19, 19), -50.0, UNMEASURED),
+    ],
 )
 def test_figure_3_compares_first_phases_at_every_shared_batch(disk, forward, gain, verdict):
     for objective, phases in (("forward", forward), ("reverse", (4, 4)), ("jeffreys", (5, 4))):
