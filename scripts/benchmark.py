@@ -5,6 +5,7 @@ python scripts/benchmark.py --growth                           memory against T;
 python scripts/benchmark.py --profile                          where an update's time goes, by kernel class
 python scripts/benchmark.py --accuracy                         error of each precision; what deferring could save
 python scripts/benchmark.py --kept-memory                      what it saves to keep freed memory
+python scripts/benchmark.py --waits 0,4                        threads that sleep or spin, beside 0 and 4 busy processes
 python scripts/benchmark.py --throughput 1,2                   runs per hour with so many runs at once
 python scripts/benchmark.py --cuda-suite FOLDER                tests and all of this on a CUDA device, ten minutes
 """
@@ -24,6 +25,7 @@ from lpc_runner.benchmark.kept import kept_memory, markdown_of_kept
 from lpc_runner.benchmark.scaling import profile
 from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
 from lpc_runner.benchmark.variants import Work
+from lpc_runner.benchmark.waits import markdown_of_waits, waits
 from lpc_runner.memory import keep_freed_memory
 from lpc_runner.models.conv import SIDES
 
@@ -58,6 +60,9 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> tuple[str, 
     elif arguments.kept_memory:
         name, result = "kept-memory", kept_memory(work, arguments.rounds)
         text = markdown_of_kept(result)
+    elif arguments.waits:
+        name, result = "waits", waits(work, arguments.rounds, [int(number) for number in arguments.waits.split(",")])
+        text = markdown_of_waits(result)
     elif arguments.throughput:
         numbers = [positive(number) for number in arguments.throughput.split(",")]
         name, result = "throughput", throughput(numbers, arguments.device)
@@ -84,6 +89,7 @@ def main() -> None:
     what.add_argument("--profile", action="store_true", help="time by kernel class")
     what.add_argument("--accuracy", action="store_true", help="precisions against float64; deferred weight gradients")
     what.add_argument("--kept-memory", action="store_true", help="with freed memory kept, and given back (CPU)")
+    what.add_argument("--waits", metavar="N,M", help="threads asleep or spinning, beside N, M busy processes (CPU)")
     what.add_argument("--throughput", metavar="N,M", help="runs per hour with N, M runs at once")
     what.add_argument("--cuda-suite", type=Path, metavar="FOLDER", help="check and time everything on a CUDA device")
     parser.add_argument("--stages", default="", help="of the CUDA suite, separated by commas (default: all)")
