@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.errors import UserError
+from lpc_runner.inference.capture import Captures
 from lpc_runner.inference.chain import (
     NOISE_BLOCK,
     Chain,
@@ -236,25 +237,12 @@ class _Program:
 class CudaGraph(Blocked):
     """Blocks captured once as CUDA graphs: the host launches one graph per block instead of every kernel."""
 
-    WARM_UPS = 3  # runs before the capture, in which libraries choose algorithms and allocate what they keep
-    _pool = None
-    _stream = None  # of this engine: torch's own capture stream stays on the first device that a process captured on
+    def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
+        super().__init__(precision, device)
+        self.captures = Captures(device)
 
     def launcher(self, block: Block) -> Callable[[], None]:
-        with torch.cuda.device(self.device):
-            self._stream = self._stream or torch.cuda.Stream()
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(self.WARM_UPS):
-                    block()
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Blocks never overlap in time: they may share memory.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                block()
-            self._pool = graph.pool()
-        return graph.replay
+        return self.captures(block)
 
 
 class Compiled(Blocked):
@@ -272,7 +260,7 @@ class Compiled(Blocked):
         if not self._compiled:
             torch.compiler.reset()
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(function, dynamic=False)
+            self._compiled[key] = torch.compile(function, backend=self.backend, dynamic=False)
         return self._compiled[key]
 
     def potential_of(self, log_joint: LogJoint) -> LogJoint:

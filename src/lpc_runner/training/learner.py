@@ -17,7 +17,7 @@ from lpc_runner.inference.interfaces import Objective, Sampler
 from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
 from lpc_runner.schema import declared
 from lpc_runner.training.distributed import SINGLE, Ranks
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.optimizers import Adam, restore
 from lpc_runner.training.update import Combined, UpdateNoise, compute_gradients, step_encoder
 
 
@@ -108,7 +108,10 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of the same configuration."""
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                restore(part, state[name])
+            else:
+                part.load_state_dict(state[name])
 
     def start_from(self, state: dict[str, Any], source: str) -> None:
         """Take the weights, and no optimiser state, from another run's checkpoint; UserError if they do not fit."""
