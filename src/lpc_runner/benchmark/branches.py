@@ -9,14 +9,14 @@ import torch
 from lpc_runner.benchmark.variants import Work, build_learner, chain, images
 from lpc_runner.inference.capture import Captures
 from lpc_runner.inference.engine import Blocked, Precision, _Program
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 
 
 def branched(work: Work, precision: Precision, number: int, device: torch.device) -> Callable[[], None]:
     """A replay of `number` learners' blocks of min(T, 32) steps, forked from one stream and joined again."""
     blocks = []
     for _ in range(number):
-        learner = build_learner(work, device, chain(work.num_steps), Objective(0.5, 0.5), ("eager", precision))
+        learner = build_learner(work, device, chain(work.num_steps), WeightedKL(0.5, 0.5), ("eager", precision))
         engine, x = Blocked(precision, device), images(work, device)
         start = learner.sampler.init(torch.randn(work.batch, learner.model.latent_dim, device=device), None)
         theta = list(learner.model.parameters())

@@ -31,7 +31,7 @@ from lpc_runner.benchmark.training import train
 from lpc_runner.benchmark.variants import WAYS, Work, build_learner, build_model, build_variants, chain, images, rows_of
 from lpc_runner.benchmark.variants import ours as one_update
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.objectives import Objective
+from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.memory import keep_freed_memory
 
 # Relative difference of logged values after two updates of 40 steps, captured or compiled against the loop.
@@ -103,7 +103,7 @@ class Stage:
 
 def _learner(stage: Stage, work: Work, way: tuple[str, str]) -> tuple[Any, Batch]:
     data = Batch(images(work, stage.device), torch.arange(work.batch, device=stage.device))
-    return build_learner(work, stage.device, chain(work.num_steps), Objective(0.5, 0.5), way), data
+    return build_learner(work, stage.device, chain(work.num_steps), WeightedKL(0.5, 0.5), way), data
 
 
 def _same(stage: Stage, side: int, way: tuple[str, str]) -> None:

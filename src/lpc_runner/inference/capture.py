@@ -17,14 +17,14 @@ class Captures:
         self.device, self._pool = device, None
         self._stream = None  # its own: torch's capture stream stays on the first device that a process captured on
 
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What replays `work`, after WARM_UPS runs of it; raises what it raises."""
+    def __call__(self, work: Callable[[], None], warm: bool = True) -> Callable[[], None]:
+        """What replays `work`, after WARM_UPS runs of it where it is to be warmed up; raises what it raises."""
         with torch.cuda.device(self.device):
             self._stream = self._stream or torch.cuda.Stream()
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                for _ in range(self.WARM_UPS):
+                for _ in range(self.WARM_UPS if warm else 0):
                     work()
             current.wait_stream(self._stream)
             return self.captured(work, current).replay

@@ -171,9 +171,10 @@ class Blocked(Eager):
         super().__init__(precision, device)
         self._programs: dict[tuple, _Program] = {}
 
-    def launcher(self, block: Block) -> Callable[[], None]:
-        """What runs the block, for all later chains of the same shapes."""
-        return block
+    def launcher(self, work: Callable[[], None], warm: bool = True) -> Callable[[], None]:
+        """What does the work on its fixed tensors, again and again; warm: whether it may be done before, to warm up."""
+        del warm
+        return work
 
     def step_of(self, sampler: Any) -> Step:
         """One step of the sampler, as this engine makes it."""
@@ -241,8 +242,8 @@ class CudaGraph(Blocked):
         super().__init__(precision, device)
         self.captures = Captures(device)
 
-    def launcher(self, block: Block) -> Callable[[], None]:
-        return self.captures(block)
+    def launcher(self, work: Callable[[], None], warm: bool = True) -> Callable[[], None]:
+        return self.captures(work, warm)
 
 
 class Compiled(Blocked):
