@@ -279,6 +279,7 @@ def test_auto_and_what_a_device_cannot_do():
     cpu = torch.device("cpu")
     assert type(make_engine("auto", "fp32", cpu)) is Eager
     assert type(make_engine("compiled", "fp32", cpu)) is Compiled
+    assert callable(make_engine("compiled", "fp32", cpu).potential_of(lambda x, z: z))  # compiled at its first call
     with pytest.raises(UserError, match=r"engine=cuda_graph needs a CUDA device, device is cpu"):
         make_engine("cuda_graph", "fp32", cpu)
     with pytest.raises(UserError, match=r"precision=tf32 is arithmetic of CUDA devices, device is cpu"):

@@ -253,6 +253,8 @@ class Compiled(Blocked):
     not get there, every engine starts with none of those before it.
     """
 
+    backend = "inductor"  # torch.compile's
+
     def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
         super().__init__(precision, device)
         self._compiled: dict[Any, Callable] = {}
