@@ -66,7 +66,7 @@ class Stage:
     def keep(self, name: str, value: Any) -> None:
         """One number, or several, of this stage."""
         self.kept[name] = value
-        self.path.write_text(json.dumps(self.kept, indent=1))
+        self.path.write_text(json.dumps(self.kept, indent=1), encoding="utf-8")
         print(f"{name}: {value}" if name != "text" else value, flush=True)
 
     def attempt(self, name: str, work: Callable[[], Any], seconds: float = 8.0) -> None:

@@ -42,7 +42,7 @@ def run_suite(
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as kept, (folder / "log.txt").open("a") as log:
+    with tempfile.TemporaryDirectory() as kept, (folder / "log.txt").open("a", encoding="utf-8") as log:
         for stage in stages or LIMITS:
             left = seconds - (time.monotonic() - started) - GRACE
             limit = min(LIMITS[stage], left)
@@ -53,7 +53,7 @@ def run_suite(
                 words = [stage, str(path), f"{limit:.1f}", device, str(folder.absolute()), *more]
                 results[stage] = _one([sys.executable, "-m", "lpc_runner.benchmark.stages", *words], limit, log)
                 if path.exists():
-                    results[stage] |= json.loads(path.read_text())
+                    results[stage] |= json.loads(path.read_text(encoding="utf-8"))
             write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
             write_atomically(folder / "benchmark.md", markdown_of_suite(results).encode())
     return results
@@ -63,7 +63,7 @@ def _one(command: list[str], limit: float, log: Any) -> dict[str, Any]:
     """Run a stage, its lines to the terminal and the log; at its limit the whole group of processes is ended."""
     begun, ended = time.monotonic(), threading.Event()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
     def end() -> None:
