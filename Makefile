@@ -3,12 +3,20 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: run test lint docs bench mutants faults slow audit clean
+# The oldest torch that pyproject.toml allows, in an environment of its own, on Python 3.12 where it is there.
+FLOOR_PYTHON ?= $(shell command -v python3.12 || echo "$(PYTHON)")
+FLOOR := .venv-floor
+TESTS ?= tests
+
+.PHONY: run test test-floor lint docs bench mutants faults slow audit clean
 run: .venv/.runtime
 	$(BIN)/python -m lpc_runner
 
 test: .venv/.development
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-floor: $(FLOOR)/.development
+	$(FLOOR)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: .venv/.development
 	$(BIN)/ruff check .
@@ -50,5 +58,11 @@ audit: .venv/.development
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+$(FLOOR)/.development: pyproject.toml constraints.txt
+	test -x $(FLOOR)/bin/python || $(FLOOR_PYTHON) -m venv $(FLOOR)
+	sed 's/^torch==.*/torch==2.11.0/; s/^torchvision==.*/torchvision==0.26.0/' constraints.txt > $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python -m pip install --quiet --constraint $(FLOOR)/constraints.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist site
+	rm -rf .venv $(FLOOR) build dist site

@@ -5,8 +5,11 @@ python scripts/benchmark.py --growth                           memory against T;
 python scripts/benchmark.py --profile                          where an update's time goes, by kernel class
 python scripts/benchmark.py --accuracy                         error of each precision; what deferring could save
 python scripts/benchmark.py --kept-memory                      what it saves to keep freed memory
+python scripts/benchmark.py --waits 0,4                        threads that sleep or spin, beside 0 and 4 busy processes
 python scripts/benchmark.py --throughput 1,2                   runs per hour with so many runs at once
-python scripts/benchmark.py --cuda-suite FOLDER                tests and all of this on a CUDA device, ten minutes
+python scripts/benchmark.py --cuda-suite FOLDER --seconds 290 --stages smoke,compare-32,tests
+                                                               checks and all of this on a CUDA device, each stage
+                                                               in a process with a limit; the stages: --help
 """
 
 import argparse
@@ -22,8 +25,10 @@ from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
 from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
 from lpc_runner.benchmark.kept import kept_memory, markdown_of_kept
 from lpc_runner.benchmark.scaling import profile
+from lpc_runner.benchmark.suite import LIMITS, failed, run_suite
 from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
 from lpc_runner.benchmark.variants import Work
+from lpc_runner.benchmark.waits import markdown_of_waits, waits
 from lpc_runner.memory import keep_freed_memory
 from lpc_runner.models.conv import SIDES
 
@@ -33,6 +38,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
+
+
+def stages_of(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in LIMITS]:
+        raise argparse.ArgumentTypeError(f"no stage is called {unknown[0]!r}: {', '.join(LIMITS)}")
+    return names
 
 
 def several(text: str) -> int:
@@ -58,6 +70,9 @@ def measured(arguments: argparse.Namespace, device: torch.device) -> tuple[str, 
     elif arguments.kept_memory:
         name, result = "kept-memory", kept_memory(work, arguments.rounds)
         text = markdown_of_kept(result)
+    elif arguments.waits:
+        name, result = "waits", waits(work, arguments.rounds, [int(number) for number in arguments.waits.split(",")])
+        text = markdown_of_waits(result)
     elif arguments.throughput:
         numbers = [positive(number) for number in arguments.throughput.split(",")]
         name, result = "throughput", throughput(numbers, arguments.device)
@@ -84,9 +99,12 @@ def main() -> None:
     what.add_argument("--profile", action="store_true", help="time by kernel class")
     what.add_argument("--accuracy", action="store_true", help="precisions against float64; deferred weight gradients")
     what.add_argument("--kept-memory", action="store_true", help="with freed memory kept, and given back (CPU)")
+    what.add_argument("--waits", metavar="N,M", help="threads asleep or spinning, beside N, M busy processes (CPU)")
     what.add_argument("--throughput", metavar="N,M", help="runs per hour with N, M runs at once")
     what.add_argument("--cuda-suite", type=Path, metavar="FOLDER", help="check and time everything on a CUDA device")
-    parser.add_argument("--stages", default="", help="of the CUDA suite, separated by commas (default: all)")
+    parser.add_argument("--stages", type=stages_of, default=(), help=f"of the CUDA suite: {','.join(LIMITS)}")
+    parser.add_argument("--seconds", type=positive, default=570, help="of the CUDA suite in all (default: 570)")
+    parser.add_argument("--settings", default="", help="of the suite's training runs: 'dataset=cifar10 data_dir=...'")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if (arguments.device == "cuda" or arguments.cuda_suite) and not torch.cuda.is_available():
@@ -95,8 +113,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # as every run does; it serves the other packages too
     if arguments.cuda_suite:
-        only = tuple(filter(None, arguments.stages.split(",")))
-        sys.exit(0 if report.cuda_suite(arguments.cuda_suite, only) else "a test marked cuda failed: see tests.json")
+        words = arguments.settings.split()
+        wrong = failed(run_suite(arguments.cuda_suite, arguments.stages, arguments.seconds, more=words))
+        sys.exit(f"failed: {', '.join(wrong)} (log.txt has what they said)" if wrong else 0)
     device = torch.device(arguments.device)
     name, result, text = measured(arguments, device)
     if arguments.out is not None:

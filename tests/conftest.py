@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from lpc_runner.waiting import VARIABLES
 
 # A run of seconds: the default's code with small networks, few updates and few samples.
 TINY = (
@@ -213,5 +216,15 @@ def finish(process: subprocess.Popen, code: int | None = 0) -> str:
 
 
 def environment() -> dict[str, str]:
-    """For a subprocess: no W&B, one thread."""
-    return {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    """For a subprocess: no W&B, one thread, and nothing said of how threads wait."""
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return {**kept, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+
+# Has GNU's OpenMP write its settings to standard error when a process loads it.
+TELLING = {"OMP_DISPLAY_ENV": "VERBOSE"}
+
+
+def spin_counts(text: str) -> list[int]:
+    """How often a waiting thread looks before it sleeps, in every process that said so (TELLING)."""
+    return [int(count) for count in re.findall(r"GOMP_SPINCOUNT = '(\d+)'", text)]

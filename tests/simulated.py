@@ -165,7 +165,7 @@ def serve() -> None:
     in_blocks, in_updates = [], []
 
     class Watched(engine.Blocked):
-        def launcher(self, block):
+        def launcher(self, block, warm=True):
             def launch() -> None:
                 before = len(waits)
                 block()

@@ -20,6 +20,7 @@ BASE = (
     "environment",
     "memory",
     "surroundings",
+    "waiting",
 )
 ORDER = (
     "data",
@@ -109,6 +110,18 @@ def test_what_the_chain_may_not_know():
         assert not parts_imported(path) & set(ORDER[1:]), path
 
 
+def test_commands_alone_change_how_threads_wait():
+    """A caller of `lpc_runner.load` keeps the environment that he has."""
+    calls = set()
+    for path, name in zip(FILES, NAMES):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                inner = (node for node in ast.walk(function) if isinstance(node, ast.Call))
+                named = {node.func.id for node in inner if isinstance(node.func, ast.Name)}
+                calls |= {f"{name}:{function.name}"} if "wait_passively" in named else set()
+    assert calls == {"main.py:main", "main.py:job", "evaluate.py:main", "sample.py:main"}
+
+
 def test_run_directories_need_no_torch():
     for name in ("runs", "files", "errors"):
         assert "torch" not in imports_of(SOURCE / f"{name}.py")
@@ -150,7 +163,7 @@ def test_only_commands_print(path):
     prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
     if prints:
         name = str(path.relative_to(SOURCE))
-        assert name in ("main.py", "evaluate.py", "sample.py", "benchmark.py", "ls.py", "report/__main__.py")
+        assert name in ("main.py", "evaluate.py", "sample.py", "benchmark/stages.py", "ls.py", "report/__main__.py")
 
 
 @each_file

@@ -1,9 +1,13 @@
 """The benchmark compares like with like: rivals compute the same chain, ratios are paired, the floor is a floor."""
 
+import json
+import sys
+import tarfile
+
 import pytest
 import torch
 
-from lpc_runner.benchmark import accuracy, deferred, floor, kept, report, rivals
+from lpc_runner.benchmark import accuracy, deferred, floor, kept, report, rivals, stages, suite, training
 from lpc_runner.benchmark.variants import Variant, Work, build_model, build_variants, images, measure, ratio, rows_of
 from lpc_runner.inference.chain import run_chain
 from lpc_runner.inference.preconditioning import Adam, Identity
@@ -157,3 +161,94 @@ def test_variants_in_processes_of_their_own_are_compared_with_the_literal_one():
         assert row["ms_per_step"] > 0 and row["quartiles_ms"][0] <= row["ms_per_step"] <= row["quartiles_ms"][1]
     assert rows[0]["ratio"] == 1
     assert kept.markdown_of_kept(result).count("| ours |") == 2
+
+
+def test_a_suite_s_stages_are_apart(tmp_path, monkeypatch):
+    """One fails, one hangs, the rest is measured; what comes back is a few files, written after every stage."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    script = tmp_path / "stages.py"
+    script.write_text(STAND_IN)
+    real = suite._one
+    monkeypatch.setattr(suite, "_one", lambda command, *more: real([sys.executable, str(script), *command[3:]], *more))
+    limits = {"smoke": 20.0, "tests": 20.0, "jax": 1.0, "growth": 20.0, "train": 1e4}
+    monkeypatch.setattr(suite, "LIMITS", limits)
+    monkeypatch.setattr(suite, "GRACE", 0.5)
+    results = suite.run_suite(tmp_path / "out", seconds=30.0, device="cpu", more=["a=1"])
+    assert results["smoke"]["words"] == ["cpu", str(tmp_path / "out"), "a=1"] and results["smoke"]["exit_code"] == 0
+    assert results["tests"]["exit_code"] == 3 and results["tests"]["number"] == 1  # kept before it failed
+    assert results["jax"]["ended"] and results["jax"]["exit_code"] < 0 and results["jax"]["seconds"] < 15
+    assert results["growth"]["exit_code"] == 0
+    assert suite.failed(results)[:2] == ["tests", "jax"]
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"results.json", "benchmark.md", "log.txt"}
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert "loud" in (tmp_path / "out" / "log.txt").read_text()
+    assert "## jax" in (tmp_path / "out" / "benchmark.md").read_text()
+
+
+STAND_IN = """
+import json, signal, sys, time
+name, path, limit, *words = sys.argv[1:]
+open(path, "w").write(json.dumps({"number": 1, "words": words}))
+print("loud", name)
+if name == "tests":
+    sys.exit(3)
+if name == "jax":  # hangs, and does not listen
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+"""
+
+
+def test_a_stage_without_time_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "_one", lambda *_: pytest.fail("nothing is to be started"))
+    results = suite.run_suite(tmp_path, ["smoke"], seconds=10.0, device="cpu")
+    assert results["smoke"] == {"not_measured": "4 s were left"} and not suite.failed(results)
+
+
+QUICK = ("smoke", "compare-32", "accuracy", "layouts", "branches", "profile")
+
+
+@pytest.fixture
+def small_rates(monkeypatch):
+    monkeypatch.setattr(floor, "WIDTH", {"cpu": 64})
+    monkeypatch.setattr(floor, "COPIED", {"cpu": 2**12})
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_every_stage_runs_as_far_as_a_cpu_goes(tmp_path, small_rates, name):
+    """The smallest sizes; nothing fails, and each number is kept."""
+    stage = stages.Stage(tmp_path / "kept.json", 1e3, CPU, tmp_path, True, [])
+    stages.STAGES[name](stage)
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept and not [value for value in kept.values() if str(value).startswith("failed")]
+    if name == "smoke":
+        assert kept["erfcx(8) = .0699"][0] and kept["eager fp32, 64 pixels, equals the loop"] is True
+    if name == "compare-32":
+        assert len(kept["rows"]) == 9 and kept["literal, jeffreys, eager fp32"]["rounds"] == 2
+
+
+def test_a_number_that_cannot_be_had_is_a_result(tmp_path):
+    stage = stages.Stage(tmp_path / "kept.json", 1e3, CPU, tmp_path, True, [])
+    stage.attempt("odd", lambda: 1 / 0)
+    stage.attempt("late", lambda: pytest.fail("no time"), seconds=1e6)
+    assert stage.kept["odd"].startswith("failed: ZeroDivisionError") and "s were left" in stage.kept["late"]
+
+    def broken():
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    with pytest.raises(SystemExit) as leaving:  # the process is not to be trusted any more
+        stage.attempt("capture", broken)
+    assert leaving.value.code == 3 and stage.kept["capture"].startswith("failed")
+
+
+def test_archives_of_runs_have_the_newest_checkpoint(tmp_path):
+    checkpoints = tmp_path / "runs" / "one-abc" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for update in (1, 2):
+        (checkpoints / f"update-{update:09d}-00.pt").write_bytes(b"weights")
+    (checkpoints.parent / "metrics.jsonl").write_text("{}")
+    (path,) = training.pack(tmp_path / "runs", tmp_path)
+    with tarfile.open(path) as archive:
+        assert sorted(archive.getnames()) == [
+            "one-abc/checkpoints/update-000000002-00.pt", "one-abc/metrics.jsonl",
+        ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.training.optimizers import restore
 
 
 class Stop(BaseException):
@@ -77,3 +79,17 @@ def test_a_disk_that_fills_within_a_write_leaves_the_checkpoints_before(tmp_path
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 3, STATE)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("there, here", [(None, True), (True, None)])
+def test_an_optimiser_s_steps_are_launched_as_its_own_device_wants_it(there, here):
+    """A checkpoint of a CPU, where Adam is a loop, goes on by one fused kernel on CUDA, and the other way round."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+    one, other = (torch.optim.Adam([weight], lr=rate, fused=fused) for rate, fused in ((0.1, there), (0.3, here)))
+    weight.grad = torch.ones(5)
+    one.step()
+    restore(other, copy.deepcopy(one.state_dict()))
+    (group,) = other.param_groups
+    assert (group["fused"], group["lr"]) == (here, 0.1)
+    other.step()
+    assert float(other.state[weight]["step"]) == 2 and torch.equal(one.state[weight]["exp_avg"], torch.full((5,), 0.1))

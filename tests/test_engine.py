@@ -1,5 +1,6 @@
 """Every engine against the plain loop: same noise, same parameters, results equal to rounding."""
 
+import copy
 import math
 
 import pytest
@@ -11,8 +12,10 @@ from lpc_runner.emissions import Bernoulli
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.gaps import gradients_through_rnns
 from lpc_runner.evaluation.networks import exact_arithmetic
+from lpc_runner.inference.capture import Captures
 from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
+from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
@@ -189,7 +192,7 @@ def test_steps_without_a_gradient_of_theta_do_not_compute_one():
     assert len(counted) == 2
 
 
-def learner(engine, device="cpu", dtype=torch.float64, num_steps=NUM_STEPS):
+def learner(engine, device="cpu", dtype=torch.float64, num_steps=NUM_STEPS, num_samples=None):
     torch.manual_seed(0)
     model = MLP((1, 3, 3), 4, 1.3, DiscretisedGaussian("optimal", 0.3, 0.9), 0.3, [6])
     encoder = model.build_encoder()
@@ -199,20 +202,48 @@ def learner(engine, device="cpu", dtype=torch.float64, num_steps=NUM_STEPS):
         model.to(device, dtype),
         encoder.to(device, dtype),
         chain,
-        WeightedKL(0.5, 0.5) if num_steps else WeightedKL(0.0, 1.0),
+        ImportanceWeighted(num_samples) if num_samples else WeightedKL(0.5, 0.5) if num_steps else WeightedKL(0.0, 1.0),
         Optimizer(1e-2, [0.9, 0.999], 1e-8),
         engine=engine,
     )
 
 
-def train(one, num_updates, device="cpu", dtype=torch.float64):
-    x = (torch.randint(256, (3, 1, 3, 3), generator=torch.Generator().manual_seed(1)) / 127.5 - 1).to(device, dtype)
-    batch = Batch(x, torch.arange(3, device=device))
-    for update in range(num_updates):
+def train(one, num_updates, device="cpu", dtype=torch.float64, first=0):
+    for update in range(first, first + num_updates):
+        x = torch.randint(256, (3, 1, 3, 3), generator=torch.Generator().manual_seed(update)) / 127.5 - 1
+        batch = Batch(x.to(device, dtype), torch.arange(3, device=device))
         gradients = one.gradients(batch, 0, update, update < 2)
         assert gradients.finite
         one.apply(batch, gradients)
     return gradients
+
+
+@pytest.mark.parametrize("num_samples", [None, 5])
+def test_a_whole_update_on_fixed_tensors_is_the_update(num_samples):
+    """Without a chain: the same bits as step by step, from one checkpoint to the next too."""
+    kept = {"num_steps": 0, "num_samples": num_samples}
+    straight, blocked, resumed = (learner(engine, **kept) for engine in (Eager(), Blocked(), Blocked()))
+    train(straight, 6), train(blocked, 3), train(resumed, 2)
+    resumed.load_state_dict(copy.deepcopy(blocked.state_dict()))
+    scalars = [train(each, 3, first=3).scalars for each in (blocked, resumed)]
+    torch.testing.assert_close(*scalars, rtol=0, atol=0)
+    for each in (blocked, resumed):
+        torch.testing.assert_close(each.state_dict(), straight.state_dict(), rtol=0, atol=0)
+
+
+def test_an_objective_of_one_s_own_is_captured_only_if_it_says_so():
+    """A class made from ours may change with Python's own state, as an annealed KL does."""
+
+    class Annealed(WeightedKL):
+        pass
+
+    class Declared(Annealed):
+        capturable = True
+
+    built = learner(Blocked(), num_steps=0)
+    for objective, whole in ((WeightedKL(0.0, 1.0), True), (Annealed(0.0, 1.0), False), (Declared(0.0, 1.0), True)):
+        parts = built.model, built.encoder, built.sampler, objective, Optimizer(1e-2, [0.9, 0.999], 1e-8)
+        assert (Learner(*parts, engine=Blocked())._whole is not None) == whole
 
 
 @pytest.mark.parametrize("num_steps", [NUM_STEPS, 0])
@@ -248,6 +279,7 @@ def test_auto_and_what_a_device_cannot_do():
     cpu = torch.device("cpu")
     assert type(make_engine("auto", "fp32", cpu)) is Eager
     assert type(make_engine("compiled", "fp32", cpu)) is Compiled
+    assert callable(make_engine("compiled", "fp32", cpu).potential_of(lambda x, z: z))  # compiled at its first call
     with pytest.raises(UserError, match=r"engine=cuda_graph needs a CUDA device, device is cpu"):
         make_engine("cuda_graph", "fp32", cpu)
     with pytest.raises(UserError, match=r"precision=tf32 is arithmetic of CUDA devices, device is cpu"):
@@ -268,6 +300,21 @@ def test_exact_arithmetic_is_put_back():
     assert settings() == before
 
 
+class Traced(Compiled):
+    """What torch.compile makes of a function before it generates code: no compiler is needed, seconds are enough."""
+
+    backend = "eager"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["mlp", "linear", "conv"])
+def test_traced_for_compilation_equals_the_loop(model):
+    """States, drifts and gradients of θ, from steps with and without the latter (every third of 5 has them)."""
+    built, batches = models()
+    sampler = Langevin(5, "all", SIZES["constant"], METRICS["adam"], theta_every=3)
+    compare(Traced(), built[model], batches[model], sampler, EXACT)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model", ["mlp", "bernoulli", "conv"])
@@ -278,6 +325,44 @@ def test_compiled_equals_the_loop(model):
     for every, states in ((1, "all"), (3, "all"), (1, "last")):
         sampler = Langevin(5, states, SIZES["constant"], METRICS["adam"], theta_every=every)
         compare(engine, built[model], batches[model], sampler, EXACT)
+
+
+@pytest.mark.parametrize("broken_by", ["the block", "the end of the capture", None])
+def test_a_capture_that_fails_says_why_and_leaves_its_stream(monkeypatch, broken_by):
+    """torch 2.11's `graph` as it is: it ends the capture, which fails where the block did, and so leaves the stream."""
+    streams = ["the caller's"]
+
+    class Graph:
+        def __init__(self, graph, pool, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            streams.append(self.stream)
+
+        def __exit__(self, *_):
+            if broken_by is not None:
+                raise RuntimeError("the end of the capture")
+            streams.append("the caller's")
+
+    def block():
+        if broken_by == "the block":
+            raise RuntimeError("the block")
+
+    class Captured:
+        def pool(self):
+            return "pool"
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Captured)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    captures = Captures(torch.device("cpu"))
+    captures._stream = "the capture's"
+    if broken_by is None:
+        assert isinstance(captures.captured(block, "the caller's"), Captured) and captures._pool == "pool"
+    else:
+        with pytest.raises(RuntimeError, match=broken_by):
+            captures.captured(block, "the caller's")
+    assert streams == ["the caller's", "the capture's", "the caller's"]
 
 
 def relative_error(one, other):
@@ -303,16 +388,18 @@ def test_captured_graphs_equal_the_loop(engine, model):
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("num_steps", [NUM_STEPS, 0])
 @pytest.mark.parametrize("engine", CUDA_ENGINES)
-def test_training_on_cuda_is_the_same_with_every_engine(engine):
-    one = learner(Eager("fp32", torch.device("cuda")), "cuda")
-    other = learner(CUDA_ENGINES[engine]("fp32", torch.device("cuda")), "cuda")
+def test_training_on_cuda_is_the_same_with_every_engine(engine, num_steps):
+    one = learner(Eager("fp32", torch.device("cuda")), "cuda", num_steps=num_steps)
+    other = learner(CUDA_ENGINES[engine]("fp32", torch.device("cuda")), "cuda", num_steps=num_steps)
     for each in (one, other):
         train(each, 6, "cuda")
     torch.testing.assert_close(one.state_dict()["model"], other.state_dict()["model"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("engine", [Eager, CudaGraph])
 def test_a_chain_asks_the_device_nothing(engine):
     """torch raises on any synchronisation inside the chain, after the first, which may capture."""
@@ -325,8 +412,8 @@ def test_a_chain_asks_the_device_nothing(engine):
         return one.run(built["conv"].log_joint, (x,), z, sampler, ChainNoise(0, 0, (3, 4), "cuda"), parameters=theta)
 
     chain()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         chain()
     finally:
         torch.cuda.set_sync_debug_mode("default")

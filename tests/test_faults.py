@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, assert_same_run, only_run, plan_of, result_of
 
 from lpc_runner.errors import UserError
@@ -121,6 +122,37 @@ def test_other_code_under_a_run_is_said(workplace, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         execute(plan_of(*SETTINGS))
     assert any("the code changed under this run" in line and "0ld" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("kind, says", [("cuda", True), ("cpu", False)])
+def test_a_run_that_goes_on_on_another_kind_of_device_says_so(workplace, monkeypatch, caplog, kind, says):
+    planned = plan_of(*SETTINGS)
+    with monkeypatch.context() as patch:
+        at_update(patch, 3, lambda: (_ for _ in ()).throw(RuntimeError("stop")))
+        with pytest.raises(RuntimeError, match="stop"):
+            execute(planned)
+    sessions = planned.directory.path / "sessions.jsonl"
+    assert json.loads(sessions.read_text())["device_kind"] == "cpu"
+    sessions.write_text(sessions.read_text().replace('"device_kind": "cpu"', f'"device_kind": "{kind}"'))
+    with caplog.at_level(logging.WARNING):
+        execute(plan_of(*SETTINGS))
+    assert any("begun on cuda, now on cpu" in line for line in caplog.messages) == says
+
+
+def test_a_device_without_memory_left_is_one_line(command, straight, monkeypatch):
+    """It names what takes less, and a rerun goes on from the checkpoint."""
+
+    def refuse():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        at_update(patch, 4, refuse)
+        answer = command(*SETTINGS)
+    assert answer.code == 1 and "Traceback" not in answer.out + answer.err
+    assert "trainer.batch_size (16) or runs_per_gpu (1) takes less" in answer.out + answer.err
+    assert result_of(only_run())["status"] == "failed" and "2.00 GiB" in result_of(only_run())["error"]
+    assert command(*SETTINGS).code == 0
+    assert_same_run(straight, only_run())
 
 
 def test_the_same_code_says_nothing(workplace, monkeypatch, caplog):

@@ -60,6 +60,20 @@ def test_real_timings_are_positive(workplace, words):
     assert 0 < seconds < 60 and math.isfinite(seconds)
 
 
+@pytest.mark.parametrize("load, says", [(0.3, False), (9.0, True)])
+def test_a_forecast_made_on_a_busy_machine_says_so(command, monkeypatch, load, says):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 1.0, 1.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    out = command(*TINY, "check=true").out
+    assert ("timed beside other work (load average 9.0 on 4 cores)" in out) == says and "nothing was started" in out
+
+
+def test_what_was_not_timed_is_not_cautioned_about(command, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 1.0, 1.0))
+    assert command(*TINY).code == 0
+    assert "timed beside" not in command(*TINY, "check=true").out
+
+
 def test_durations_as_people_say_them():
     said = {12.4: "12 s", 119: "119 s", 240: "4 min", 3600 * 3 + 300: "3 h 05 min", 86400 + 7300: "1 d 02 h"}
     assert {seconds: show_duration(seconds) for seconds in said} == said

@@ -199,3 +199,51 @@ Counting("fp32", DEVICE).run(model.log_joint, (x.to(DEVICE),), z.to(DEVICE), sam
 def test_a_step_launches_no_more_kernels_than_it_did():
     """What a step costs on a GPU where each kernel is small: docs/benchmarks.md has the number."""
     assert 60 < float(printed_by(LAUNCHES)) < 120
+
+
+WHOLE = """
+import collections
+import torch
+from simulated import DEVICE, launches, waits
+from lpc_runner.data.dataset import Batch
+from lpc_runner.distributions import DiscretisedGaussian
+from lpc_runner.inference.engine import Blocked
+from lpc_runner.inference.importance import ImportanceWeighted
+from lpc_runner.inference.objectives import WeightedKL
+from lpc_runner.inference.samplers import NoSteps
+from lpc_runner.models.mlp import MLP
+from lpc_runner.training.learner import Learner
+from lpc_runner.training.optimizers import Adam
+
+inside = []
+
+class Counting(Blocked):
+    def launcher(self, work, warm=True):
+        def launch():
+            before = len(launches)
+            work()
+            inside.append(launches[before:])
+        return launch
+
+for objective in (WeightedKL(0.0, 1.0), ImportanceWeighted(5)):
+    model = MLP((1, 8, 8), 4, 1.0, DiscretisedGaussian("learned", 1.0, 0.9), 0.3, [16]).to(DEVICE)
+    encoder = model.build_encoder().to(DEVICE)
+    parts, engine = (model, encoder, NoSteps(None, None), objective), Counting("fp32", DEVICE)
+    learner = Learner(*parts, Adam(1e-3, [0.9, 0.999], 1e-8), engine=engine)
+    batch = Batch(torch.zeros(3, 1, 8, 8).to(DEVICE), torch.arange(3).to(DEVICE))
+    for update in range(4):
+        inside.clear(), launches.clear(), waits.clear()
+        gradients = learner.gradients(batch, 0, update, False)
+        learner.apply(batch, gradients)
+    made = collections.Counter(launches)
+    for work in inside:
+        made -= collections.Counter(work)
+    print(len(inside), sum(map(len, inside)), sum(made.values()), len(waits))
+"""
+
+
+def test_without_a_chain_all_of_an_update_is_in_two_blocks():
+    """Gradients, then both optimisers' steps; outside, noise is drawn and copied with the batch into fixed tensors."""
+    for line in printed_by(WHOLE).splitlines():
+        blocks, inside, outside, waited = map(int, line.split())
+        assert blocks == 2 and inside > 100 and outside <= 4 and waited == 0

@@ -1,11 +1,15 @@
-"""What a command imports before it names a mistake (help and --cfg: tests/test_config.py)."""
+"""What a command imports before it names a mistake, and what it settles first (help, --cfg: tests/test_config.py)."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 
 import pytest
-from conftest import environment
+from conftest import TELLING, environment, spin_counts
+
+from lpc_runner.waiting import VARIABLES, wait_passively
 
 HEAVY = ["torch", "torchvision", "torch_fidelity", "wandb", "sklearn", "scipy", "matplotlib"]
 CODE = f"""
@@ -29,9 +33,32 @@ main()
 )
 def test_answers_that_need_no_torch_do_not_import_it(tmp_path, arguments, allowed, says):
     """Errors of composition load nothing heavy; a range is checked by the class it belongs to, which may import torch,
-    but not torchvision or torch-fidelity."""
+    but not torchvision or torch-fidelity. Where torch is loaded, its threads sleep when they wait."""
     command = [sys.executable, "-c", CODE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment() | TELLING, check=False
+    )
     loaded = next(line for line in done.stderr.splitlines() if line.startswith("loaded:")).removeprefix("loaded: ")
     assert set(json.loads(loaded.replace("'", '"'))) <= set(allowed)
     assert says in done.stdout + done.stderr
+    if platform.system() == "Linux":
+        assert set(spin_counts(done.stderr)) == ({0} if "torch" in loaded else set())
+
+
+@pytest.mark.parametrize("variable", [None, *VARIABLES])
+def test_threads_sleep_unless_the_user_says_otherwise(monkeypatch, variable):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "torch")
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    before = dict(os.environ)
+    assert wait_passively() == (variable is None)
+    assert dict(os.environ) == before | ({} if variable else {"OMP_WAIT_POLICY": "PASSIVE"})
+
+
+def test_where_torch_is_loaded_already_the_environment_is_the_caller_s(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    assert not wait_passively() and dict(os.environ) == before

@@ -67,7 +67,7 @@ class _LogBinProbability(torch.autograd.Function):
         to_log_scale = (at_far * far).addcmul_(at_near, near, value=-1)
         to_mean = at_far.sub_(at_near).mul_(sign).mul_(unit * -EDGE)
         ctx.save_for_backward(to_mean, to_log_scale)
-        return log_twice.sub_(math.log(2))
+        return log_twice - math.log(2)  # not in place: Dynamo 2.11 takes an output written in place for a constant
 
     @staticmethod
     @torch.autograd.function.once_differentiable

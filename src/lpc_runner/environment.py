@@ -30,6 +30,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device)
         if on_cuda
         else f"cpu ({platform.processor() or platform.machine()})",
+        "device_kind": device.type,
         "num_threads": torch.get_num_threads(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -43,6 +44,17 @@ def warn_of_other_code(last: dict[str, Any]) -> None:
     if last and before != now:
         words = [f"{version} ({commit or 'no commit'})" for version, commit in (before, now)]
         logger.warning("the code changed under this run: begun with lpc_runner %s, going on with %s", *words)
+
+
+def warn_of_another_device(last: dict[str, Any], device: torch.device) -> None:
+    """Say so when a run goes on with the random numbers of another kind of device than its latest session had."""
+    before = last.get("device_kind")
+    if before not in (None, device.type):
+        logger.warning(
+            "begun on %s, now on %s, which draws other random numbers: neither device alone makes this run again",
+            before,
+            device.type,
+        )
 
 
 def git_commit() -> str | None:

@@ -7,15 +7,11 @@ import logging
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from lpc_runner.environment import describe_environment
 from lpc_runner.errors import UserError
-from lpc_runner.evaluation.networks import exact_arithmetic
-from lpc_runner.loading import LoadedRun, load
 from lpc_runner.main import one_line_errors
-from lpc_runner.parts import feature_cache
-from lpc_runner.planning import print_measurement
-from lpc_runner.run import set_up_torch
+from lpc_runner.waiting import wait_passively
 
 
 def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
@@ -24,6 +20,14 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     result.json never changes; an earlier evaluation of the same name is kept and the new one numbered. Raises
     UserError if the run, the data or the weights are missing.
     """
+    # These load torch, which the command has something to tell before.
+    from lpc_runner.environment import describe_environment
+    from lpc_runner.evaluation.networks import exact_arithmetic
+    from lpc_runner.loading import load
+    from lpc_runner.parts import feature_cache
+    from lpc_runner.planning import print_measurement
+    from lpc_runner.run import set_up_torch
+
     run = load(run_dir, overrides)
     if not os.access(run.directory.path, os.W_OK | os.X_OK):
         raise UserError(f"{run.directory.path} is read-only, and what is measured is kept there: copy the folder first")
@@ -52,8 +56,11 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     return folder / f"{stem}-{number}.json"
 
 
-def _require_data(run: LoadedRun) -> None:
-    """Raises UserError (one line) if the data are not there, or are not of the shape that the model knows."""
+def _require_data(run: Any) -> None:
+    """Raises UserError (one line) if the data are not there, or are not of the shape that the model knows.
+
+    run: a `loading.LoadedRun`.
+    """
     dataset = run.experiment.dataset
     try:
         dataset.prepare()
@@ -78,6 +85,7 @@ def main() -> None:
         "overrides", nargs="*", default=[], help="metrics.extractor=classifier, metrics.num_samples=1000, ..."
     )
     args = parser.parse_args()
+    wait_passively()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with one_line_errors():
         print(f"written  {evaluate(args.run_dir, tuple(args.overrides))}")

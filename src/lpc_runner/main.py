@@ -21,6 +21,7 @@ from lpc_runner.commands import main_process, told_to_workers
 from lpc_runner.errors import UserError
 from lpc_runner.masking import mask_logs
 from lpc_runner.surroundings import one_line_errors, said, settle
+from lpc_runner.waiting import wait_passively
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
     from lpc_runner.config.compose import compose_command, parse_arguments, starts_workers_here
 
+    wait_passively()
     with one_line_errors(), _connected() as ranks:
         if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
             sys.path.append(os.getcwd())
@@ -165,6 +167,7 @@ def _watch_main() -> threading.Event | None:
 
 def job(cfg: DictConfig) -> None:
     """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on."""
+    wait_passively()  # a cluster's job need not inherit the command's environment
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from typing import Any
 
@@ -21,10 +22,25 @@ _SLOWING = ("model", "objective", "sampler", "preconditioning", "optimizer")
 
 
 class Pace:
-    """Seconds of training left, run by run; runs that cost the same per update are timed once."""
+    """Seconds of training left, run by run; runs that cost the same per update are timed once.
+
+    load: processes that wanted a core during the minute before, which slow down what is timed on a CPU.
+    """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[float, float]] = {}
+        self._timed_on_cpu = False
+        self.load = os.getloadavg()[0]
+
+    def caution(self) -> str | None:
+        """A line where other work shared the cores with what was timed; None where nothing was, or they were free."""
+        cores = os.cpu_count() or 1
+        if not self._timed_on_cpu or self.load < cores / 2:
+            return None
+        return (
+            f"timed beside other work (load average {self.load:.1f} on {cores} cores): where the cores are free, "
+            "training takes less than this"
+        )
 
     def seconds_left(self, run: Planned) -> float:
         """0 for a run that is done; measuring and start-up come on top."""
@@ -44,6 +60,7 @@ class Pace:
         if key not in self._known:
             set_up_torch(run.experiment)
             self._known[key] = _time_updates(run)
+            self._timed_on_cpu |= run.experiment.device.type == "cpu"
         return self._known[key]
 
 

@@ -151,6 +151,8 @@ def print_plan(planned: list[Planned]) -> None:
         f"training left, one after the other on {device}, measuring not counted; nothing was started",
         soft_wrap=True,
     )
+    if caution := pace.caution():
+        console.print(caution, soft_wrap=True)
 
 
 def _updates(run: Planned) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import flat_keys, run_hash, run_name
 from lpc_runner.data.batches import Batches
-from lpc_runner.environment import describe_environment, warn_of_other_code
+from lpc_runner.environment import describe_environment, warn_of_another_device, warn_of_other_code
 from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.evaluation.networks import exact_arithmetic
@@ -27,7 +28,7 @@ from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.masking import masked
 from lpc_runner.memory import keep_freed_memory
 from lpc_runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
-from lpc_runner.runs import RunDirectory
+from lpc_runner.runs import RunDirectory, checkpoint_files
 from lpc_runner.schema import accepted, declared
 from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
@@ -97,6 +98,8 @@ def set_up_torch(experiment: Experiment) -> None:
     keep_freed_memory()
     if experiment.num_threads is not None:
         torch.set_num_threads(experiment.num_threads)
+    if experiment.deterministic and experiment.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses every matrix product
     torch.use_deterministic_algorithms(experiment.deterministic)
 
 
@@ -132,9 +135,19 @@ def execute(planned: Planned) -> dict[str, Any]:
             reason = masked(reason)
             with suppress(OSError):  # on a full disk there may be no room for the news of it either
                 directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _out_of_memory(planned, reason) from error
             raise
         planned.ranks.agree(True)
         return result
+
+
+def _out_of_memory(planned: Planned, reason: str) -> UserError:
+    cfg = planned.cell.cfg
+    return UserError(
+        f"{planned.directory.name}: {planned.experiment.device} is out of memory: a smaller trainer.batch_size "
+        f"({cfg.trainer.batch_size}) or runs_per_gpu ({cfg.runs_per_gpu}) takes less ({reason})"
+    )
 
 
 def _train_and_measure(planned: Planned) -> dict[str, Any]:
@@ -243,6 +256,8 @@ def _describe(planned: Planned) -> None:
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
         warn_of_other_code(directory.last_session())
+        if checkpoint_files(directory.checkpoints):
+            warn_of_another_device(directory.last_session(), planned.experiment.device)
         failed = directory.result()
         session = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -19,7 +19,8 @@ from lpc_runner.files import LACKING, is_held, lock_on, remove_temporary, say_on
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
 # Top-level settings that say where things lie, who watches and how fast: none of them changes what is computed, beyond
-# the rounding in which devices, numbers of threads and engines differ. (`precision` does.)
+# the rounding in which numbers of threads and engines differ. (`precision` does.) Of the device this holds for its law
+# alone: CPU and CUDA draw other numbers from one seed. Every session records its kind.
 CHANGES_NO_RESULT = (
     "study",
     "tracker",

@@ -7,15 +7,11 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lpc_runner.errors import UserError
-from lpc_runner.evaluation.networks import exact_arithmetic
-from lpc_runner.evaluation.samples import sample_images, save_grid
 from lpc_runner.files import write_atomically
-from lpc_runner.loading import load
 from lpc_runner.main import one_line_errors
-from lpc_runner.run import set_up_torch
+from lpc_runner.waiting import wait_passively
 
 
 def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int = 0) -> Path:
@@ -30,6 +26,14 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
         raise UserError(f"--output must end in .png or .npz, got {output}")
     if output is not None and output.exists():
         raise UserError(f"{output} exists already: name another file, or remove it")
+    # These load torch, which the command has something to tell before.
+    import torch
+
+    from lpc_runner.evaluation.networks import exact_arithmetic
+    from lpc_runner.evaluation.samples import sample_images, save_grid
+    from lpc_runner.loading import load
+    from lpc_runner.run import set_up_torch
+
     run = load(run_dir)
     set_up_torch(run.experiment)
     kind = run.experiment.dataset.kind
@@ -56,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which images; a run's own grids use the run's seed")
     parser.add_argument("--output", type=Path, help="file.png (a grid) or file.npz (images uint8 (N, C, H, W))")
     args = parser.parse_args()
+    wait_passively()
     with one_line_errors():
         print(f"written  {sample(args.run_dir, args.num, args.output, args.seed)}")
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
-from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
 from lpc_runner.benchmark.floor import floor_seconds, measured_rates, work_of_a_step
-from lpc_runner.benchmark.scaling import peak_memory, profile, time_of
-from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
+from lpc_runner.benchmark.scaling import peak_memory, time_of
 from lpc_runner.benchmark.variants import Work, build_model, build_variants, images, measure, rows_of
 from lpc_runner.environment import git_commit
-from lpc_runner.models.conv import SIDES
 
 logger = logging.getLogger(__name__)
 
@@ -166,66 +159,3 @@ class Folder:
         with (self.path / "benchmark.md").open("a", encoding="utf-8") as file:
             file.write(f"\n## {name}\n\n{text}\n")
         show(f"\n{name}\n{text}")
-
-
-def cuda_suite(folder: Path, only: Sequence[str] = (), seconds: float = 570.0) -> bool:
-    """Check and time everything on a CUDA device, in one call; False when a test failed.
-
-    only: names of stages, all where empty. Stages that would start after `seconds` minus their allowance are named as
-    not measured: a second call with `only` measures them.
-    """
-    started, device = time.monotonic(), torch.device("cuda")
-    kept = Folder(folder, device)
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"]
-    done = subprocess.run(tests, capture_output=True, text=True, check=False)
-    kept.keep("tests", {"exit_code": done.returncode, "output": done.stdout}, f"```\n{done.stdout[-2000:]}\n```")
-    way, engines = ("cuda_graph", "fp32"), ("eager", "cuda_graph", "compiled")
-
-    def compared(work: Work, rounds: int) -> Callable[[], None]:
-        def stage() -> None:
-            result = compare(work, rounds, device, engines)
-            kept.keep(f"compare-{work.side}", result, markdown_of(result))
-
-        return stage
-
-    def profiled(name: str, engine: tuple[str, str]) -> Callable[[], None]:
-        def stage() -> None:
-            result = profile(Work(64, 32, 64), device, engine)
-            kept.keep(f"profile-{name}", result, markdown_of_profile(result))
-
-        return stage
-
-    def grown() -> None:
-        result = growth(Work(32, 300, 64), device, way, (32, 320, 3200))
-        kept.keep("growth", result, markdown_of_growth(result))
-
-    def examined() -> None:
-        result = drift_errors(Work(32, 1, 64), device)
-        kept.keep("accuracy", result, markdown_of_errors(result))
-        result = {side: deferred_bound(Work(side, 1, 64), device) for side in SIDES}
-        text = "\n".join(f"{side} pixels. {markdown_of_deferred(found)}\n" for side, found in result.items())
-        kept.keep("deferred", result, text)
-
-    def shared() -> None:
-        result = throughput((1, 2, 4), str(device))
-        kept.keep("throughput", result, markdown_of_throughput(result))
-
-    stages = [  # name, seconds to allow, what to do
-        ("compare-64", 150, compared(Work(64, 300, 64), 3)),
-        ("accuracy", 20, examined),
-        ("profile-cuda_graph", 20, profiled("cuda_graph", way)),
-        ("profile-compiled", 20, profiled("compiled", ("compiled", "bf16"))),
-        ("growth", 60, grown),
-        ("compare-32", 120, compared(Work(32, 300, 64), 3)),
-        ("compare-28", 120, compared(Work(28, 300, 64), 3)),
-        ("throughput", 120, shared),
-    ]
-    for name, allowance, stage in stages:
-        if only and name not in only:
-            continue
-        left = seconds - (time.monotonic() - started)
-        if left < allowance:
-            kept.keep(name, {"not_measured": f"{left:.0f} s were left"}, f"Not measured: {left:.0f} s were left.")
-        else:
-            stage()
-    return done.returncode == 0

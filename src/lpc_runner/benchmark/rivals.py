@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,13 +39,16 @@ def torchebm_chain(model: Conv, x: Tensor, num_steps: int) -> tuple[Callable[[in
     return update, torchebm.__version__
 
 
-def jax_chain(model: Conv, x: Tensor, num_steps: int) -> tuple[Callable[..., Any], str]:
+def jax_chain(model: Conv, x: Tensor, num_steps: int, precision: str = "float32") -> tuple[Callable[..., Any], str]:
     """The preconditioned chain in JAX, jit(scan): drift and θ's gradient from one pass, sums for forward KL; version.
 
     The function takes an update's number and, for the tests, z(0) and ξ(1) .. ξ(T); it returns z(T), the sum over
     states of ∇θ, the sums of z and z², and log p(x, z(0)), after waiting for the device. Nothing of the encoder and no
-    optimiser's step are in it. Raises ImportError without JAX, RuntimeError where JAX does not see x's kind of device.
+    optimiser's step are in it. precision: of products and convolutions, `float32` or `tensorfloat32`, which XLA by
+    itself takes on a card that has it. Raises ImportError without JAX, RuntimeError where JAX does not see x's kind of
+    device.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of a card's memory
     import jax
     import jax.numpy as jnp
 
@@ -89,7 +93,8 @@ def jax_chain(model: Conv, x: Tensor, num_steps: int) -> tuple[Callable[..., Any
         key = jax.random.key(number)
         start = jax.random.normal(key, shape) if z is None else jnp.asarray(z.numpy())
         fixed = None if noise is None else jnp.asarray(noise.numpy())
-        return jax.block_until_ready(compiled(theta, levels, jax.device_put(start, place), key, fixed))
+        with jax.default_matmul_precision(precision):
+            return jax.block_until_ready(compiled(theta, levels, jax.device_put(start, place), key, fixed))
 
     return update, jax.__version__
 

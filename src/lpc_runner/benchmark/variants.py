@@ -123,8 +123,14 @@ def chain(num_steps: int, theta_states: str = "all", every: int = 1, metric: typ
     return Langevin(num_steps, theta_states, Constant(STEP_SIZE), metric(BETA, EPS, None), theta_every=every)
 
 
-def build_variants(work: Work, device: torch.device, engines: Sequence[str]) -> tuple[list[Variant], list[str]]:
-    """Every row that this machine can run, and a line for each that it cannot. engines: which of ours."""
+def build_variants(
+    work: Work, device: torch.device, engines: Sequence[str], others: Sequence[str] = ("torchebm", "JAX")
+) -> tuple[list[Variant], list[str]]:
+    """Every row that this machine can run, and a line for each that it cannot.
+
+    engines: which of ours. others: which packages beside it; JAX in exact float32, on CUDA, where XLA by itself takes
+    TF32, in both.
+    """
     data = Batch(images(work, device), torch.arange(work.batch, device=device))
     jeffreys, reverse = WeightedKL(0.5, 0.5), WeightedKL(0.0, 1.0)
 
@@ -144,13 +150,19 @@ def build_variants(work: Work, device: torch.device, engines: Sequence[str]) -> 
         variant("ours, jeffreys, theta_every=4 (less work)", ours, way=auto, every=4),
         variant("ours, jeffreys, theta_states=last (less work)", ours, way=auto, theta_states="last"),
     ]
-    vae = build_learner(work, device, NoSteps(None, None), reverse)
-    variants.append(Variant(VAE, 0, partial(ours, vae, data), engine="eager"))
+    # Captured where the chains are, so that equal seconds compare methods and not launches.
+    for name, way in {VAE: auto, f"{VAE}, launched by Python": ("eager", "fp32")}.items():
+        if way != auto or name == VAE:
+            vae = build_learner(work, device, NoSteps(None, None), reverse, way)
+            variants.append(Variant(name, 0, partial(ours, vae, data), engine=way[0]))
     skipped = []
-    for name, make in (
-        ("torchebm {}, z alone, no θ (less work)", torchebm_chain),
-        ("JAX {} jit(scan), chain with θ, no encoder (less work)", jax_chain),
-    ):
+    makers = [("torchebm {}, z alone, no θ (less work)", torchebm_chain)]
+    makers.append(("JAX {} jit(scan), chain with θ, no encoder (less work)", jax_chain))
+    if device.type == "cuda":
+        makers.append(("JAX {} in TF32, the same", lambda *arguments: jax_chain(*arguments, precision="tensorfloat32")))
+    for name, make in makers:
+        if not name.startswith(tuple(others)):
+            continue
         try:
             update, version = make(build_model(work.side, device), data.x, work.num_steps)
         except (ImportError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.errors import UserError
+from lpc_runner.inference.capture import Captures
 from lpc_runner.inference.chain import (
     NOISE_BLOCK,
     Chain,
@@ -170,9 +171,10 @@ class Blocked(Eager):
         super().__init__(precision, device)
         self._programs: dict[tuple, _Program] = {}
 
-    def launcher(self, block: Block) -> Callable[[], None]:
-        """What runs the block, for all later chains of the same shapes."""
-        return block
+    def launcher(self, work: Callable[[], None], warm: bool = True) -> Callable[[], None]:
+        """What does the work on its fixed tensors, again and again; warm: whether it may be done before, to warm up."""
+        del warm
+        return work
 
     def step_of(self, sampler: Any) -> Step:
         """One step of the sampler, as this engine makes it."""
@@ -236,25 +238,12 @@ class _Program:
 class CudaGraph(Blocked):
     """Blocks captured once as CUDA graphs: the host launches one graph per block instead of every kernel."""
 
-    WARM_UPS = 3  # runs before the capture, in which libraries choose algorithms and allocate what they keep
-    _pool = None
-    _stream = None  # of this engine: torch's own capture stream stays on the first device that a process captured on
+    def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
+        super().__init__(precision, device)
+        self.captures = Captures(device)
 
-    def launcher(self, block: Block) -> Callable[[], None]:
-        with torch.cuda.device(self.device):
-            self._stream = self._stream or torch.cuda.Stream()
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                for _ in range(self.WARM_UPS):
-                    block()
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Blocks never overlap in time: they may share memory.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                block()
-            self._pool = graph.pool()
-        return graph.replay
+    def launcher(self, work: Callable[[], None], warm: bool = True) -> Callable[[], None]:
+        return self.captures(work, warm)
 
 
 class Compiled(Blocked):
@@ -264,6 +253,8 @@ class Compiled(Blocked):
     not get there, every engine starts with none of those before it.
     """
 
+    backend = "inductor"  # torch.compile's
+
     def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
         super().__init__(precision, device)
         self._compiled: dict[Any, Callable] = {}
@@ -272,7 +263,7 @@ class Compiled(Blocked):
         if not self._compiled:
             torch.compiler.reset()
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(function, dynamic=False)
+            self._compiled[key] = torch.compile(function, backend=self.backend, dynamic=False)
         return self._compiled[key]
 
     def potential_of(self, log_joint: LogJoint) -> LogJoint:

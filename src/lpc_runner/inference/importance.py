@@ -28,6 +28,11 @@ class ImportanceWeighted(Objective):
     def __init__(self, num_samples: PositiveInt) -> None:
         self.num_samples = num_samples
 
+    @property
+    def capturable(self) -> bool:
+        """A class made from this one says so for itself."""
+        return type(self) is ImportanceWeighted
+
     def gradients(self, context: Context) -> Gradients:
         """One batch, up to and without the optimisers' steps."""
         q, count = context.q(), self.num_samples

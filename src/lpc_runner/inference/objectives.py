@@ -67,6 +67,11 @@ class WeightedKL(interfaces.Objective):
         """Two sums over the states suffice where q's coordinates are independent."""
         return self.forward > 0
 
+    @property
+    def capturable(self) -> bool:
+        """A class made from this one says so for itself."""
+        return type(self) is WeightedKL
+
     def loss(self, forward: Callable[[], Tensor], reverse: Callable[[], Tensor]) -> Tensor:
         """The encoder's loss, (B,); a term with weight 0 is never computed."""
         terms = [(self.forward, forward), (self.reverse, reverse)]

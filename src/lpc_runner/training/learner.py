@@ -12,12 +12,13 @@ from lpc_runner.data.dataset import Batch
 from lpc_runner.errors import UserError
 from lpc_runner.inference.context import STEP_BY_STEP, Context
 from lpc_runner.inference.coupling import over_ranks
-from lpc_runner.inference.engine import Eager
+from lpc_runner.inference.engine import Blocked, Eager
 from lpc_runner.inference.interfaces import Objective, Sampler
 from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
 from lpc_runner.schema import declared
+from lpc_runner.training.captured import WholeUpdates
 from lpc_runner.training.distributed import SINGLE, Ranks
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.optimizers import Adam, restore
 from lpc_runner.training.update import Combined, UpdateNoise, compute_gradients, step_encoder
 
 
@@ -44,6 +45,10 @@ class Learner:
         if ranks.size > 1 and declared(sampler, Sampler, "couples_batch"):
             # A message at every step is Python's to send.
             self._training_sampler, self.engine = over_ranks(sampler, ranks.mean_over_batch), engine.step_by_step()
+        whole = isinstance(self.engine, Blocked) and ranks.size == 1 and sampler.num_steps == 0
+        whole = whole and declared(objective, Objective, "capturable")
+        whole = whole and (encoder is None or declared(encoder, EncoderInterface, "amortised"))
+        self._whole = WholeUpdates(self.engine) if whole else None  # without a chain, all of an update is a block
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = None
         if encoder is not None:
@@ -81,13 +86,19 @@ class Learner:
             partial(step_encoder, self.phi_optimizer, combine),
         )
         with self.engine.arithmetic():
-            return compute_gradients(self.objective, context, combine)
+            compute = partial(compute_gradients, self.objective, combine=combine)
+            if self._whole is not None and observe is None:
+                return self._whole.gradients(compute, context)
+            return compute(context)
 
     def apply(self, batch: Batch, gradients: Combined) -> None:
         """The optimisers' steps; only ever called with finite gradients."""
-        self.theta_optimizer.step()
-        if self.phi_optimizer is not None:
-            self.phi_optimizer.step()
+        optimizers = [part for part in (self.theta_optimizer, self.phi_optimizer) if part is not None]
+        if self._whole is not None:
+            self._whole.step(optimizers)
+        else:
+            for optimizer in optimizers:
+                optimizer.step()
         with self.engine.arithmetic():
             self.model.observe(batch.x, gradients.z, self.ranks.mean)
 
@@ -107,8 +118,13 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of the same configuration."""
+        if self._whole is not None:
+            self._whole.clear()
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                restore(part, state[name])
+            else:
+                part.load_state_dict(state[name])
 
     def start_from(self, state: dict[str, Any], source: str) -> None:
         """Take the weights, and no optimiser state, from another run's checkpoint; UserError if they do not fit."""

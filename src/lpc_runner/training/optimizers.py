@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,16 @@ class Adam:
     def build_by_row(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
         """The same for tables, every row of which belongs to one example; learning_rate: the tables' own."""
         return RowAdam(parameters, learning_rate, tuple(self.betas), self.eps)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Moments and settings of a checkpoint, from whatever device; how a step is launched stays this device's way."""
+    launched = ("fused", "foreach", "capturable")
+    groups = [
+        {**saved, **{key: own[key] for key in launched if key in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 class RowAdam(torch.optim.Optimizer):
