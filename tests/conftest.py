@@ -140,7 +140,8 @@ def plan_of(*overrides: str):
 
 def cells_of(*arguments: str):
     """Every cell of a command line."""
-    from lpc_runner.config.compose import compose_command, parse_arguments
+    from lpc_runner.config.compose import compose_command
+    from lpc_runner.config.words import parse_arguments
 
     return compose_command(parse_arguments(list(arguments))[0]).cells
 

@@ -17,8 +17,8 @@ from PIL import Image
 from series import config_dir
 
 from lpc_runner.config.build import LATER, build
-from lpc_runner.config.compose import CONF_DIR
 from lpc_runner.config.identity import flat_keys
+from lpc_runner.config.options import CONF_DIR
 from lpc_runner.errors import UserError
 from lpc_runner.schema import hints_of
 
@@ -273,6 +273,37 @@ def test_a_sweep_is_the_product_of_its_values():
     assert found == [(s, o, 0.5) for s in (0, 1, 2) for o in ("reverse", "jeffreys")]
     assert cells[1].overrides == ("seed=0", "objective=jeffreys", "step_size.value=0.5")
     assert [cell.cfg.seed for cell in cells_of("-m", "seed=range(0,3)")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "word, values",
+    [
+        ("objective=glob(rev*)", ["reverse"]),
+        ("objective=glob([j*,mine*])", ["jeffreys", "mine"]),
+        ("objective=glob(*,exclude=[i*,prior,v*,m*])", ["forward", "jeffreys", "reverse"]),
+        ("objective=choice(reverse,forward)", ["reverse", "forward"]),
+        ("objective=sort(reverse,forward)", ["forward", "reverse"]),
+        ("seed=range(1,7,2)", [1, 3, 5]),
+        ("seed=sort(range(1,4),reverse=true)", [3, 2, 1]),
+        ("step_size.value=range(0.25,1,0.25)", [0.25, 0.5, 0.75]),
+    ],
+)
+def test_hydras_words_for_sweeps(word, values, workplace):
+    """Options of one's own are among those that glob() finds."""
+    Path("own/objective").mkdir(parents=True)
+    Path("own/objective/mine.yaml").write_text("defaults:\n  - jeffreys\n")
+    key = word.partition("=")[0]
+    cells = cells_of("-m", word, "--config-dir=own")
+    found = [cell.choices[key] if key in cell.choices else OmegaConf.select(cell.cfg, key) for cell in cells]
+    assert found == values
+
+
+def test_a_shuffled_sweep_runs_what_was_planned(command):
+    """Hydra shuffles again when it runs the cells."""
+    answer = command("-m", "seed=shuffle(range(4))", *TINY, "trainer.max_updates=1")
+    assert answer.code == 0, answer.err
+    assert {result_of(run)["status"] for run in Path("outputs/default").iterdir()} == {"finished"}
+    assert len(list(Path("outputs/default").iterdir())) == 4
 
 
 @pytest.fixture

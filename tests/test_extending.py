@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from lpc_runner import testing
 from lpc_runner.config.build import build, instantiate
-from lpc_runner.config.compose import options_of, recompose_group
+from lpc_runner.config.compose import recompose_group
+from lpc_runner.config.options import options_of
 from lpc_runner.data.dataset import Batch
 from lpc_runner.distributions import Gaussian
 from lpc_runner.errors import UserError
@@ -425,3 +426,80 @@ def test_a_samplers_state_is_in_the_checkpoint():
     learners[1].load_state_dict(learners[0].state_dict())
     assert learners[1].sampler.seen == 7
     assert set(learners[2].state_dict()) == {"model", "theta_optimizer"}  # as before: old checkpoints load
+
+
+HEADER = b"# @package _global_\n"
+# What lies in own/experiment/mine.yaml, and what the line says besides its name.
+BROKEN = {
+    "byte order mark": (b"\xef\xbb\xbf" + HEADER + b"seed: 1\n", "line 1: begins with a byte order mark"),
+    "UTF-16": ("# @package _global_\nseed: 1\n".encode("utf-16"), "line 1: begins with a byte order mark"),
+    "Latin-1": (HEADER + b"# f\xfcr mich\nseed: 1\n", "line 2: not UTF-8 (byte 0xfc)"),
+    "tab": (HEADER + b"trainer:\n\tmax_updates: 2\n", "line 3: found character '\\t'"),
+    "key twice": (
+        HEADER + b"trainer:\n  max_updates: 2\n  max_updates: 3\n",
+        "line 4: found duplicate key max_updates",
+    ),
+    "control character": (HEADER + b"seed: 1\nstudy: a\x07\n", "line 3: a character that YAML does not allow (U+0007)"),
+    "indentation": (
+        HEADER + b"trainer:\n  max_updates: 2\n   log_every: 3\n",
+        "line 4: mapping values",
+    ),
+    "too little indentation": (HEADER + b"seed: 1\ntrainer:\nmax_updates: 2\n", "line 3: trainer holds nothing"),
+    "no indentation": (HEADER + b"seed: 1\nmax_updates: 2\n", "line 3: unknown key max_updates", "trainer.max_updates"),
+    "unclosed": (HEADER + b"optimizer:\n  betas: [0.9, 0.99\n", "line 4: expected ',' or ']'"),
+    "empty": (b"", "is empty"),
+    "blank": (b"\r\n \n", "is empty"),
+    "a word": (HEADER + b"seed 1\n", "line 2: no mapping (key: value)"),
+    "a list": (b"- seed: 1\n", "line 1: no mapping (key: value)"),
+    "no package": (b"trainer:\n  max_updates: 2\n", "line 1: the first line must be `# @package _global_`"),
+    "package second": (b"# mine\n" + HEADER + b"seed: 1\n", "line 2: `# @package` counts in the first line only"),
+    "package with a word too many": (b"# @package _global_ mine\nseed: 1\n", "line 1: Too many components"),
+    "an option as a value": (HEADER + b"dataset: lds\n", "line 2:", "`- override /dataset: lds`"),
+}
+
+
+@pytest.mark.parametrize("content, says", [(row[0], row[1:]) for row in BROKEN.values()], ids=BROKEN)
+def test_a_file_that_hydra_would_misread_is_named_with_its_line(content, says, workplace, command):
+    path = own_file("experiment/mine", content)
+    answer = command("--config-dir=own", "experiment=mine", "tracker=none")
+    assert answer.code == 1 and len(answer.lines) == 1, answer.err
+    for fragment in (str(path), *says):
+        assert fragment in answer.err
+    assert [path.name for path in workplace.iterdir()] == ["own"]
+
+
+def own_file(name: str, content: bytes) -> Path:
+    path = Path(f"own/{name}.yaml").absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_files_as_other_editors_leave_them_are_read(workplace):
+    own_file("experiment/crlf", b"# @package _global_\r\nseed: 3\r\ntrainer:\r\n  max_updates: 2\r\n")
+    own_file("experiment/plain", "# @package _global_\n# für γ\nstudy: 実験\nhydra:\n  mode: RUN".encode())
+    own_file("experiment/nothing", b"# @package _global_\n# the groups as they stand\n")
+    own_file("objective/mine", b"defaults:\n  - jeffreys\n")
+    own_file("experiment/broken", b"\t")  # nobody asked for it
+    cells = [cell_of("--config-dir=own", f"experiment={name}") for name in ("crlf", "plain", "nothing")]
+    assert [cell.cfg.seed for cell in cells] == [3, 0, 0] and cells[0].cfg.trainer.max_updates == 2
+    assert cells[1].cfg.study == "実験"
+    assert cell_of("--config-dir=own", "objective=mine").choices["objective"] == "mine"
+
+
+def test_a_group_s_file_that_names_its_group_must_be_global(workplace):
+    own_file("dataset/mine", b"dataset:\n  _target_: lpc_runner.data.digits.Digits\n")
+    with pytest.raises(UserError, match=r"mine.yaml, line 1: the first line must be `# @package _global_`"):
+        cell_of("--config-dir=own", "dataset=mine")
+
+
+def test_an_option_of_the_package_is_not_replaced_in_silence(workplace):
+    own_file("dataset/digits", b"# @package _global_\ndataset:\n  _target_: mine.Digits\n")
+    with pytest.raises(UserError, match=r"digits.yaml: dataset=digits is an option of the package"):
+        cell_of("--config-dir=own")
+
+
+@pytest.mark.parametrize("folder", ["own 'quoted' (1)", "ö=[x],{y}", "a${b}"])
+def test_the_folder_s_own_name_may_have_any_characters(folder, workplace):
+    own_file("experiment/mine", HEADER + b"seed: 3\n").parents[1].rename(folder)
+    assert cell_of("--config-dir", folder, "experiment=mine").cfg.seed == 3

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, cells_of, plan_of, write_images
+from conftest import TINY, cell_of, cells_of, plan_of, write_images
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lpc_runner.config.build import build
+from lpc_runner.config.words import as_text
 from lpc_runner.errors import UserError
 
 # Arguments, and what the one line must say.
@@ -25,7 +27,7 @@ MISTAKES = [
     ("sampler.num_step=1", ["unknown key sampler.num_step", "sampler.num_steps"]),
     ("+trainer.epochs=1", ["unknown key trainer.epochs", "trainer.num_epochs"]),
     ("+model.likelihood.sigma=1", ["unknown key model.likelihood.sigma"]),
-    ("method=vem", ["unknown key model.encoder", "a key of model=factor_analysis, lfads"]),
+    ("method=vem", ["unknown key model.encoder", "a key of model=factor_analysis, lds, lfads"]),
     ("sed=1", ["unknown key sed", "seed"]),
     ("+sed=1", ["unknown key sed", "seed"]),
     ("smapler=none", ["unknown key smapler", "sampler"]),
@@ -104,6 +106,29 @@ MISTAKES = [
     ("seed=[", ["["]),
     ("--config-dir=nowhere", ["nowhere", "not a folder"]),
     ("-m seed=0,1,x", ["seed must be an integer", "'x'", "seed=x"]),
+    ("dataset.path=mine.npz", ["unknown key dataset.path", "a key of dataset=image_folder, series, spikes"]),
+    ("preconditioning=none preconditioning.beta=0.5", ["preconditioning=adam, adam_damped, adam_shared"]),
+    ("path=mine.npz", ["unknown key path; dataset.path is a key of dataset=image_folder, series, spikes"]),
+    ("hydra.job.chdir=true", ["hydra.job.chdir=true", "leave it out"]),
+    *(
+        (f"dataset=spikes dataset.path={name}", [name, "quote it twice: ", f"""dataset.path="{name}"'"""])
+        for name in ("d/day=3.npz", "a(1).npz", "[old].npz", "{a}.npz", "a#2.npz", "ä.npz", "a;b.npz")
+    ),
+    ("dataset=spikes dataset.path=it's.npz", ["quote it twice: ", 'dataset.path="it']),
+    ("dataset=spikes dataset.path=a,b.npz", ["add -m", "one text is quoted: 'dataset.path=\"a,b.npz\"'"]),
+    ("dataset=spikes dataset.path=[old]", ["dataset.path must be text, got ['old']", "quoted twice"]),
+    ("study=2024", ["study must be text, got 2024", "quoted twice: 'key=\"value\"'"]),
+    ("größe=1", ["größe=1", "'größe' is no key"]),
+    ("=1", ["=1", "'' is no key"]),
+    ("--seed=1", ["unrecognized arguments: --seed=1", "settings have no dashes: seed=1"]),
+    ("seed=nope(1)", ["seed=nope(1)", "Unknown function 'nope'"]),
+    ("seed=int(x)", ["seed=int(x)", "while evaluating 'int(x)'"]),
+    ("objective=glob(*)", ["add -m"]),
+    ("-m seed=interval(0,5)", ["seed=interval(0,5)", "range(start,stop,step)"]),
+    ("-m seed=glob(*)", ["seed: the sweep names no value"]),
+    ("-m objective=glob(nope*)", ["objective: the sweep names no value"]),
+    ("-m seed=range(1,5,0)", ["seed=range(1,5,0)", "must not be zero"]),
+    ("-m step_size.value=range(0.1,0.5,0)", ["step_size.value=range(0.1,0.5,0)", "Invalid range"]),
     ("-m objective=reverse,jefreys", ["jefreys", "jeffreys"]),
     ("-m sampler.num_steps=5,0", ["sampler.num_steps", "sampler.num_steps=0"]),
 ]
@@ -256,16 +281,16 @@ def test_the_last_cell_is_checked_before_the_first_runs(command, workplace):
 
 def test_an_image_model_is_not_given_spike_counts(command, workplace, tmp_path, monkeypatch):
     (tmp_path / "own" / "dataset").mkdir(parents=True)
-    (tmp_path / "own" / "dataset" / "lorenz.yaml").write_text(
+    (tmp_path / "own" / "dataset" / "recorded.yaml").write_text(
         "# @package _global_\ndataset:\n  _target_: spikes.Spikes\n"
     )
     (tmp_path / "spikes.py").write_text(
-        'class Spikes:\n    kind, name, shape, num_train = "spike counts", "lorenz", (50, 30), 100\n\n'
-        '    def identity(self):\n        return {"name": "lorenz"}\n\n    def prepare(self):\n        pass\n'
+        'class Spikes:\n    kind, name, shape, num_train = "spike counts", "recorded", (50, 30), 100\n\n'
+        '    def identity(self):\n        return {"name": "recorded"}\n\n    def prepare(self):\n        pass\n'
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    answer = command(f"--config-dir={tmp_path}/own", "model=conv", "dataset=lorenz")
-    assert_one_line(answer, "model=conv expects images, dataset=lorenz holds spike counts")
+    answer = command(f"--config-dir={tmp_path}/own", "model=conv", "dataset=recorded")
+    assert_one_line(answer, "model=conv expects images, dataset=recorded holds spike counts")
     assert list(workplace.iterdir()) == []
 
 
@@ -331,3 +356,11 @@ def test_junk_on_the_command_line_is_one_line_at_most(workplace, overrides, mult
     except UserError as error:
         assert str(error).strip() and "\n" not in str(error)
     assert list(workplace.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["day=3.npz", "trials (1).npz", "[old].npz", "{a}.npz", "a, b.npz", "ä 'b' \"c\"#.npz", "a\\"]
+)
+def test_the_quoting_that_a_refusal_names_works_in_a_shell(name, workplace):
+    (word,) = shlex.split(as_text("metrics.weights", name))
+    assert cell_of(word).cfg.metrics.weights == name

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
-    from lpc_runner.config.compose import compose_command, parse_arguments, starts_workers_here
+    from lpc_runner.config.compose import compose_command, starts_workers_here
+    from lpc_runner.config.words import parse_arguments
 
     wait_passively()
     with one_line_errors(), _connected() as ranks:
@@ -102,7 +103,7 @@ def _hydra(args: argparse.Namespace) -> None:
     """Hand over to Hydra, which parses the same command line again and calls `job` for every cell."""
     import hydra
 
-    from lpc_runner.config.compose import CONF_DIR, CONFIG_NAME
+    from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 
     shown = os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own account and leaves
     try:
@@ -112,9 +113,9 @@ def _hydra(args: argparse.Namespace) -> None:
         raise
     except KeyboardInterrupt:  # while jobs run elsewhere, or between two of them
         raise SystemExit(130) from None
-    except Exception as error:  # jobs let nothing through: it is the launcher's, as when one of its workers is killed
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"the launcher failed; the same command goes on with what is left ({reason})") from error
+    except Exception as error:  # jobs let nothing through: a worker was killed, a logger's level is none
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"Hydra or its launcher failed; the same command goes on with what is left ({said})") from error
     finally:
         if shown == "1":
             os.environ.pop("HYDRA_FULL_ERROR", None)

@@ -68,12 +68,13 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
         OmegaConf.resolve(cfg)
         return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
     try:
-        cell = json.loads(Path(path).read_text(encoding="utf-8"))[hydra_cfg.job.num]
-    except (FileNotFoundError, ValueError, LookupError):
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))
+        # Not by their number: shuffle() gives Hydra another order than it gave the plan.
+        cell = next(cell for cell in cells if cell["overrides"] == list(hydra_cfg.overrides.task))
+    except (FileNotFoundError, ValueError, LookupError, TypeError, StopIteration):
         raise UserError(
             f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
         ) from None
-    assert cell["overrides"] == list(hydra_cfg.overrides.task), (cell["overrides"], hydra_cfg.overrides.task)
     return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
 
 

@@ -26,6 +26,8 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
+_AS_TEXT = """what looks like a number or a list is text when quoted twice: 'key="value"'"""
+
 
 def at_least(bound: float, hint: str = "") -> Any:
     """Annotation: value >= bound."""
@@ -117,7 +119,8 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         _adapter(hint).validate_python(value)
     except pydantic.ValidationError:
         got = "null" if value is None else repr(value)
-        advice = f" ({remedy(hint)})" if remedy(hint) else ""
+        hints = [remedy(hint), _AS_TEXT if "text" in describe(hint) and value is not None else ""]
+        advice = "".join(f" ({hint})" for hint in hints if hint)
         raise ValueError(f"{name} must be {describe(hint)}, got {got}{advice}") from None
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from lpc_runner.config.compose import dotted, options_of, recompose_group, unknown_key
+from lpc_runner.config.compose import recompose_group
+from lpc_runner.config.options import dotted, options_of, unknown_key
 from lpc_runner.errors import UserError
 from lpc_runner.schema import (
     NonNegativeInt,
