@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,17 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(command, wo
     assert list(readonly.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["outputs/runs/{name}", "outputs/default"])
+def test_a_folder_of_another_user_s_is_one_line_before_any_work(place, command, workplace, monkeypatch):
+    theirs = workplace / place.format(name=plan_of(*TINY).directory.name)
+    theirs.mkdir(parents=True)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs and real(path, mode))
+    answer = command(*TINY)
+    assert answer.code == 1 and len(answer.lines) == 1 and f"{theirs} is read-only" in answer.err, answer.err
+    assert list(theirs.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["two words", "Größe ñ 数据", "a=b,c [d] {e} 'f' $g;h", "-m"])
 def test_odd_paths(name, command, workplace, straight, monkeypatch):
     """Run, stop, resume, measure again, sample and list in a folder of that name."""
@@ -153,6 +165,38 @@ def test_a_device_without_memory_left_is_one_line(command, straight, monkeypatch
     assert result_of(only_run())["status"] == "failed" and "2.00 GiB" in result_of(only_run())["error"]
     assert command(*SETTINGS).code == 0
     assert_same_run(straight, only_run())
+
+
+def test_the_commit_is_that_of_the_package_whatever_repository_git_is_told(monkeypatch, tmp_path):
+    """A git hook and `git rebase --exec` set GIT_DIR for what they start."""
+    from lpc_runner.environment import _git
+
+    for name in ("package", "other"):
+        subprocess.run(["git", "init", "-q", tmp_path / name], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
+    assert _git(tmp_path / "package", "rev-parse", "--show-toplevel") == str((tmp_path / "package").resolve())
+
+
+def test_a_package_without_metadata_costs_its_version_only(monkeypatch):
+    from importlib import metadata
+
+    from lpc_runner.environment import describe_environment
+
+    def version(name: str) -> str:
+        if name == "torchvision":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    packages = describe_environment(torch.device("cpu"))["packages"]
+    assert packages["torchvision"] is None and packages["torch"] == "1.0"
+
+
+def test_a_sweep_that_started_this_command_does_not_say_what_it_runs(command, workplace, monkeypatch):
+    """The plan's variable reaches whatever a job of a sweep starts."""
+    monkeypatch.setenv("LPC_RUNNER_PLAN", "/nowhere/plan.json")
+    assert command(*TINY).code == 0
 
 
 def test_the_same_code_says_nothing(workplace, monkeypatch, caplog):

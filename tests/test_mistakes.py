@@ -197,6 +197,19 @@ def test_cuda_without_a_device(command, workplace, monkeypatch):
     assert list(workplace.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", ["4", "", "many"])
+def test_a_world_size_that_a_script_left_behind(size, command, workplace, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert_one_line(command(*TINY), "WORLD_SIZE is set but not what torchrun sets beside it", "unset it")
+    assert list(workplace.iterdir()) == []
+
+
+def test_ranks_do_not_shuffle_each_for_itself(workplace, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"seed=shuffle\(0,1\): ranks would each have an order of their own"):
+        cells_of("-m", "seed=shuffle(0,1)")
+
+
 def test_the_traceback_is_there_when_asked_for(command, monkeypatch):
     monkeypatch.setenv("LPC_TRACEBACK", "1")
     answer = command("seed=one")

@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TELLING, environment, spin_counts
+from conftest import TELLING, TINY, environment, only_run, result_of, spin_counts
 
 from lpc_runner.waiting import VARIABLES, wait_passively
 
+# As a user's own scripts are called; an import of one of them ends the process.
+NAMESAKES = ("random", "logging", "queue", "yaml", "torch", "data")
 HEAVY = ["torch", "torchvision", "torch_fidelity", "wandb", "sklearn", "scipy", "matplotlib"]
 CODE = f"""
 import atexit, sys
@@ -62,3 +64,35 @@ def test_where_torch_is_loaded_already_the_environment_is_the_caller_s(monkeypat
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     assert not wait_passively() and dict(os.environ) == before
+
+
+@pytest.fixture
+def namesakes(workplace):
+    """A working directory whose files have the names of modules that a command imports."""
+    for name in NAMESAKES:
+        (workplace / f"{name}.py").write_text(f"raise SystemExit('the user's {name}.py')\n")
+    for name in ("conf", "wandb", "hydra"):
+        (workplace / name).mkdir()
+    return workplace
+
+
+@pytest.mark.parametrize("module, words, says", [("", ["sed=1"], "unknown key sed"), (".ls", ["nowhere"], "nowhere")])
+def test_files_beside_the_command_hide_no_module(module, words, says, namesakes):
+    command = [sys.executable, "-m", f"lpc_runner{module}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 1 and says in done.stderr and "the user's" not in done.stderr, done.stderr
+
+
+def test_a_run_in_odd_surroundings(namesakes):
+    """No home, no temporary folder, no git, odd values in the environment, warnings as errors, python -O."""
+    odd = {"HOME": "/nowhere", "TMPDIR": "/nowhere", "PATH": "/nowhere", "OMP_NUM_THREADS": "many"}
+    odd |= {"CUDA_VISIBLE_DEVICES": "none,-1", "HYDRA_FULL_ERROR": "0", "WORLD_SIZE": "1", "GIT_DIR": "/nowhere/.git"}
+    command = [sys.executable, "-O", "-W", "error", "-m", "lpc_runner", *TINY]
+    umask = os.umask(0o077)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **odd}, check=False)
+    finally:
+        os.umask(umask)
+    assert done.returncode == 0, done.stderr
+    assert result_of(only_run())["status"] == "finished"
+    assert (only_run() / "result.json").stat().st_mode & 0o077 == 0

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # python -m puts the working directory first:
+    sys.path.append(sys.path.pop(0))  # a user's random.py or logging.py there would be taken for Python's own
+
 from typing import Any
 
 __version__ = "0.1.0"

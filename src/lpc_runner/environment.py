@@ -16,6 +16,7 @@ import torch
 from lpc_runner import __version__
 
 logger = logging.getLogger(__name__)
+_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
 _PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "wandb", "torch-fidelity", "scikit-learn")
 
 
@@ -26,7 +27,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "lpc_runner": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name(device)
         if on_cuda
         else f"cpu ({platform.processor() or platform.machine()})",
@@ -35,6 +36,14 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
+
+
+def _version(name: str) -> str | None:
+    """Of an installed package; None where it came without metadata."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def warn_of_other_code(last: dict[str, Any]) -> None:
@@ -70,7 +79,10 @@ def git_commit() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
+    # A git hook or `git rebase --exec` names its own repository; status would lock the user's index.
+    given = {name: value for name, value in os.environ.items() if name not in _REPOSITORY}
+    command = ["git", "--no-optional-locks", *arguments]
     done = subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, check=True, encoding="utf-8", errors="replace"
+        command, cwd=root, env=given, capture_output=True, check=True, encoding="utf-8", errors="replace"
     )
     return done.stdout.strip()

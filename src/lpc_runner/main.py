@@ -105,7 +105,8 @@ def _hydra(args: argparse.Namespace) -> None:
 
     from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 
-    shown = os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its own account and leaves
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account and leaves
     try:
         with told_to_workers():
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
@@ -115,10 +116,11 @@ def _hydra(args: argparse.Namespace) -> None:
         raise SystemExit(130) from None
     except Exception as error:  # jobs let nothing through: a worker was killed, a logger's level is none
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"Hydra or its launcher failed; the same command goes on with what is left ({said})") from error
+        raise UserError(f"Hydra or the launcher failed; the same command goes on with what is left ({said})") from error
     finally:
-        if shown == "1":
-            os.environ.pop("HYDRA_FULL_ERROR", None)
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 @contextmanager

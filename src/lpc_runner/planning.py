@@ -42,6 +42,7 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
     Without it a job composes its configuration again from conf/, which may have been edited meanwhile.
     """
     if len(cells) == 1:
+        os.environ.pop(_PLAN, None)  # of a sweep whose job started this command
         yield
         return
     plan = [

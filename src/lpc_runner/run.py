@@ -59,7 +59,9 @@ class Planned:
         Raises UserError (one line).
         """
         dataset = self.experiment.dataset
-        require_writable(Path(self.cell.cfg.output_dir) / "runs", "output_dir")
+        output_dir = Path(self.cell.cfg.output_dir)
+        for folder in (output_dir / "runs", output_dir / self.cell.cfg.study, self.directory.path):
+            require_writable(folder, "output_dir")  # any of them may be another user's
         require_folder(Path(self.cell.cfg.data_dir), "data_dir")
         if self.ranks.is_main:  # the one that logs
             tracker = self.experiment.tracker
