@@ -430,7 +430,7 @@ def test_a_samplers_state_is_in_the_checkpoint():
 
 HEADER = b"# @package _global_\n"
 # What lies in own/experiment/mine.yaml, and what the line says besides its name.
-BROKEN = {
+MISREAD = {
     "byte order mark": (b"\xef\xbb\xbf" + HEADER + b"seed: 1\n", "line 1: begins with a byte order mark"),
     "UTF-16": ("# @package _global_\nseed: 1\n".encode("utf-16"), "line 1: begins with a byte order mark"),
     "Latin-1": (HEADER + b"# f\xfcr mich\nseed: 1\n", "line 2: not UTF-8 (byte 0xfc)"),
@@ -458,7 +458,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("content, says", [(row[0], row[1:]) for row in BROKEN.values()], ids=BROKEN)
+@pytest.mark.parametrize("content, says", [(row[0], row[1:]) for row in MISREAD.values()], ids=MISREAD)
 def test_a_file_that_hydra_would_misread_is_named_with_its_line(content, says, workplace, command):
     path = own_file("experiment/mine", content)
     answer = command("--config-dir=own", "experiment=mine", "tracker=none")
