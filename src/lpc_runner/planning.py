@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lpc_runner.config.compose import Cell, choices_of, starts_workers_here
+from lpc_runner.config.compose import Cell, choices_of, resolved, starts_workers_here
 from lpc_runner.errors import UserError
 from lpc_runner.files import write_atomically
 from lpc_runner.leases import gpu_slot, visible_gpus
@@ -65,8 +65,7 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
     """The cell that Hydra hands to a job: of a sweep, as it was planned. Raises UserError if the plan is lost."""
     path = os.environ.get(_PLAN)
     if path is None:
-        OmegaConf.resolve(cfg)
-        return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
+        return resolved(cfg, choices_of(hydra_cfg), list(hydra_cfg.overrides.task))
     try:
         cell = json.loads(Path(path).read_text(encoding="utf-8"))[hydra_cfg.job.num]
     except (FileNotFoundError, ValueError, LookupError):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from lpc_runner.config.classes import place_of
 from lpc_runner.config.compose import dotted, options_of, recompose_group, unknown_key
 from lpc_runner.errors import UserError
 from lpc_runner.schema import (
@@ -262,7 +263,7 @@ def _is_object(value: Any) -> bool:
 def _locate(target: str, path: str) -> Any:
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it would say the same in three lines before ours
     try:
-        found = get_object(target)
+        found = get_object(place_of(target))
     except Exception as error:
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())

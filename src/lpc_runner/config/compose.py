@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lpc_runner.config.classes import name_classes
 from lpc_runner.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -159,7 +160,7 @@ def _compose_all(cells: list[list[str]], extra: list[str], folders: list[Path]) 
         cfg, choices = copy.deepcopy(known[key][0]), dict(known[key][1])
         for name, value in values.items():
             OmegaConf.update(cfg, name, value, merge=True)
-        composed.append(_resolved(cfg, choices, overrides))
+        composed.append(resolved(cfg, choices, overrides))
     return composed
 
 
@@ -187,11 +188,13 @@ def _is_plain(override: Override, folders: list[Path]) -> bool:
     return isinstance(override.value(), _PLAIN) and "${" not in str(override.value())
 
 
-def _resolved(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Cell:
+def resolved(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Cell:
+    """The cell of a composed configuration. Raises UserError for a value that is missing."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} has no value: give one with {missing[0]}=...")
     OmegaConf.resolve(cfg)
+    name_classes(cfg)
     return Cell(cfg, choices, tuple(overrides))
 
 
