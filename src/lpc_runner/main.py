@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -13,9 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from lpc_runner.commands import main_process, told_to_workers
 from lpc_runner.errors import UserError
@@ -23,17 +22,43 @@ from lpc_runner.masking import mask_logs
 from lpc_runner.surroundings import one_line_errors, said, settle
 from lpc_runner.waiting import wait_passively
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 logger = logging.getLogger(__name__)
+
+# A first word that is one of these is a command of its own; the `main` of its module takes the words behind it.
+COMMANDS = {
+    "ls": "lpc_runner.ls",
+    "report": "lpc_runner.report.__main__",
+    "evaluate": "lpc_runner.evaluate",
+    "sample": "lpc_runner.sample",
+    "fetch": "lpc_runner.fetch",
+    "publish": "lpc_runner.publish",
+    "dashboard": "lpc_runner.dashboard",
+}
 
 
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
-    from lpc_runner.config.compose import compose_command, parse_arguments, starts_workers_here
-
     wait_passively()
-    with one_line_errors(), _connected() as ranks:
+    with one_line_errors():
         if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
             sys.path.append(os.getcwd())
+        word = sys.argv[1] if len(sys.argv) > 1 else ""
+        if word in COMMANDS:
+            del sys.argv[1]
+            sys.exit(importlib.import_module(COMMANDS[word]).main())
+        if word.isidentifier():
+            raise UserError(f"{word}: not of the form key=value, and no command: there are {', '.join(COMMANDS)}")
+        _run()
+
+
+def _run() -> None:
+    """Compose and check every cell, then have them run."""
+    from lpc_runner.config.compose import compose_command, parse_arguments, starts_workers_here
+
+    with _connected() as ranks:
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
         args, sys.argv[1:] = parse_arguments(sys.argv[1:])
         _refuse(args)
