@@ -49,6 +49,7 @@ ROOT = (
     "fetch",
     "publish",
     "dashboard",
+    "sweepers",
     "benchmark",
     "leases",
     "parts",

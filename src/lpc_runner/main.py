@@ -71,9 +71,13 @@ def _run() -> None:
             return
         cells = composed.cells
         from lpc_runner.planning import check_plan, frozen, print_plan, print_results, unfinished
+        from lpc_runner.sweepers import proposed_runs, proposing
 
+        searches = composed.sweeper is not None
+        if ranks and searches:
+            raise UserError(f"hydra/sweeper={composed.sweeper} proposes runs one at a time, not on several ranks")
         with _first(ranks):
-            planned = check_plan(cells, *([ranks] if ranks else []))
+            planned = check_plan(cells, *([ranks] if ranks else []), proposed=searches)
         if ranks and not ranks.is_main:
             if not cells[0].cfg.check:
                 with frozen(cells, write=False):
@@ -81,9 +85,16 @@ def _run() -> None:
             return
         if cells[0].cfg.check:
             print_plan(planned)
+            if searches:
+                print(
+                    f"this is a run of the first values; hydra/sweeper={composed.sweeper} proposes its own, one by one"
+                )
             return
-        with frozen(cells), _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
+        sweep = proposing(cells[0].cfg.output_dir) if searches else frozen(cells)
+        with sweep as folder, _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
             _hydra(args)
+            if searches:
+                planned = proposed_runs(folder)
         print_results(planned)
         left = unfinished(planned)
         if left:
@@ -190,16 +201,20 @@ def _watch_main() -> threading.Event | None:
     return died
 
 
-def job(cfg: DictConfig) -> None:
-    """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on."""
+def job(cfg: DictConfig) -> float | None:
+    """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on.
+
+    To a sweeper that chooses its runs it returns the optimised metric (`sweepers.value_of`), and raises what failed.
+    """
     wait_passively()  # a cluster's job need not inherit the command's environment
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from lpc_runner.config.compose import starts_workers_here
-    from lpc_runner.planning import cell_of_job, leased
+    from lpc_runner.planning import cell_of_job, check_plan, leased
     from lpc_runner.run import execute, plan
     from lpc_runner.runs import Occupied
+    from lpc_runner.sweepers import is_proposed, note_proposed, value_of
     from lpc_runner.training.distributed import Ranks
     from lpc_runner.training.interrupts import Interrupted
 
@@ -211,30 +226,34 @@ def job(cfg: DictConfig) -> None:
     if not ranks.is_main:
         logging.getLogger("lpc_runner").setLevel(logging.WARNING)
     try:
-        planned = plan(cell_of_job(cfg, hydra_cfg), ranks)
+        cell = cell_of_job(cfg, hydra_cfg)
+        planned = check_plan([cell], proposed=True)[0] if is_proposed() else plan(cell, ranks)
+        if is_proposed():
+            note_proposed(cell, hydra_cfg.job.num)
         if hydra_cfg.mode == RunMode.MULTIRUN:
             logger.info("run %d: %s", hydra_cfg.job.num + 1, planned.directory.name)
         with leased(planned, hydra_cfg):
-            execute(planned)
+            result = execute(planned)
+        return value_of(planned, result) if is_proposed() else None
     except Interrupted as interrupted:
         if main_died is not None and main_died.is_set():
             os._exit(interrupted.exit_code)  # nobody waits for this worker any more
         raise SystemExit(interrupted.exit_code) from None
-    except Occupied as error:
-        logger.info("%s: left to it, going on with the next", error)
-        if ranks.size > 1:
-            raise SystemExit(1) from None
-    except UserError as error:
-        logger.error("%s", error)
+    except Exception as error:
+        # Raised again for a sweeper alone that decides how many failures it bears: Hydra's own would end the sweep's
+        # report with this one failure and hide the others. The failed run is in its result.json, and `main` names it.
+        if isinstance(error, Occupied):
+            logger.info("%s: left to it, going on with the next", error)
+        elif isinstance(error, UserError):
+            logger.error("%s", error)
+        else:
+            what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
+            if isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
+                logger.error("%s: %s", what, said(error))
+            else:
+                logger.exception(what)
         if ranks.size > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
-    except Exception as error:
-        # Not raised again: Hydra would end the sweep's report with this one failure and hide the others. The failed
-        # run is in its result.json, and `main` names it and exits with 1.
-        what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
-        if isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
-            logger.error("%s: %s", what, said(error))
-        else:
-            logger.exception(what)
-        if ranks.size > 1:
-            raise SystemExit(1) from None
+        if is_proposed():
+            raise
+        return None

@@ -44,11 +44,7 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
     if len(cells) == 1:
         yield
         return
-    plan = [
-        {"overrides": cell.overrides, "choices": cell.choices, "cfg": OmegaConf.to_container(cell.cfg, resolve=True)}
-        for cell in cells
-    ]
-    content = json.dumps(plan, indent=1)
+    content = f"[{','.join(map(cell_text, cells))}]"
     folder = Path(cells[0].cfg.output_dir).absolute() / ".sweeps"
     path = folder / f"plan-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if write:
@@ -61,19 +57,32 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
         os.environ.pop(_PLAN, None)
 
 
+def cell_text(cell: Cell) -> str:
+    """A cell as JSON."""
+    cfg = OmegaConf.to_container(cell.cfg, resolve=True)
+    return json.dumps({"overrides": cell.overrides, "choices": cell.choices, "cfg": cfg}, indent=1)
+
+
+def cell_from(text: str) -> Cell:
+    """The cell that `cell_text` wrote."""
+    cell = json.loads(text)
+    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
+
+
 def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
     """The cell that Hydra hands to a job: of a sweep, as it was planned. Raises UserError if the plan is lost."""
     path = os.environ.get(_PLAN)
     if path is None:
         return resolved(cfg, choices_of(hydra_cfg), list(hydra_cfg.overrides.task))
     try:
-        cell = json.loads(Path(path).read_text(encoding="utf-8"))[hydra_cfg.job.num]
+        cell = cell_from(json.dumps(json.loads(Path(path).read_text(encoding="utf-8"))[hydra_cfg.job.num]))
     except (FileNotFoundError, ValueError, LookupError):
         raise UserError(
             f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
         ) from None
-    assert cell["overrides"] == list(hydra_cfg.overrides.task), (cell["overrides"], hydra_cfg.overrides.task)
-    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
+    if cell.overrides != (given := tuple(hydra_cfg.overrides.task)):
+        raise UserError(f"planned was {' '.join(cell.overrides)}, and the sweeper asks for {' '.join(given)}")
+    return cell
 
 
 @contextmanager
@@ -91,14 +100,22 @@ def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
         yield
 
 
-def check_plan(cells: list[Cell], ranks: Ranks = SINGLE) -> list[Planned]:
-    """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one."""
+def check_plan(cells: list[Cell], ranks: Ranks = SINGLE, proposed: bool = False) -> list[Planned]:
+    """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one.
+
+    proposed: by a sweeper, which will propose others.
+    """
+    from lpc_runner.sweepers import require_metric
+
     planned = []
     for cell in cells:
         try:
             found = plan(cell, ranks)
             planned.append(found)
-            if len(cells) > 1 and (reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()):
+            require_metric(found, proposed)
+            if (proposed or len(cells) > 1) and (
+                reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()
+            ):
                 raise UserError(reason)
             if not cell.cfg.check:
                 found.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)

@@ -36,6 +36,7 @@ ROOT = {
     "deterministic": bool,
     "num_threads": PositiveInt | None,
     "runs_per_gpu": PositiveInt,
+    "optimized_metric": str | None,
     "study": str,
     "output_dir": str,
     "data_dir": str,

@@ -26,6 +26,7 @@ PLACES = {
     "lpc_runner.data.torchvision_sets.SVHN": "lpc_runner.data.torchvision_sets.SVHN",
     "lpc_runner.distributions.DiscretisedGaussian": "lpc_runner.distributions.DiscretisedGaussian",
     "lpc_runner.distributions.Gaussian": "lpc_runner.distributions.Gaussian",
+    "lpc_runner.emissions.Bernoulli": "lpc_runner.emissions.Bernoulli",
     "lpc_runner.emissions.Poisson": "lpc_runner.emissions.Poisson",
     "lpc_runner.evaluation.quality.SampleQuality": "lpc_runner.evaluation.quality.SampleQuality",
     "lpc_runner.evaluation.sequence_quality.SequenceQuality": "lpc_runner.evaluation.sequence_quality.SequenceQuality",

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -46,6 +46,8 @@ class Composed:
 
     cells: list[Cell]
     launcher: str
+    # Hydra's sweeper, if it chooses every run by those before; `cells` is then one that it could propose.
+    sweeper: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def compose_command(args: argparse.Namespace) -> Composed:
             raise UserError(f"--config-dir: {folder} is not a folder")
         extra = [f"hydra.searchpath=['file://{folder}']"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"), _naming_the_key():
-        cells, launcher = _expand(args, extra)
-        return Composed(_compose_all(cells, extra, [CONF_DIR, *([folder] if extra else [])]), launcher)
+        cells, launcher, sweeper = _expand(args, extra)
+        composed = _compose_all(cells, extra, [CONF_DIR, *([folder] if extra else [])])
+        return Composed(composed, launcher, sweeper)
 
 
 @contextmanager
@@ -101,13 +104,16 @@ def _naming_the_key() -> Iterator[None]:
         raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
 
 
-def _expand(args: argparse.Namespace, extra: list[str]) -> tuple[list[list[str]], str]:
-    """The overrides of every cell, the product of the command line's and the experiment's sweeps; the launcher."""
+def _expand(args: argparse.Namespace, extra: list[str]) -> tuple[list[list[str]], str, str | None]:
+    """The overrides of every cell, the product of the command line's and the experiment's sweeps; the launcher.
+
+    Last the sweeper, if it is not Hydra's basic one: then the cell is that of every first value.
+    """
     parsed = _parsed(args.overrides)
     sweeps = [override for override in parsed if override.is_sweep_override()]
     fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
     # The experiment says whether it is a sweep; a swept experiment or method counts with its first value.
-    first = {override.get_key_element(): next(iter(override.sweep_string_iterator()), None) for override in sweeps}
+    first = {override.get_key_element(): _first_value(override) for override in sweeps}
     if empty := [key for key, value in first.items() if value is None]:
         raise UserError(f"{empty[0]}: the sweep names no value")
     probe = [*fixed, *(f"{key}={value}" for key, value in first.items())]
@@ -116,14 +122,31 @@ def _expand(args: argparse.Namespace, extra: list[str]) -> tuple[list[list[str]]
     if not args.multirun and hydra_cfg.mode != RunMode.MULTIRUN:
         if sweeps:
             raise UserError(f"{sweeps[0].input_line}: several values are a sweep: add -m")
-        return [list(args.overrides)], "none"
+        return [list(args.overrides)], "none", None
     if not args.cfg and composed.get("check") is not True:
         _require_launcher(hydra_cfg.launcher)
     params = hydra_cfg.sweeper.get("params") or {}
     lines = [*(f"{key}={value}" for key, value in params.items()), *args.overrides]
     parsed = [o for o in _parsed(lines) if not o.is_hydra_override()]
+    launcher, sweeper = hydra_cfg.launcher._target_, hydra_cfg.sweeper._target_
+    if not sweeper.endswith(f".{BasicSweeper.__name__}"):
+        last = {o.get_key_element(): o for o in parsed}  # the command line's before the experiment's
+        swept = {key: f"{key}={_first_value(o)}" for key, o in last.items() if o.is_sweep_override()}
+        return (
+            [[swept.get(key, o.input_line) for key, o in last.items()]],
+            launcher,
+            hydra_cfg.runtime.choices["hydra/sweeper"],
+        )
+    if intervals := [o.input_line for o in parsed if isinstance(o.value(), IntervalSweep)]:
+        raise UserError(f"{intervals[0]}: only a sweeper that searches chooses from an interval: hydra/sweeper=...")
     (batch,) = BasicSweeper.split_arguments(parsed, None)
-    return [list(cell) for cell in batch], hydra_cfg.launcher._target_
+    return [list(cell) for cell in batch], launcher, None
+
+
+def _first_value(sweep: Override) -> str | None:
+    """The first value of a sweep, an interval's lower end, as text; None where there is none."""
+    value = sweep.value()
+    return str(value.start) if isinstance(value, IntervalSweep) else next(iter(sweep.sweep_string_iterator()), None)
 
 
 def starts_workers_here(launcher: str) -> bool:
