@@ -1,31 +1,6 @@
-"""Put finished runs into W&B, once each: python scripts/publish.py outputs/<study>
+"""The same as `lpc-runner publish`."""
 
-For runs that were offline (or lost the network, or had tracker=none): metrics.jsonl, pictures, configuration and final
-metrics are replayed under the ids that an online run would have. What W&B already holds is not sent again, so that an
-interrupted upload is completed by the same command. Needs `wandb login` or WANDB_API_KEY; exit 1 without them.
-"""
-
-import argparse
-import sys
-from pathlib import Path
-
-from lpc_runner.errors import UserError
-from lpc_runner.tracking.publish import publish
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, nargs="+", help="outputs/<study>, or one run: outputs/<study>/<run>")
-    parser.add_argument("--entity", help="W&B user or team (default: the run's config.yaml, else the account's)")
-    parser.add_argument("--project", help="W&B project (default: the run's config.yaml)")
-    arguments = parser.parse_args()
-    try:
-        for study in arguments.study:
-            for name, done in publish(study, arguments.entity, arguments.project):
-                print(f"{name}: {done}", flush=True)
-    except UserError as error:
-        sys.exit(f"lpc_runner: {error}")
-
+from lpc_runner.publish import main
 
 if __name__ == "__main__":
     main()

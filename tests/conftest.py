@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,9 @@ TINY = (
 # The same for what has no chain: the key is not there to be set.
 TINY_VAE = tuple(item for item in TINY if not item.startswith("sampler."))
 
+
+# Run folders that an earlier version left behind (`earlier_run`).
+RUNS = Path(__file__).parent / "fixtures" / "runs"
 
 # What the result.json of a run that is done holds besides status and metrics.
 ENDED = {
@@ -196,6 +200,14 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert same, key
     assert rows_of(one) == rows_of(other)
     assert result_of(one)["metrics"] == result_of(other)["metrics"]
+
+
+def earlier_run(state: str) -> tuple[str, ...]:
+    """Put a run of an earlier version into outputs/, done or interrupted after 3 of 6 updates; its overrides."""
+    seed = {"done": 0, "interrupted": 1}[state]
+    (source,) = RUNS.glob(f"*-s{seed}-*")
+    shutil.copytree(source, Path("outputs/runs") / source.name)
+    return *TINY, "model.hidden=[1]", "model.latent_dim=2", f"seed={seed}"
 
 
 def write_images(path: Path, count: int = 60, shape=(1, 28, 28), seed: int = 0, **more) -> Path:

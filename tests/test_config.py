@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, cell_of, cells_of, environment, plan_of, result_of, write_images
+from conftest import RUNS, TINY, cell_of, cells_of, environment, plan_of, result_of, write_images
 from omegaconf import OmegaConf
 from PIL import Image
 from series import config_dir
 
+from lpc_runner.config import classes
 from lpc_runner.config.build import LATER, build
-from lpc_runner.config.identity import flat_keys
+from lpc_runner.config.identity import flat_keys, run_hash
 from lpc_runner.config.options import CONF_DIR
 from lpc_runner.errors import UserError
 from lpc_runner.schema import hints_of
@@ -44,6 +46,15 @@ BESIDE = {
     ("metrics", "sequences"): ("model=lfads", "dataset=test_spikes"),
     ("method", "vem"): ("model=lfads", "dataset=test_spikes"),
 }
+# Files of a user that an option does not go without.
+NEEDS = {
+    ("dataset", "arrays"): ("dataset.train={data}/images.npz",),
+    ("dataset", "image_folder"): ("dataset.path={data}/pictures",),
+    ("dataset", "spikes"): ("dataset.path={data}/spikes.npz",),
+    ("dataset", "series"): ("dataset.path={data}/series.npz",),
+}
+# Every option's hash since it came: whoever has such a run finds it again. A new option adds its line.
+HASHES = json.loads((Path(__file__).parent / "fixtures" / "hashes.json").read_text())
 # Given by the run at the start, beside what a partial must wait for.
 RUNTIME = {"resume_step", "more_tags"}
 
@@ -63,13 +74,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
-    needs = {
-        ("dataset", "arrays"): (f"dataset.train={data}/images.npz",),
-        ("dataset", "image_folder"): (f"dataset.path={data}/pictures",),
-        ("dataset", "spikes"): (f"dataset.path={data}/spikes.npz",),
-        ("dataset", "series"): (f"dataset.path={data}/series.npz",),
-    }
-    found = BESIDE.get((group, option), ()) + needs.get((group, option), ())
+    needs = [item.format(data=data) for item in NEEDS.get((group, option), ())]
+    found = (*BESIDE.get((group, option), ()), *needs)
     return (config_dir(data / "config"), *found) if any("=test_" in item for item in found) else found
 
 
@@ -97,6 +103,7 @@ def check_cells(group: str, option: str, data: Path, *more: str) -> None:
     """Every cell of an option composes, is that option, and builds."""
     cells = cells_with(group, option, data, *more)
     assert len(cells) == 1 or group in STUDIES
+    frozen = f"{group}={option}"
     for cell in cells:
         assert cell.choices[group] == option
         experiment = build(cell.cfg, cell.choices)
@@ -104,6 +111,11 @@ def check_cells(group: str, option: str, data: Path, *more: str) -> None:
         blocks = experiment.model.blocks
         sizes = [block.stop - block.start for block in blocks.values()] if blocks else [cell.cfg.model.latent_dim]
         assert experiment.model.latent_dim == sum(sizes)
+        if cell is cells[0]:
+            # Files of a user have no hash that could be written down here.
+            files = (group, option) in NEEDS or any("=test_" in item for item in beside(group, option, data))
+            digest = run_hash(cell, {"files": "of the user"} if files else experiment.dataset.identity())
+            assert HASHES.get(frozen) == digest, f'tests/fixtures/hashes.json lacks "{frozen}": "{digest}"'
 
 
 @pytest.mark.parametrize("group, option", [pair for pair in OPTIONS if pair[0] not in (*STUDIES, "tuned")])
@@ -115,7 +127,7 @@ def test_yaml_keys_are_the_constructors_parameters(group, option, data, workplac
     def compare(node, path):
         later = LATER.get(path, set()) | RUNTIME if node.get("_partial_") else set()
         given = set(node) - {"_target_", "_partial_"}
-        hints = set(hints_of(get_object(node["_target_"])))
+        hints = set(hints_of(get_object(classes.place_of(node["_target_"]))))
         assert given <= hints and hints - given <= later
         for key in given:
             if isinstance(node[key], dict) and "_target_" in node[key]:
@@ -123,6 +135,42 @@ def test_yaml_keys_are_the_constructors_parameters(group, option, data, workplac
 
     path = group.replace("/", ".")
     compare(OmegaConf.to_container(OmegaConf.select(cell.cfg, path)), path)
+
+
+def test_every_shipped_class_has_one_name_for_ever():
+    """What a hash and a config.yaml say must not change when a file is moved: config/classes.py has a row for each."""
+    from hydra.utils import get_object
+
+    texts = [path.read_text() for path in CONF_DIR.rglob("*.yaml")]
+    shipped = {target for text in texts for target in re.findall(r"_target_: (lpc_runner\S+)", text)}
+    assert shipped and shipped == set(classes.PLACES.values()), "a class without a row, or a row without a class"
+    assert len(shipped) == len(classes.PLACES)
+    assert all(isinstance(get_object(place), type) for place in shipped)
+    # An old path that another class has taken would name two.
+    assert not {name for name, place in classes.PLACES.items() if name != place} & shipped
+    written = re.findall(r"_target_: (lpc_runner\S+)", "".join(path.read_text() for path in RUNS.glob("*/config.yaml")))
+    assert written and set(written) <= set(classes.PLACES)
+
+
+def test_a_class_that_has_moved_leaves_the_run_what_it_is(tmp_path, workplace, monkeypatch):
+    """Its file, its YAML's `_target_` and its row: then hash, config.yaml and what names the old path stay good."""
+    old = "lpc_runner.inference.step_sizes.Constant"
+    before = plan_of()
+    (tmp_path / "moved.py").write_text(
+        "import lpc_runner.inference.step_sizes as old\n\n\nclass Constant(old.Constant):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "step_size").mkdir()
+    for name, target in (("new", "moved.Constant"), ("old", old)):
+        (tmp_path / "step_size" / f"{name}.yaml").write_text(f"_target_: {target}\nvalue: ${{tuned.step_size}}\n")
+    folder = f"--config-dir={tmp_path}"
+    assert plan_of(folder, "step_size=new").digest != before.digest  # without a row it is another class
+    monkeypatch.setitem(classes.PLACES, old, "moved.Constant")
+    for option in ("new", "old"):
+        after = plan_of(folder, f"step_size={option}")
+        assert after.digest == before.digest and after.directory.path == before.directory.path
+        assert after.cell.cfg.step_size == before.cell.cfg.step_size == {"_target_": old, "value": 0.1}
+        assert type(after.experiment.sampler.step_size).__module__ == "moved"
 
 
 def test_an_option_that_lacks_a_value_is_refused(tmp_path, workplace):

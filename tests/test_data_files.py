@@ -298,7 +298,7 @@ class TestTorchvision:
         absent = dataset(str(tmp_path))
         for ask in (absent.prepare, absent.load):
             message = user_error(ask)
-            assert file in message and str(tmp_path / folder) in message and "fetch_data" in message
+            assert file in message and str(tmp_path / folder) in message and "lpc-runner fetch " in message
 
     def test_svhn(self, tmp_path, monkeypatch):
         from scipy.io import savemat

@@ -127,3 +127,35 @@ def test_five_hundred_runs_are_listed_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.stdout == "500\n", done.stderr
     assert time.monotonic() - started < 15  # some 1.5 s when nothing else runs
+
+
+def test_commands_are_first_words(command, outputs):
+    """`lpc-runner ls` is `python -m lpc_runner.ls`; each is in --help, and has one of its own."""
+    from lpc_runner.main import COMMANDS
+
+    assert command(*TINY).code == 0
+    one, other = (
+        json.loads(a.out) for a in (command("ls", "outputs", "--json"), command("outputs", "--json", entry=main))
+    )
+    assert one | {"age": 0} == other | {"age": 0} and one["state"] == "done"
+    assert command("report", "outputs/default").code == 0 and Path("outputs/default/report/report.md").exists()
+    assert command("report", "nowhere").code == 1
+    assert "evaluate" in COMMANDS and command("evaluate", "nowhere").lines[0].startswith(
+        "lpc_runner: nowhere is no run"
+    )
+    assert command("fetch", "nosuchset").code == 2
+    text = command("--help").out
+    for name in COMMANDS:
+        assert f"  lpc-runner {name} " in text, name
+        own = command(name, "--help")
+        assert own.code == 0 and own.out.startswith(f"usage: lpc-runner {name} "), name
+    # Words of Hydra's stay Hydra's, whatever they begin with.
+    assert command("study=ls", *TINY, "check=true").code == 0
+    assert "and no command" in command("reprot", "outputs/default").lines[0]
+
+
+def test_what_is_installed_names_no_file_that_stays_behind():
+    source = Path(__file__).parents[1]
+    texts = {path: path.read_text() for folder in ("src", "conf") for path in (source / folder).rglob("*.[py]*[yml]*")}
+    assert len(texts) > 200
+    assert [path for path, text in texts.items() if "scripts/" in text] == []

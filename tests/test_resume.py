@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import TINY, assert_same_run, cell_of, only_run, result_of, rows_of
+from conftest import TINY, assert_same_run, cell_of, earlier_run, only_run, result_of, rows_of
 
 from lpc_runner.errors import UserError
 from lpc_runner.run import execute, plan
@@ -326,3 +326,44 @@ def test_a_lost_or_damaged_config_does_not_stop_a_resumption(settings, monkeypat
     assert json.loads((broken / "run.json").read_text())["studies"] == ["default"]
     assert command(str(broken), entry=main).code == 0
     assert_same_run(run(settings("straight")), only_run(broken.parents[1]))
+
+
+def test_a_run_of_an_earlier_version_is_done(workplace):
+    """Its hash, its records and its checkpoint are read by whatever came since; a finished one is not run again."""
+    import lpc_runner
+    from lpc_runner.evaluate import evaluate
+    from lpc_runner.report.study import read_study
+    from lpc_runner.sample import sample
+
+    overrides = earlier_run("done")
+    before = result_of(next(Path("outputs/runs").iterdir()))
+    planned = plan(cell_of(*overrides))
+    assert planned.directory.state() == "done"
+    assert execute(planned) == before == result_of(only_run())
+    loaded = lpc_runner.load(only_run())
+    assert loaded.update == 6 and loaded.cfg.step_size.value == 0.1
+    assert sample(only_run(), 4).exists()
+    measured = json.loads(evaluate(only_run(), ("num_threads=1",)).read_text())["metrics"]
+    assert measured == pytest.approx(before["metrics"], rel=1e-3, abs=1e-3)
+    (found,) = read_study(Path("outputs/default")).runs
+    assert found.status == "finished"
+    follower = run((*overrides, "seed=5", f"trainer.init_from={only_run()}"))
+    assert result_of(follower)["status"] == "finished"
+
+
+def test_an_interrupted_run_of_an_earlier_version_goes_on(workplace):
+    overrides = earlier_run("interrupted")
+    old = rows_of(next(Path("outputs/runs").iterdir()))
+    planned = plan(cell_of(*overrides))
+    assert planned.directory.state() == "resume"
+    execute(planned)
+    straight = run((*overrides, "output_dir=straight"))
+    resumed = planned.directory.path
+    assert resumed.name == straight.name and len((resumed / "sessions.jsonl").read_text().splitlines()) == 2
+    assert rows_of(resumed)[:3] == old[:3]  # what was logged stays
+    # Another processor rounds otherwise: the first half was computed elsewhere.
+    for one, other in zip(rows_of(resumed), rows_of(straight), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    left, right = result_of(resumed), result_of(straight)
+    assert left["gradient_evaluations"] == right["gradient_evaluations"] and left["num_updates"] == 6
+    assert left["metrics"] == pytest.approx(right["metrics"], rel=1e-2, abs=1e-3)

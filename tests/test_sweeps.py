@@ -299,3 +299,104 @@ def test_looking_at_a_run_does_not_disturb_it(tmp_path):
     run.path.joinpath(".owner").write_text("pid 1 on elsewhere")  # what a killed process leaves behind
     assert run.owner() is None
     shutil.rmtree(run.path)
+
+
+SWEEPER = """
+from pathlib import Path
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+
+class Tries(Sweeper):
+    '''Proposes the first value, then by what came of it; writes down what each job returned.'''
+
+    def __init__(self, more, params=None):
+        self.more, self.params = more, params or {}
+
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        fixed = [word for word in arguments if "interval(" not in word]
+        for number, value in enumerate([0.1, *self.more]):
+            (job,) = self.launcher.launch([[*fixed, f"step_size.value={value}"]], initial_job_idx=number)
+            with open("returned", "a") as file:
+                file.write(f"{value} {job.return_value}\\n")
+"""
+
+
+@pytest.fixture
+def sweeper(tmp_path, monkeypatch):
+    """hydra/sweeper=tries: one as Optuna's, which knows its next run when the last has returned."""
+    import importlib
+
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    (tmp_path / "plugin" / "hydra_plugins").mkdir(parents=True)
+    (tmp_path / "plugin" / "hydra_plugins" / "tries.py").write_text(SWEEPER)
+    monkeypatch.syspath_prepend(str(tmp_path / "plugin"))
+    module = importlib.import_module("hydra_plugins.tries")
+    Plugins.instance().register(module.Tries)
+    node = {"_target_": "hydra_plugins.tries.Tries", "more": [0.2, 0.1], "params": None}
+    ConfigStore.instance().store(group="hydra/sweeper", name="tries", node=node, provider="test")
+    monkeypatch.delitem(sys.modules, "hydra_plugins.tries", raising=False)
+    monkeypatch.setitem(sys.modules, "hydra_plugins.tries", module)
+    yield ("-m", "hydra/sweeper=tries", "step_size.value=interval(0.1,1)")
+    del ConfigStore.instance().repo["hydra"]["sweeper"]["tries.yaml"]
+
+
+def returned() -> list[list[str]]:
+    return [line.split() for line in Path("returned").read_text().splitlines()]
+
+
+def test_a_sweeper_that_searches_gets_each_runs_metric(sweeper, command):
+    """Its runs are not known before: each is planned and checked when proposed, and found again as any other."""
+    answer = command(*sweeper, *TINY)
+    assert answer.code == 0, answer.err
+    results = {OmegaConf.load(run / "config.yaml").step_size.value: result_of(run) for run in runs(Path())}
+    assert sorted(results) == [0.1, 0.2]  # the third is the first again
+    expected = [[str(value), str(results[value]["metrics"]["fd_random_conv"])] for value in (0.1, 0.2, 0.1)]
+    assert returned() == expected
+    assert answer.out.count("finished: 6 updates") == 2
+    assert not list(Path("outputs/.sweeps").glob("proposed-*"))
+    Path("returned").unlink()
+    assert command(*sweeper, *TINY, "optimized_metric=elbo").code == 0  # changes no result: nothing is run again
+    assert [float(value) for _, value in returned()] == [results[step]["metrics"]["elbo"] for step in (0.1, 0.2, 0.1)]
+    assert len(runs(Path())) == 2 and all(len(sessions(run)) == 1 for run in runs(Path()))
+    (single,) = cells_of(*TINY)
+    from lpc_runner.run import plan
+
+    names = plan(single).experiment.metrics.names()
+    assert set(results[0.1]["metrics"]) <= set(names) and len(names) == len(set(names))
+
+
+def test_what_a_sweeper_may_not_do_is_one_line(sweeper, command):
+    first = command(*sweeper, *TINY, "optimized_metric=fdi")
+    assert first.code == 1 and len(first.lines) == 1 and not Path("returned").exists()
+    assert "optimized_metric=fdi: no such metric; there are: fd_random_conv, kid_random_conv" in first.err
+    assert not Path("outputs/runs").exists()
+    sequences = [item for item in TINY if not item.startswith(("model", "metrics.", "sampler"))]
+    answer = command(*sweeper, *sequences, "dataset=lorenz", "objective=jeffreys")
+    assert answer.code == 1 and len(answer.lines) == 1 and "optimized_metric has no default" in answer.err
+    answer = command("-m", "step_size.value=interval(0.1,1)", *TINY)
+    assert answer.code == 1 and len(answer.lines) == 1 and "hydra/sweeper=" in answer.err
+    answer = command(*sweeper, *TINY, "check=true")
+    assert answer.code == 0 and "hydra/sweeper=tries proposes its own" in answer.out
+    # The second proposal does not fit: its sweeper hears of it, the first run stays.
+    answer = command(*sweeper, *TINY, "hydra.sweeper.more=[-1]")
+    assert answer.code == 1 and "Traceback" not in answer.err
+    assert answer.lines[-1] == "lpc_runner: step_size.value must be a number above 0, got -1"
+    assert [result_of(run)["status"] for run in runs(Path())] == ["finished"]
+
+
+def test_a_diverged_run_is_the_worst_that_a_sweeper_can_get(sweeper, command):
+    """θ at the bounds of float32: what was measured of the last finite state is no value of these settings."""
+    wild = ("optimizer.learning_rate=1e30", "hydra.sweeper.more=[]")
+    assert command(*sweeper, *TINY, *wild).code == 0
+    assert command(*sweeper, *TINY, *wild, "optimized_metric=elbo").code == 0
+    assert [result_of(run)["status"] for run in runs(Path())] == ["diverged"]
+    assert [value for _, value in returned()] == ["inf", "-inf"]

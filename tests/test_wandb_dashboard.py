@@ -1,4 +1,4 @@
-"""scripts/dashboard.py: panels that a study's runs can fill, in a file without an account and in W&B with one."""
+"""`lpc-runner dashboard`: panels that a study's runs can fill, in a file without an account and in W&B with one."""
 
 from __future__ import annotations
 

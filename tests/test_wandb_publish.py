@@ -1,4 +1,4 @@
-"""scripts/publish.py: finished runs reach W&B once each, whatever came in between."""
+"""`lpc-runner publish`: finished runs reach W&B once each, whatever came in between."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lpc_runner.errors import UserError
 from lpc_runner.tracking import publish as publishing
 from lpc_runner.tracking.publish import publish
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "publish.py"
 CLOCKS = ("time/", "_timestamp", "_runtime", "_wandb")
 
 
@@ -123,7 +122,7 @@ def test_a_server_that_loses_data_is_not_believed(server, tmp_path, monkeypatch)
 
 def script(*arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [sys.executable, "-m", "lpc_runner", "publish", *map(str, arguments)]
     return subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,4 +1,4 @@
-"""`python -m lpc_runner.evaluate RUN_DIR [overrides]`: measure a run again without training."""
+"""`lpc-runner evaluate RUN_DIR [overrides]`: measure a run again without training."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _require_data(run: Any) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m lpc_runner.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lpc-runner evaluate", description=__doc__)
     parser.add_argument("run_dir", help="outputs/<study>/<run>")
     parser.add_argument(
         "overrides", nargs="*", default=[], help="metrics.extractor=classifier, metrics.num_samples=1000, ..."

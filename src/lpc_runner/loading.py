@@ -13,10 +13,11 @@ from yaml import YAMLError
 
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import recompose_group
+from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 from lpc_runner.errors import UserError
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.parts import build_learner
-from lpc_runner.runs import RunDirectory
+from lpc_runner.runs import CHANGES_NO_RESULT, RunDirectory
 from lpc_runner.training.checkpoints import load_checkpoint
 
 # What may differ from the run when it is looked at again: everything else would make it another run.
@@ -88,4 +89,8 @@ def _read_config(path: Path) -> DictConfig:
         cfg = None
     if not isinstance(cfg, DictConfig) or not cfg:
         raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
+    defaults = OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml")
+    for key in CHANGES_NO_RESULT:  # a setting that the run is older than
+        if key not in cfg and key in defaults:
+            cfg[key] = defaults[key]
     return cfg

@@ -1,4 +1,4 @@
-"""`python -m lpc_runner.ls outputs/`: every run with its state, and what to do about it. Imports no torch."""
+"""`lpc-runner ls outputs/`: every run with its state, and what to do about it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _lines(run: Listed) -> list[str]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m lpc_runner.ls", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lpc-runner ls", description=__doc__)
     parser.add_argument("folder", nargs="?", default="outputs", help="outputs/, outputs/<study> or a run")
     parser.add_argument("--json", action="store_true", help="one JSON object per run and line")
     given = parser.parse_args()

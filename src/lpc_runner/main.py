@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -13,9 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from lpc_runner.commands import main_process, told_to_workers
 from lpc_runner.errors import UserError
@@ -23,18 +22,44 @@ from lpc_runner.masking import mask_logs
 from lpc_runner.surroundings import one_line_errors, said, settle
 from lpc_runner.waiting import wait_passively
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 logger = logging.getLogger(__name__)
+
+# A first word that is one of these is a command of its own; the `main` of its module takes the words behind it.
+COMMANDS = {
+    "ls": "lpc_runner.ls",
+    "report": "lpc_runner.report.__main__",
+    "evaluate": "lpc_runner.evaluate",
+    "sample": "lpc_runner.sample",
+    "fetch": "lpc_runner.fetch",
+    "publish": "lpc_runner.publish",
+    "dashboard": "lpc_runner.dashboard",
+}
 
 
 def main() -> None:
     """Entry point of `python -m lpc_runner` and of the console script."""
+    wait_passively()
+    with one_line_errors():
+        if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
+            sys.path.append(os.getcwd())
+        word = sys.argv[1] if len(sys.argv) > 1 else ""
+        if word in COMMANDS:
+            del sys.argv[1]
+            sys.exit(importlib.import_module(COMMANDS[word]).main())
+        if word.isidentifier():
+            raise UserError(f"{word}: not of the form key=value, and no command: there are {', '.join(COMMANDS)}")
+        _run()
+
+
+def _run() -> None:
+    """Compose and check every cell, then have them run."""
     from lpc_runner.config.compose import compose_command, starts_workers_here
     from lpc_runner.config.words import parse_arguments
 
-    wait_passively()
-    with one_line_errors(), _connected() as ranks:
-        if os.getcwd() not in sys.path:  # the console script, unlike `python -m`: a user's classes may lie here
-            sys.path.append(os.getcwd())
+    with _connected() as ranks:
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
         args, sys.argv[1:] = parse_arguments(sys.argv[1:])
         _refuse(args)
@@ -47,9 +72,13 @@ def main() -> None:
             return
         cells = composed.cells
         from lpc_runner.planning import check_plan, frozen, print_plan, print_results, unfinished
+        from lpc_runner.sweepers import proposed_runs, proposing
 
+        searches = composed.sweeper is not None
+        if ranks and searches:
+            raise UserError(f"hydra/sweeper={composed.sweeper} proposes runs one at a time, not on several ranks")
         with _first(ranks):
-            planned = check_plan(cells, *([ranks] if ranks else []))
+            planned = check_plan(cells, *([ranks] if ranks else []), proposed=searches)
         if ranks and not ranks.is_main:
             if not cells[0].cfg.check:
                 with frozen(cells, write=False):
@@ -57,9 +86,16 @@ def main() -> None:
             return
         if cells[0].cfg.check:
             print_plan(planned)
+            if searches:
+                print(
+                    f"this is a run of the first values; hydra/sweeper={composed.sweeper} proposes its own, one by one"
+                )
             return
-        with frozen(cells), _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
+        sweep = proposing(cells[0].cfg.output_dir) if searches else frozen(cells)
+        with sweep as folder, _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
             _hydra(args)
+            if searches:
+                planned = proposed_runs(folder)
         print_results(planned)
         left = unfinished(planned)
         if left:
@@ -168,16 +204,33 @@ def _watch_main() -> threading.Event | None:
     return died
 
 
-def job(cfg: DictConfig) -> None:
-    """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on."""
+def _log_failure(error: Exception, what: str) -> None:
+    """What ended a run, in one line, or with its traceback where it is no fault that the user can mend."""
+    from lpc_runner.runs import Occupied
+
+    if isinstance(error, Occupied):
+        logger.info("%s: left to it, going on with the next", error)
+    elif isinstance(error, UserError):
+        logger.error("%s", error)
+    elif isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
+        logger.error("%s: %s", what, said(error))
+    else:
+        logger.error(what, exc_info=error)
+
+
+def job(cfg: DictConfig) -> float | None:
+    """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on.
+
+    To a sweeper that chooses its runs it returns the optimised metric (`sweepers.value_of`), and raises what failed.
+    """
     wait_passively()  # a cluster's job need not inherit the command's environment
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from lpc_runner.config.compose import starts_workers_here
-    from lpc_runner.planning import cell_of_job, leased
+    from lpc_runner.planning import cell_of_job, check_plan, leased
     from lpc_runner.run import execute, plan
-    from lpc_runner.runs import Occupied
+    from lpc_runner.sweepers import is_proposed, note_proposed, value_of
     from lpc_runner.training.distributed import Ranks
     from lpc_runner.training.interrupts import Interrupted
 
@@ -189,30 +242,25 @@ def job(cfg: DictConfig) -> None:
     if not ranks.is_main:
         logging.getLogger("lpc_runner").setLevel(logging.WARNING)
     try:
-        planned = plan(cell_of_job(cfg, hydra_cfg), ranks)
+        cell = cell_of_job(cfg, hydra_cfg)
+        planned = check_plan([cell], proposed=True)[0] if is_proposed() else plan(cell, ranks)
+        if is_proposed():
+            note_proposed(cell, hydra_cfg.job.num)
         if hydra_cfg.mode == RunMode.MULTIRUN:
             logger.info("run %d: %s", hydra_cfg.job.num + 1, planned.directory.name)
         with leased(planned, hydra_cfg):
-            execute(planned)
+            result = execute(planned)
+        return value_of(planned, result) if is_proposed() else None
     except Interrupted as interrupted:
         if main_died is not None and main_died.is_set():
             os._exit(interrupted.exit_code)  # nobody waits for this worker any more
         raise SystemExit(interrupted.exit_code) from None
-    except Occupied as error:
-        logger.info("%s: left to it, going on with the next", error)
-        if ranks.size > 1:
-            raise SystemExit(1) from None
-    except UserError as error:
-        logger.error("%s", error)
+    except Exception as error:
+        # Raised again for a sweeper alone that decides how many failures it bears: Hydra's own would end the sweep's
+        # report with this one failure and hide the others. The failed run is in its result.json, and `main` names it.
+        _log_failure(error, "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed")
         if ranks.size > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
-    except Exception as error:
-        # Not raised again: Hydra would end the sweep's report with this one failure and hide the others. The failed
-        # run is in its result.json, and `main` names it and exits with 1.
-        what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
-        if isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
-            logger.error("%s: %s", what, said(error))
-        else:
-            logger.exception(what)
-        if ranks.size > 1:
-            raise SystemExit(1) from None
+        if is_proposed():
+            raise
+        return None

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lpc_runner.config.compose import Cell, choices_of, starts_workers_here
+from lpc_runner.config.compose import Cell, choices_of, resolved, starts_workers_here
 from lpc_runner.errors import UserError
 from lpc_runner.files import write_atomically
 from lpc_runner.leases import gpu_slot, visible_gpus
@@ -45,11 +45,7 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
         os.environ.pop(_PLAN, None)  # of a sweep whose job started this command
         yield
         return
-    plan = [
-        {"overrides": cell.overrides, "choices": cell.choices, "cfg": OmegaConf.to_container(cell.cfg, resolve=True)}
-        for cell in cells
-    ]
-    content = json.dumps(plan, indent=1)
+    content = f"[{','.join(map(cell_text, cells))}]"
     folder = Path(cells[0].cfg.output_dir).absolute() / ".sweeps"
     path = folder / f"plan-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if write:
@@ -62,21 +58,32 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
         os.environ.pop(_PLAN, None)
 
 
+def cell_text(cell: Cell) -> str:
+    """A cell as JSON."""
+    cfg = OmegaConf.to_container(cell.cfg, resolve=True)
+    return json.dumps({"overrides": cell.overrides, "choices": cell.choices, "cfg": cfg}, indent=1)
+
+
+def cell_from(text: str) -> Cell:
+    """The cell that `cell_text` wrote."""
+    cell = json.loads(text)
+    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
+
+
 def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
     """The cell that Hydra hands to a job: of a sweep, as it was planned. Raises UserError if the plan is lost."""
     path = os.environ.get(_PLAN)
     if path is None:
-        OmegaConf.resolve(cfg)
-        return Cell(cfg, choices_of(hydra_cfg), tuple(hydra_cfg.overrides.task))
+        return resolved(cfg, choices_of(hydra_cfg), list(hydra_cfg.overrides.task))
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))
         # Not by their number: shuffle() gives Hydra another order than it gave the plan.
-        cell = next(cell for cell in cells if cell["overrides"] == list(hydra_cfg.overrides.task))
+        given = list(hydra_cfg.overrides.task)
+        return cell_from(json.dumps(next(cell for cell in cells if cell["overrides"] == given)))
     except (FileNotFoundError, ValueError, LookupError, TypeError, StopIteration):
         raise UserError(
             f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
         ) from None
-    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
 
 
 @contextmanager
@@ -94,14 +101,22 @@ def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
         yield
 
 
-def check_plan(cells: list[Cell], ranks: Ranks = SINGLE) -> list[Planned]:
-    """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one."""
+def check_plan(cells: list[Cell], ranks: Ranks = SINGLE, proposed: bool = False) -> list[Planned]:
+    """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one.
+
+    proposed: by a sweeper, which will propose others.
+    """
+    from lpc_runner.sweepers import require_metric
+
     planned = []
     for cell in cells:
         try:
             found = plan(cell, ranks)
             planned.append(found)
-            if len(cells) > 1 and (reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()):
+            require_metric(found, proposed)
+            if (proposed or len(cells) > 1) and (
+                reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()
+            ):
                 raise UserError(reason)
             if not cell.cfg.check:
                 found.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)

@@ -23,6 +23,7 @@ DONE = ("finished", "diverged")
 # alone: CPU and CUDA draw other numbers from one seed. Every session records its kind.
 CHANGES_NO_RESULT = (
     "study",
+    "optimized_metric",
     "tracker",
     "device",
     "engine",

@@ -1,4 +1,4 @@
-"""`python -m lpc_runner.sample RUN_DIR --num 64`: draw images from a run, as a PNG grid or an .npz."""
+"""`lpc-runner sample RUN_DIR --num 64`: draw images from a run, as a PNG grid or an .npz."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m lpc_runner.sample", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lpc-runner sample", description=__doc__)
     parser.add_argument("run_dir", help="outputs/<study>/<run>")
     parser.add_argument("--num", type=int, default=64, help="how many images")
     parser.add_argument("--seed", type=int, default=0, help="which images; a run's own grids use the run's seed")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from lpc_runner.config.classes import place_of
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.config.options import dotted, options_of, unknown_key
 from lpc_runner.errors import UserError
@@ -36,6 +37,7 @@ ROOT = {
     "deterministic": bool,
     "num_threads": PositiveInt | None,
     "runs_per_gpu": PositiveInt,
+    "optimized_metric": str | None,
     "study": str,
     "output_dir": str,
     "data_dir": str,
@@ -263,7 +265,7 @@ def _is_object(value: Any) -> bool:
 def _locate(target: str, path: str) -> Any:
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it would say the same in three lines before ours
     try:
-        found = get_object(target)
+        found = get_object(place_of(target))
     except Exception as error:
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())

@@ -14,11 +14,12 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lpc_runner.config.classes import name_classes
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, dotted, unknown_key
 from lpc_runner.config.own_files import OwnFiles, require_own_names
 from lpc_runner.config.words import as_text, parsed, values_of
@@ -40,6 +41,8 @@ class Composed:
 
     cells: list[Cell]
     launcher: str
+    # Hydra's sweeper, if it chooses every run by those before; `cells` is then one that it could propose.
+    sweeper: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ def compose_command(args: argparse.Namespace) -> Composed:
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir: {folder} is not a folder")
     with _initialised(folder), _naming_the_key():
-        cells, launcher = _expand(args)
+        cells, launcher, sweeper = _expand(args)
         composed = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])])
         for cell in composed if folder else []:
             require_own_names(folder, cell.choices)
-        return Composed(composed, launcher)
+        return Composed(composed, launcher, sweeper)
 
 
 @contextmanager
@@ -85,13 +88,16 @@ def _naming_the_key() -> Iterator[None]:
         raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
 
 
-def _expand(args: argparse.Namespace) -> tuple[list[list[str]], str]:
-    """The overrides of every cell, the product of the command line's and the experiment's sweeps; the launcher."""
+def _expand(args: argparse.Namespace) -> tuple[list[list[str]], str, str | None]:
+    """The overrides of every cell, the product of the command line's and the experiment's sweeps; the launcher.
+
+    Last the sweeper, if it is not Hydra's basic one: then the cell is that of every first value.
+    """
     given = parsed(args.overrides)
     sweeps = [override for override in given if override.is_sweep_override()]
     fixed = [override.input_line for override in given if not override.is_sweep_override()]
     # The experiment says whether it is a sweep; a swept experiment or method counts with its first value.
-    probe = [*fixed, *(f"{override.get_key_element()}={values_of(override)[0]}" for override in sweeps)]
+    probe = [*fixed, *(f"{override.get_key_element()}={_first_value(override)}" for override in sweeps)]
     composed = _compose_raw(probe)
     hydra_cfg = composed.hydra
     if hydra_cfg.job.chdir:
@@ -100,16 +106,28 @@ def _expand(args: argparse.Namespace) -> tuple[list[list[str]], str]:
         if sweeps:
             text = as_text(sweeps[0].get_key_element(), sweeps[0].get_value_string())
             raise UserError(f"{sweeps[0].input_line}: several values are a sweep: add -m; one text is quoted: {text}")
-        return [list(args.overrides)], "none"
+        return [list(args.overrides)], "none", None
     if not args.cfg and composed.get("check") is not True:
         _require_launcher(hydra_cfg.launcher)
     params = hydra_cfg.sweeper.get("params") or {}
     lines = [*(f"{key}={value}" for key, value in params.items()), *args.overrides]
     axes = [override for override in parsed(lines) if not override.is_hydra_override()]
+    launcher, sweeper = hydra_cfg.launcher._target_, hydra_cfg.sweeper._target_
+    if not sweeper.endswith(f".{BasicSweeper.__name__}"):
+        last = {axis.get_key_element(): axis for axis in axes}  # the command line's before the experiment's
+        swept = {key: f"{key}={_first_value(axis)}" for key, axis in last.items() if axis.is_sweep_override()}
+        cell = [swept.get(key, axis.input_line) for key, axis in last.items()]
+        return [cell], launcher, hydra_cfg.runtime.choices["hydra/sweeper"]
     for sweep in (axis for axis in axes if axis.is_sweep_override()):
         values_of(sweep)
     (batch,) = BasicSweeper.split_arguments(axes, None)
-    return [list(cell) for cell in batch], hydra_cfg.launcher._target_
+    return [list(cell) for cell in batch], launcher, None
+
+
+def _first_value(sweep: Override) -> str:
+    """The first value of a sweep, an interval's lower end, as text. Raises UserError where there is none."""
+    value = sweep.value()
+    return str(value.start) if isinstance(value, IntervalSweep) else values_of(sweep)[0]
 
 
 def starts_workers_here(launcher: str) -> bool:
@@ -146,7 +164,7 @@ def _compose_all(cells: list[list[str]], folders: list[Path]) -> list[Cell]:
         cfg, choices = copy.deepcopy(known[key][0]), dict(known[key][1])
         for name, value in values.items():
             OmegaConf.update(cfg, name, value, merge=True)
-        composed.append(_resolved(cfg, choices, overrides))
+        composed.append(resolved(cfg, choices, overrides))
     return composed
 
 
@@ -161,11 +179,13 @@ def _is_plain(override: Override, folders: list[Path]) -> bool:
     return isinstance(override.value(), _PLAIN) and "${" not in str(override.value())
 
 
-def _resolved(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Cell:
+def resolved(cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Cell:
+    """The cell of a composed configuration. Raises UserError for a value that is missing."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]} has no value: give one with {missing[0]}=...")
     OmegaConf.resolve(cfg)
+    name_classes(cfg)
     return Cell(cfg, choices, tuple(overrides))
 
 

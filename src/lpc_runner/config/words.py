@@ -62,7 +62,10 @@ def values_of(sweep: Override) -> list[str]:
     """The values of a sweep as words. Raises UserError for one that cannot be listed or has none."""
     key = sweep.get_key_element()
     if not sweep.is_discrete_sweep():
-        raise UserError(f"{sweep.input_line}: an interval has no list of values; range(start,stop,step) or a,b,c has")
+        raise UserError(
+            f"{sweep.input_line}: an interval has no list of values, as range(start,stop,step) and a,b,c have; only a "
+            "sweeper that searches (hydra/sweeper=) chooses from it"
+        )
     if getattr(sweep.value(), "shuffle", False) and "WORLD_SIZE" in os.environ:
         raise UserError(f"{sweep.input_line}: ranks would each have an order of their own: no shuffle under torchrun")
     try:

@@ -101,7 +101,7 @@ class TorchvisionImages(ImageDataset):
     def _remedy(self) -> str:
         return (
             f"without a network put {self.by_hand} (from {self.source}) into {self._folder}, "
-            f"with one: python scripts/fetch_data.py {self.name}"
+            f"with one: lpc-runner fetch {self.name}"
         )
 
     def _complete(self) -> bool:

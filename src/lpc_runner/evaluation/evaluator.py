@@ -103,6 +103,10 @@ class Metrics(ABC):
     ) -> Evaluator:
         """References read from `cache_dir` or computed. seed: the run's, which names its samples. UserError."""
 
+    def names(self) -> tuple[str, ...] | None:
+        """Every name that a number of `Evaluator.final` can have; None where they are not known before it."""
+        return None
+
     @abstractmethod
     def label(self, facts: dict[str, object]) -> str:
         """A short name, safe in a file's, for a measurement with these facts."""

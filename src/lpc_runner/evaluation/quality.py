@@ -108,6 +108,12 @@ class SampleQuality(Metrics):
         measurer = self.prepare(data, dataset.identity(), cache_dir, device)
         return ImageEvaluator(dataset, data, measurer, seed, ranks)
 
+    def names(self) -> tuple[str, ...]:
+        suffix = "" if self.extractor == "inception" else f"_{self.extractor}"
+        distance = "fid" if self.extractor == "inception" else "fd"
+        quality = (distance, "kid", "precision", "recall", "density", "coverage")
+        return *(name + suffix for name in quality), "elbo", "kl", "active_units", "bits_per_dim", "sigma"
+
     def label(self, facts: dict[str, object]) -> str:
         return f"{self.extractor}-n{facts['num_samples']}-k{facts['k']}-{facts['reference']}"
 

@@ -1,4 +1,4 @@
-"""python -m lpc_runner.report outputs/<study>: tables, curves and samples, the paper's numbers beside ours.
+"""lpc-runner report outputs/<study>: tables, curves and samples, the paper's numbers beside ours.
 
 Writes report.md, report.html (the same on one page that needs no other file), report.csv and pictures into
 outputs/<study>/report, and prints the main columns.
@@ -46,7 +46,7 @@ GAP = 2  # between columns
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write and print the report of one study; exit code 1 with one line on stderr where that is impossible."""
-    parser = argparse.ArgumentParser(prog="python -m lpc_runner.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lpc-runner report", description=__doc__)
     parser.add_argument("study", type=Path, help="a folder of runs: outputs/<study>")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: <study>/report)")
     options = parser.parse_args(arguments)

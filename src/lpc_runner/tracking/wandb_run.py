@@ -128,7 +128,7 @@ class WandbTracker(Sink):
     def close(self, status: Status) -> None:
         """Save what is left and end the run; waits up to 60 s for the network, and says so if that was too short.
 
-        What W&B lacks then, `python scripts/publish.py` adds when the run is finished.
+        What W&B lacks then, `lpc-runner publish` adds when the run is finished.
         """
         if self._run is None:
             return
@@ -148,7 +148,7 @@ class WandbTracker(Sink):
     def _say_unfinished(self, seconds: float) -> None:
         _logger.warning(
             "W&B did not take everything within %.0f s (metrics.jsonl is complete): once the run is finished, "
-            "`python scripts/publish.py %s` uploads the rest",
+            "`lpc-runner publish %s` uploads the rest",
             seconds,
             self._directory,
         )

@@ -1,0 +1,75 @@
+"""The name by which a run's hash and its config.yaml know a class of this package, wherever its file lies.
+
+A name is the path that the class had when it first came; it never changes, so that finished runs stay what they are.
+To move a class: move its file, give its new path in its YAML's `_target_`, and in its row here, on the right.
+A class from elsewhere has no row: its own `_target_` is its name.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+# Name: where the class is today.
+PLACES = {
+    "lpc_runner.data.arrays.Arrays": "lpc_runner.data.arrays.Arrays",
+    "lpc_runner.data.chaotic_rnn.ChaoticRNN": "lpc_runner.data.chaotic_rnn.ChaoticRNN",
+    "lpc_runner.data.digits.Digits": "lpc_runner.data.digits.Digits",
+    "lpc_runner.data.folder.ImageFolder": "lpc_runner.data.folder.ImageFolder",
+    "lpc_runner.data.linear_system.SampledLinearSystem": "lpc_runner.data.linear_system.SampledLinearSystem",
+    "lpc_runner.data.lorenz.Lorenz": "lpc_runner.data.lorenz.Lorenz",
+    "lpc_runner.data.spikes.Series": "lpc_runner.data.spikes.Series",
+    "lpc_runner.data.spikes.Spikes": "lpc_runner.data.spikes.Spikes",
+    "lpc_runner.data.torchvision_sets.CIFAR10": "lpc_runner.data.torchvision_sets.CIFAR10",
+    "lpc_runner.data.torchvision_sets.CelebA64": "lpc_runner.data.torchvision_sets.CelebA64",
+    "lpc_runner.data.torchvision_sets.FashionMNIST": "lpc_runner.data.torchvision_sets.FashionMNIST",
+    "lpc_runner.data.torchvision_sets.MNIST": "lpc_runner.data.torchvision_sets.MNIST",
+    "lpc_runner.data.torchvision_sets.SVHN": "lpc_runner.data.torchvision_sets.SVHN",
+    "lpc_runner.distributions.DiscretisedGaussian": "lpc_runner.distributions.DiscretisedGaussian",
+    "lpc_runner.distributions.Gaussian": "lpc_runner.distributions.Gaussian",
+    "lpc_runner.emissions.Bernoulli": "lpc_runner.emissions.Bernoulli",
+    "lpc_runner.emissions.Poisson": "lpc_runner.emissions.Poisson",
+    "lpc_runner.evaluation.quality.SampleQuality": "lpc_runner.evaluation.quality.SampleQuality",
+    "lpc_runner.evaluation.sequence_quality.SequenceQuality": "lpc_runner.evaluation.sequence_quality.SequenceQuality",
+    "lpc_runner.inference.importance.ImportanceWeighted": "lpc_runner.inference.importance.ImportanceWeighted",
+    "lpc_runner.inference.objectives.Objective": "lpc_runner.inference.objectives.Objective",
+    "lpc_runner.inference.objectives.VariationalEM": "lpc_runner.inference.objectives.VariationalEM",
+    "lpc_runner.inference.preconditioning.Adam": "lpc_runner.inference.preconditioning.Adam",
+    "lpc_runner.inference.preconditioning.EncoderVariance": "lpc_runner.inference.preconditioning.EncoderVariance",
+    "lpc_runner.inference.preconditioning.Identity": "lpc_runner.inference.preconditioning.Identity",
+    "lpc_runner.inference.preconditioning.SharedAdam": "lpc_runner.inference.preconditioning.SharedAdam",
+    "lpc_runner.inference.samplers.Langevin": "lpc_runner.inference.samplers.Langevin",
+    "lpc_runner.inference.samplers.Map": "lpc_runner.inference.samplers.Map",
+    "lpc_runner.inference.samplers.NoSteps": "lpc_runner.inference.samplers.NoSteps",
+    "lpc_runner.inference.step_sizes.Blocks": "lpc_runner.inference.step_sizes.Blocks",
+    "lpc_runner.inference.step_sizes.Constant": "lpc_runner.inference.step_sizes.Constant",
+    "lpc_runner.inference.step_sizes.Polynomial": "lpc_runner.inference.step_sizes.Polynomial",
+    "lpc_runner.models.conv.Conv": "lpc_runner.models.conv.Conv",
+    "lpc_runner.models.linear.Linear": "lpc_runner.models.linear.Linear",
+    "lpc_runner.models.mlp.MLP": "lpc_runner.models.mlp.MLP",
+    "lpc_runner.models.sequential.FactorAnalysis": "lpc_runner.models.sequential.FactorAnalysis",
+    "lpc_runner.models.sequential.LFADS": "lpc_runner.models.sequential.LFADS",
+    "lpc_runner.tracking.tracker.NoTracker": "lpc_runner.tracking.tracker.NoTracker",
+    "lpc_runner.tracking.wandb_run.WandbTracker": "lpc_runner.tracking.wandb_run.WandbTracker",
+    "lpc_runner.training.optimizers.Adam": "lpc_runner.training.optimizers.Adam",
+    "lpc_runner.training.traces.Traces": "lpc_runner.training.traces.Traces",
+    "lpc_runner.training.trainer.Trainer": "lpc_runner.training.trainer.Trainer",
+}
+
+
+def place_of(target: str) -> str:
+    """The path at which a class is imported, given its name or its path."""
+    return PLACES.get(target, target)
+
+
+def name_of(target: str) -> str:
+    """The name of the class at a path: that of its row, or the path itself."""
+    return next((name for name, place in PLACES.items() if place == target), target)
+
+
+def name_classes(cfg: DictConfig) -> None:
+    """Put the name of its class, which no move changes, into every `_target_` of a resolved configuration."""
+    for key, value in cfg.items():
+        if isinstance(value, DictConfig):
+            name_classes(value)
+        elif key == "_target_":
+            cfg[key] = name_of(value)
