@@ -213,7 +213,6 @@ def job(cfg: DictConfig) -> float | None:
     from lpc_runner.config.compose import starts_workers_here
     from lpc_runner.planning import cell_of_job, check_plan, leased
     from lpc_runner.run import execute, plan
-    from lpc_runner.runs import Occupied
     from lpc_runner.sweepers import is_proposed, note_proposed, value_of
     from lpc_runner.training.distributed import Ranks
     from lpc_runner.training.interrupts import Interrupted
@@ -240,20 +239,26 @@ def job(cfg: DictConfig) -> float | None:
             os._exit(interrupted.exit_code)  # nobody waits for this worker any more
         raise SystemExit(interrupted.exit_code) from None
     except Exception as error:
-        # Raised again for a sweeper alone that decides how many failures it bears: Hydra's own would end the sweep's
-        # report with this one failure and hide the others. The failed run is in its result.json, and `main` names it.
-        if isinstance(error, Occupied):
-            logger.info("%s: left to it, going on with the next", error)
-        elif isinstance(error, UserError):
-            logger.error("%s", error)
-        else:
-            what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
-            if isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
-                logger.error("%s: %s", what, said(error))
-            else:
-                logger.exception(what)
+        _log_failure(error, ranks)
         if ranks.size > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
+        # Raised again for a sweeper alone that decides how many failures it bears: Hydra's own would end its report
+        # with this one failure and hide the others, which `main` names.
         if is_proposed():
             raise
         return None
+
+
+def _log_failure(error: Exception, ranks: Any) -> None:
+    """Why a run did not end; what failed stands in its result.json too."""
+    from lpc_runner.runs import Occupied
+
+    what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
+    if isinstance(error, Occupied):
+        logger.info("%s: left to it, going on with the next", error)
+    elif isinstance(error, UserError):
+        logger.error("%s", error)
+    elif isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
+        logger.error("%s: %s", what, said(error))
+    else:
+        logger.error(what, exc_info=error)

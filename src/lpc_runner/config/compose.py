@@ -30,8 +30,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel carries conf/ inside the package, a checkout has it beside src/.
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if path.is_dir())
 CONFIG_NAME = "config"
-# What our launchers build on, and the extra of pyproject.toml that brings it.
-_PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}
+# What our launchers, and a sweeper, build on, and the extra of pyproject.toml that brings it.
+_PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
 
 
 # ${square:x} of a YAML file; what is no number is left to whoever checks x.
@@ -236,9 +236,11 @@ def _compose_raw(overrides: list[str], extra: list[str]) -> DictConfig:
 def _explain(error: Exception, extra: list[str]) -> str:
     """One line for what Hydra says in up to thirteen."""
     text = str(error)
-    if plugin := re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit_slurm|submitit_local)'", text):
-        extra_of = _PLUGINS[plugin[1]]
-        return f"hydra/launcher={extra_of}: its plugin is not installed: pip install 'lpc-runner[{extra_of}]'"
+    if plugin := re.search(
+        r"Could not (?:find|load) 'hydra/(launcher|sweeper)/(joblib|submitit_slurm|submitit_local|optuna)'", text
+    ):
+        extra_of = _PLUGINS[plugin[2]]
+        return f"hydra/{plugin[1]}={extra_of}: its plugin is not installed: pip install 'lpc-runner[{extra_of}]'"
     if option := re.search(r"Could not find '(.+)'\n\nAvailable options in '(.+)':\n((?:\t.+\n?)+)", text):
         group, options = option[2], ", ".join(option[3].split())
         return f"{group}={option[1].removeprefix(group + '/')}: no such option; there are: {options}"
