@@ -240,6 +240,9 @@ def test_a_launcher_whose_plugin_is_missing_is_one_line(command, monkeypatch):
             answer = command("-m", f"hydra/launcher={preset}", "seed=0,1", *TINY)
         assert answer.code == 1 and len(answer.lines) == 1
         assert f"pip install 'lpc-runner[{preset}]'" in answer.err
+    if "optuna.yaml" not in ConfigStore.instance().repo["hydra"]["sweeper"]:
+        answer = command("-m", "hydra/sweeper=optuna", "seed=0,1", *TINY)
+        assert answer.code == 1 and "pip install 'lpc-runner[optuna]'" in answer.err
 
 
 def test_slurm_jobs_are_requeued_after_their_time_limit():

@@ -204,20 +204,6 @@ def _watch_main() -> threading.Event | None:
     return died
 
 
-def _log_failure(error: Exception, what: str) -> None:
-    """What ended a run, in one line, or with its traceback where it is no fault that the user can mend."""
-    from lpc_runner.runs import Occupied
-
-    if isinstance(error, Occupied):
-        logger.info("%s: left to it, going on with the next", error)
-    elif isinstance(error, UserError):
-        logger.error("%s", error)
-    elif isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
-        logger.error("%s: %s", what, said(error))
-    else:
-        logger.error(what, exc_info=error)
-
-
 def job(cfg: DictConfig) -> float | None:
     """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on.
 
@@ -256,11 +242,26 @@ def job(cfg: DictConfig) -> float | None:
             os._exit(interrupted.exit_code)  # nobody waits for this worker any more
         raise SystemExit(interrupted.exit_code) from None
     except Exception as error:
-        # Raised again for a sweeper alone that decides how many failures it bears: Hydra's own would end the sweep's
-        # report with this one failure and hide the others. The failed run is in its result.json, and `main` names it.
-        _log_failure(error, "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed")
+        _log_failure(error, ranks)
         if ranks.size > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
+        # Raised again for a sweeper alone that decides how many failures it bears: Hydra's own would end its report
+        # with this one failure and hide the others, which `main` names.
         if is_proposed():
             raise
         return None
+
+
+def _log_failure(error: Exception, ranks: Any) -> None:
+    """Why a run did not end; what failed stands in its result.json too."""
+    from lpc_runner.runs import Occupied
+
+    what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
+    if isinstance(error, Occupied):
+        logger.info("%s: left to it, going on with the next", error)
+    elif isinstance(error, UserError):
+        logger.error("%s", error)
+    elif isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
+        logger.error("%s: %s", what, said(error))
+    else:
+        logger.error(what, exc_info=error)

@@ -25,8 +25,8 @@ from lpc_runner.config.own_files import OwnFiles, require_own_names
 from lpc_runner.config.words import as_text, parsed, values_of
 from lpc_runner.errors import UserError
 
-# What our launchers build on, and the extra of pyproject.toml that brings it.
-_PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm"}
+# What our launchers, and a sweeper, build on, and the extra of pyproject.toml that brings it.
+_PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
 
 
 # ${square:x} of a YAML file; what is no number is left to whoever checks x.
@@ -206,9 +206,11 @@ def _compose_raw(overrides: list[str]) -> DictConfig:
 def _explain(error: Exception) -> str:
     """One line for what Hydra says in up to thirteen."""
     text = str(error)
-    if plugin := re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit_slurm|submitit_local)'", text):
-        extra_of = _PLUGINS[plugin[1]]
-        return f"hydra/launcher={extra_of}: its plugin is not installed: pip install 'lpc-runner[{extra_of}]'"
+    if plugin := re.search(
+        r"Could not (?:find|load) 'hydra/(launcher|sweeper)/(joblib|submitit_slurm|submitit_local|optuna)'", text
+    ):
+        extra_of = _PLUGINS[plugin[2]]
+        return f"hydra/{plugin[1]}={extra_of}: its plugin is not installed: pip install 'lpc-runner[{extra_of}]'"
     if option := re.search(r"Could not find '(.+)'\n\nAvailable options in '(.+)':\n((?:\t.+\n?)+)", text):
         group, options = option[2], ", ".join(option[3].split())
         return f"{group}={option[1].removeprefix(group + '/')}: no such option; there are: {options}"
