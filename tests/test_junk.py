@@ -238,7 +238,9 @@ def test_names_stay_in_their_folder(count):
     check()
 
 
-@pytest.mark.parametrize("study", ["../up", "/tmp/x", "a/b", "a\\b", ".", "..", ".hidden", "runs", "x" * 101, "a\x00b"])
+@pytest.mark.parametrize(
+    "study", ["../up", "/tmp/x", "a/b", "a\\b", ".", "..", ".hidden", "runs", "x" * 241, "ü" * 121, "a\x00b"]
+)
 def test_a_study_cannot_leave_the_output_folder(study, workplace):
     with pytest.raises(UserError, match="study must be a plain folder name"):
         cell = cells_of(*TINY)[0]
