@@ -26,13 +26,12 @@ from lpc_runner.report.pairs import paired_table
 from lpc_runner.report.spreadsheet import study_csv
 from lpc_runner.report.study import Study, read_study
 from lpc_runner.report.style import png
+from lpc_runner.report.table1 import paper_table, quality_table
 from lpc_runner.report.tables import (
     Table,
     cost_table,
     count_statuses,
     likelihood_table,
-    paper_table,
-    quality_table,
     settings_of,
     state_notes,
 )
