@@ -46,6 +46,7 @@ def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
         experiment.optimizer,
         ranks,
         experiment.engine,
+        experiment.dataset.num_train,
     )
 
 
