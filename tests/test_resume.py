@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, assert_same_run, cell_of, earlier_run, only_run, result_of, rows_of
+from omegaconf import OmegaConf
 
+import lpc_runner
 from lpc_runner.errors import UserError
 from lpc_runner.run import execute, plan
 from lpc_runner.tracking.log import MetricLog
@@ -108,6 +110,9 @@ def test_a_run_that_died_ends_as_if_it_had_not(more, deaths, settings, monkeypat
         last = rows_of(straight)[-1]
         assert last["chain/step_size"] == pytest.approx(0.1)
         assert 0 < last["chain/fisher_min"] <= last["chain/fisher_max"]
+        Path(OmegaConf.load(straight / "config.yaml").dataset.train).unlink()  # what looks at a run needs no data
+        loaded = lpc_runner.load(straight)
+        assert loaded.sampler.preconditioner.scalars()["chain/fisher_max"].item() == last["chain/fisher_max"]
     if "metrics.every_epochs=1" in more:
         assert [row["update"] for row in rows_of(straight) if "eval/fd_random_conv" in row] == [4, 8]
 

@@ -64,7 +64,8 @@ def test_persistent_chains_of_sequences(words, workplace):
     planned = plan_of(*words)
     planned.require()
     experiment = planned.experiment
-    batches, learner, seen = batches_of(planned, experiment.dataset.load()), build_learner(experiment), []
+    batches, seen = batches_of(planned, experiment.dataset.load()), []
+    learner = build_learner(experiment, num_train=experiment.dataset.num_train)
     for update in range(2):
         seen.append(batches.batch(0, update))
         gradients = learner.gradients(seen[-1], 0, update, False, first_epoch=True)

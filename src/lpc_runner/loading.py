@@ -68,7 +68,6 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     state = load_checkpoint(directory.checkpoints, experiment.device)
     if state is None:
         raise UserError(f"{directory.path} has no checkpoint yet")
-    learner.kept = None  # where chains ended is nothing to those who look, perhaps at other data
     learner.load_state_dict(state)
     for module in filter(None, (learner.model, learner.encoder)):
         module.eval().requires_grad_(False)

@@ -104,7 +104,7 @@ def _time_updates(run: Planned) -> tuple[float, float]:
         shortened.sampler = copy.copy(experiment.sampler)
         if length > 0:
             shortened.sampler.num_steps = length
-        learner = build_learner(shortened)
+        learner = build_learner(shortened, num_train=experiment.dataset.num_train)
         seconds[length] = min(_once(learner, batch, experiment, update) for update in range(3))
     if lengths == (0,):
         return seconds[0], 0.0

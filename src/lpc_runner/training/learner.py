@@ -28,7 +28,8 @@ class Learner:
     """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ.
 
     ranks: the processes that share every batch. sampler: as configured; in training, what it averages over the batch
-    is averaged over all ranks. engine: runs the chains. num_train: training examples, for sampler.start=persistent.
+    is averaged over all ranks. engine: runs the chains. num_train: training examples, which
+    sampler.start=persistent must know before it trains.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Learner:
             self._first_sampler = copy.copy(self._training_sampler)
             self._first_sampler.num_steps = first_steps
         self.kept = None
-        if declared(sampler, Sampler, "start") == "persistent":
-            assert num_train is not None, "sampler.start=persistent keeps z of every training example: how many?"
+        self._keeps = declared(sampler, Sampler, "start") == "persistent"
+        if self._keeps and num_train is not None:
             self.kept = PersistentStates(num_train, model.latent_dim, next(model.parameters()))
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = None
@@ -81,6 +82,7 @@ class Learner:
         batch: this rank's rows; the gradients are those of all ranks' rows. start_from_prior, observe, judge: see
         Context. stop: whether this rank was signalled. first_epoch: whether every example comes for the first time.
         """
+        assert self.kept is not None or not self._keeps, "sampler.start=persistent: a learner without num_train"
         like, ranks = next(self.model.parameters()), self.ranks
         num_rows = len(batch.x) * ranks.size
         shape = (num_rows, self.model.latent_dim)
