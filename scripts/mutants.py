@@ -49,6 +49,12 @@ def distributions(expression: str) -> tuple[str, str]:
     return "tests/test_distributions.py", expression
 
 
+def persistent(expression: str) -> tuple[str, str]:
+    return "tests/test_persistent.py", expression
+
+
+KEPT, LEARNER, CONTEXT = "inference/persistent.py", "training/learner.py", "inference/context.py"
+SIZES, TRAINER = "inference/step_sizes.py", "training/trainer.py"
 SAMPLERS, CHAIN, METRIC = "inference/samplers.py", "inference/chain.py", "inference/preconditioning.py"
 ENGINE = "inference/engine.py"
 OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "distributions.py"
@@ -79,6 +85,36 @@ MUTANTS = [
            "rows.mean(0, keepdim=True)", "rows.sum(0, keepdim=True)", chain("shared")),
     Mutant("frozen one step late", METRIC,
            "_smaller(t, self.freeze_after)", "_smaller(t, self.freeze_after + 1)", chain("bias")),
+    Mutant("Fisher: past and present exchanged", METRIC,
+           "past, self.memory)", "past, 1 - self.memory)", chain("fisher_by_hand")),
+    Mutant("Fisher without the prior's curvature", METRIC, "+ self.prior_scale**-2)", ")", chain("fisher_by_hand")),
+    Mutant("Fisher by Adam's power", METRIC,
+           "self.second_moment.to(z) +", "self.second_moment.to(z).sqrt() +", chain("fisher_gives")),
+    Mutant("g⊙g is a sum over the steps", CHAIN,
+           "square / (sampler.num_steps * len(z))", "square / len(z)", chain("fisher_by_hand")),
+    Mutant("g⊙g of the last block alone", ENGINE,
+           "square += block.drifts.square().sum", "square = block.drifts.square().sum", engine("blocks and fisher")),
+    Mutant("a contribution is not asked whether finite", UPDATE,
+           '(scalars.pop("z"), *averaged)', '(scalars.pop("z"),)', ("tests/test_extending.py", "learns_between")),
+    # Chains that go on
+    Mutant("an example goes on from another's state", KEPT,
+           "last = self.z[index]", "last = self.z[index.flip(0)]", persistent("long_chain or posterior")),
+    Mutant("every visit is a first one", KEPT, "last.isnan(), first", "last == last, first", persistent("long_chain")),
+    Mutant("states of another batch are written over", KEPT,
+           "self.z[index] = z", "self.z[: len(z)] = z", persistent("posterior")),
+    Mutant("the end of a chain is lost", LEARNER,
+           "(batch.index, gradients.chain.z)", "(batch.index, gradients.chain.z * 0)", persistent("long_chain")),
+    Mutant("a rank keeps its own rows alone", LEARNER,
+           "(self.ranks.gather_rows(rows, counts) for rows", "(rows for rows",
+           ("tests/test_distributed.py", "persistent and float64 and two")),
+    Mutant("first_start is not read", CONTEXT, 'if place == "persistent" else place', "if False else place",
+           persistent("first_visits")),
+    Mutant("first visits are as long as others", TRAINER, "first_epoch=epoch == 0", "first_epoch=False",
+           ("tests/test_resume.py", "died_ends and persistent")),
+    Mutant("an annealed γ falls on", SIZES, "min(made / self.num_updates, 1.0)", "(made / self.num_updates)",
+           persistent("annealed")),
+    Mutant("an annealed γ is another tensor", SIZES, "self.size.fill_(self.after(self.made))",
+           "self.size = torch.full_like(self.size, self.after(self.made))", persistent("annealed")),
     # What the chain gathers
     Mutant("g_θ not divided by the batch", CHAIN, "(num_states * len(z))", "num_states"),
     Mutant("g_θ from one state of `all`", CHAIN,
@@ -107,7 +143,7 @@ MUTANTS = [
            "(log_likelihood + pathwise)", "log_likelihood"),
     Mutant("reverse KL at the prior's start", OBJECTIVES,
            "if start is not warm:", "if False:"),
-    Mutant("prior start ignores its scale", OBJECTIVES, "model.prior.scale * noise", "noise"),
+    Mutant("prior start ignores its scale", CONTEXT, "self.model.prior.scale * self.noise", "self.noise"),
     Mutant(
         "encoder loss leaks into θ",
         OBJECTIVES,

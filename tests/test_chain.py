@@ -8,7 +8,7 @@ import torch
 
 from lpc_runner.distributions import Gaussian
 from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, FusedPotential, Moments, run_chain
-from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
+from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.linear import Linear
@@ -83,6 +83,60 @@ def test_shared_preconditioner_variance():
     chain = run(gaussian(curvatures), z, langevin(80, 0.1, SharedAdam(0.9, 1e-8, None)))
     s = (0.1 * curvatures.sqrt() + (0.01 * curvatures + 16).sqrt()) / 4
     torch.testing.assert_close(chain.z.var(0), s.square() / curvatures, rtol=FIVE_SIGMA, atol=0)
+
+
+@pytest.mark.parametrize("step_size", [0.02, 0.5])
+def test_fisher_gives_every_curvature_the_same_step(step_size):
+    """m goes to E[g²] = λ² v, v = 2/(λ(2 - γ')), γ' = γλG, G = 1/(m + 1): from curvature 1 to 10^4 by one γ.
+
+    So m = 2λ/(2 - γλ/(m + 1)), λ(1 + γ/2) where λ is large: λ as γ -> 0, which is Fisher's identity. Every chain
+    starts where the one before ended.
+    """
+    curvatures = torch.tensor([1.0, 100.0, 1e4], dtype=torch.float64)
+    want = curvatures.clone()
+    for _ in range(100):
+        want = 2 * curvatures / (2 - step_size * curvatures / (want + 1))
+    fisher = Fisher(0.8, 1.0)
+    sampler, seen = langevin(20, step_size, fisher), []
+    z = torch.randn(4000, 3, dtype=torch.float64) / curvatures.sqrt()
+    for update in range(24):
+        chain = run(gaussian(curvatures), z, sampler, seed=update)
+        fisher.observe(fisher.contribution(chain))
+        z = chain.z
+        seen.append(fisher.second_moment[0])
+    within = 5 * math.sqrt(2 / len(z))
+    torch.testing.assert_close(torch.stack(seen[-5:]).mean(0), want, rtol=within, atol=0)
+    torch.testing.assert_close(z.var(0), want / curvatures.square(), rtol=within, atol=0)
+    effective = step_size * curvatures / (want + 1)
+    torch.testing.assert_close(want / curvatures.square(), 2 / (curvatures * (2 - effective)))
+    assert (z.mean(0).abs() * curvatures.sqrt() < 5 * (2 / len(z)) ** 0.5).all()
+    assert want[2] / curvatures[2] == pytest.approx(1 + step_size / 2, rel=1e-3)  # where 1/s² is nothing
+
+
+def test_fisher_by_hand():
+    """The first batch sets m, over batch, steps and the past; until then a chain stays where it starts."""
+    curvatures = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    fisher, seen = Fisher(0.75, 2.0), []
+    sampler = langevin(4, 0.1, fisher)
+    start = torch.randn(5, 2, dtype=torch.float64)
+    first = run(gaussian(curvatures), start, sampler)
+    torch.testing.assert_close(first.z, start)
+    torch.testing.assert_close(first.drift_square, (curvatures * start).square().mean(0, keepdim=True))
+    fisher.observe(fisher.contribution(first))
+    second = run(gaussian(curvatures), start, sampler, observe=lambda state, info: seen.append(info))
+    drifts = torch.stack([info.drift for info in seen])
+    variances = torch.stack([info.noise_variance for info in seen])
+    scale = 1 / (first.drift_square + 0.25)
+    torch.testing.assert_close(variances, (0.2 * scale).expand_as(variances))
+    torch.testing.assert_close(second.drift_square[0], drifts.square().mean((0, 1)))
+    fisher.observe(fisher.contribution(second))
+    want = 0.75 * first.drift_square + 0.25 * second.drift_square
+    torch.testing.assert_close(fisher.second_moment, want)
+    logged = fisher.scalars()
+    torch.testing.assert_close(list(logged.values()), [want.min(), want.max()])
+    other = Fisher(0.75, 2.0)
+    other.load_state_dict(fisher.state_dict())
+    assert torch.equal(other.init(start), 1 / (want + 0.25))
 
 
 def test_per_sample_preconditioner_inflates_the_variance():

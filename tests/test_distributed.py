@@ -41,7 +41,7 @@ from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
-from lpc_runner.inference.preconditioning import SharedAdam
+from lpc_runner.inference.preconditioning import Fisher, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
@@ -91,6 +91,8 @@ CASES = {
     "forward, adam_shared": (SharedAdam, (1.0, 0.0), "learned"),
     "jeffreys, coupling of one's own": (Common, (0.5, 0.5), "learned"),
     "prior, optimal": (PerSample, (0.0, 0.0), "optimal"),
+    "reverse, fisher": (lambda *_: Fisher(0.9, 1.0), (0.0, 1.0), "learned"),
+    "forward, persistent": (lambda *_: Fisher(0.9, 1.0), (1.0, 0.0), "learned"),
 }
 
 
@@ -113,8 +115,9 @@ def train(ranks: Ranks, case: str, dtype: torch.dtype, num_updates: int) -> dict
     model = MLP(SHAPE, 3, 1.0, DiscretisedGaussian(scale, 0.3, 0.9), 0.3, [16]).to(dtype)
     objective = WeightedKL(*weights)
     encoder = model.build_encoder().to(dtype) if objective.uses_encoder else None
-    sampler = Langevin(5, "all", Constant(1e-3), metric(0.25, 1e-8, None))
-    learner = Learner(model, encoder, sampler, objective, Adam(1e-4, [0.9, 0.999], 1e-8), ranks)
+    start = "persistent" if case == "forward, persistent" else "encoder"
+    sampler = Langevin(5, "all", Constant(1e-3), metric(0.25, 1e-8, None), start=start)
+    learner = Learner(model, encoder, sampler, objective, Adam(1e-4, [0.9, 0.999], 1e-8), ranks, num_train=40)
     learner.load_state_dict(ranks.share(learner.state_dict()))
     source = torch.Generator().manual_seed(0)
     split = Split(torch.randint(256, (40, *SHAPE), dtype=torch.uint8, generator=source))
@@ -126,6 +129,11 @@ def train(ranks: Ranks, case: str, dtype: torch.dtype, num_updates: int) -> dict
         learner.apply(batch, gradients)
     parts = [model.state_dict(), *([encoder.state_dict()] if encoder else [])]
     every = [(f"{number}/{key}", value) for number, part in enumerate(parts) for key, value in part.items()]
+    if learner.kept is not None:
+        assert learner.kept.z.isfinite().all() or num_updates == 1  # on every rank those of all
+        every.append(("kept", learner.kept.z.nan_to_num()))
+    if isinstance(learner.sampler.preconditioner, Fisher):
+        every.append(("second moment", learner.sampler.preconditioner.second_moment))
     numbers = {key: value for key, value in every if value.is_floating_point()}
     return {
         "parameters": numbers,
@@ -267,15 +275,21 @@ def test_a_traced_update_logs_the_same_on_every_rank(tmp_path):
 
 
 def test_one_sum_per_update_of_the_length_stated(tmp_path):
-    """adam_shared: d numbers more per step of the chain; the optimal scale: one number more."""
+    """adam_shared: d numbers more per step of the chain; the optimal scale: one number more; fisher: d in the sum."""
     counts, _ = on_ranks(2, _count_sums, tmp_path)
-    for case, more in (("jeffreys, adam", []), ("forward, adam_shared", [3] * 5), ("prior, optimal", [1])):
+    for case, more in (
+        ("jeffreys, adam", []),
+        ("forward, adam_shared", [3] * 5),
+        ("prior, optimal", [1]),
+        ("reverse, fisher", []),
+    ):
         sent, num_numbers, result = counts[case]
         assert sorted(sent)[:-1] == more
         num_parameters = num_numbers - (case == "prior, optimal")  # the optimal scale is a buffer
         # Means: what is logged without the norms (computed afterwards) and the largest variance, and Σz.
         norms = sum(key.endswith("gradient_norm") for key in result["scalars"])
-        num_means = len(result["scalars"]) - norms - 1 + 1
+        of_parts = sum(key.startswith("chain/fisher") for key in result["scalars"])
+        num_means = len(result["scalars"]) - norms - of_parts - 1 + 1
         assert max(sent) == numbers_per_update(num_parameters, num_means, 1, 2)
 
 

@@ -17,7 +17,7 @@ from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
 from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.objectives import WeightedKL
-from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
+from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.conv import Conv
@@ -26,12 +26,21 @@ from lpc_runner.models.mlp import MLP
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam as Optimizer
 
+
+def fisher():
+    """With a past: curvatures that it has seen."""
+    metric = Fisher(0.9, 1.0)
+    metric.observe({"second_moment": torch.tensor([[0.1, 1.0, 10.0, 100.0]], dtype=torch.float64)})
+    return metric
+
+
 METRICS = {
     "none": Identity(),
     "adam": Adam(0.9, 1e-3, None),
     "adam_frozen": Adam(0.9, 1e-3, 20),
     "adam_shared": SharedAdam(0.9, 1e-3, None),
     "adam_shared_frozen": SharedAdam(0.9, 1e-3, 20),
+    "fisher": fisher(),
 }
 SIZES = {"constant": Constant(0.01), "polynomial": Polynomial(0.02, 10.0, 0.6)}
 # 40 steps are a whole block and a rest; float64, in which both orders of summation agree to 1e-9.
@@ -78,6 +87,9 @@ def compare(engine, model, batches, sampler, tolerance, device="cpu"):
         torch.testing.assert_close(got.trace, want.trace, **tolerance)
         torch.testing.assert_close(got.moments.first, want.moments.first, **tolerance)
         torch.testing.assert_close(got.moments.second, want.moments.second, **tolerance)
+        if (square := want.drift_square) is not None:
+            torch.testing.assert_close(got.drift_square, square, **tolerance)
+        assert (got.drift_square is None) == (square is None) == (not isinstance(sampler.preconditioner, Fisher))
         assert (got.moments.count, got.num_evaluations) == (want.moments.count, want.num_evaluations)
         assert want.z.isfinite().all() and sum(float(g.abs().sum()) for g in want.theta_gradient) > 0
         with torch.no_grad():  # an optimiser's step, in place
@@ -192,11 +204,11 @@ def test_steps_without_a_gradient_of_theta_do_not_compute_one():
     assert len(counted) == 2
 
 
-def learner(engine, device="cpu", dtype=torch.float64, num_steps=NUM_STEPS, num_samples=None):
+def learner(engine, device="cpu", dtype=torch.float64, num_steps=NUM_STEPS, num_samples=None, metric=None):
     torch.manual_seed(0)
     model = MLP((1, 3, 3), 4, 1.3, DiscretisedGaussian("optimal", 0.3, 0.9), 0.3, [6])
     encoder = model.build_encoder()
-    settings = (SIZES["polynomial"], METRICS["adam_frozen"])
+    settings = (SIZES["polynomial"], metric or METRICS["adam_frozen"])
     chain = Langevin(num_steps, "all", *settings) if num_steps else NoSteps(*settings)
     return Learner(
         model.to(device, dtype),
@@ -246,10 +258,12 @@ def test_an_objective_of_one_s_own_is_captured_only_if_it_says_so():
         assert (Learner(*parts, engine=Blocked())._whole is not None) == whole
 
 
-@pytest.mark.parametrize("num_steps", [NUM_STEPS, 0])
-def test_training_is_the_same_with_every_engine(num_steps):
-    """Six updates, two of them from the prior, with a scale that is estimated in place between updates."""
-    one, other = learner(Eager(), num_steps=num_steps), learner(Blocked(), num_steps=num_steps)
+@pytest.mark.parametrize("num_steps, metric", [(NUM_STEPS, None), (NUM_STEPS, Fisher), (0, None)])
+def test_training_is_the_same_with_every_engine(num_steps, metric):
+    """Six updates, two of them from the prior, with a scale and a Fisher metric that change between updates."""
+    one, other = (
+        learner(engine, num_steps=num_steps, metric=metric and metric(0.5, 1.3)) for engine in (Eager(), Blocked())
+    )
     logged = [train(each, 6).scalars for each in (one, other)]
     torch.testing.assert_close(one.state_dict()["model"], other.state_dict()["model"], rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(one.state_dict()["encoder"], other.state_dict()["encoder"], rtol=1e-7, atol=1e-7)

@@ -26,7 +26,7 @@ from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.interfaces import Part
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Identity
-from lpc_runner.inference.samplers import NoSteps
+from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
 from lpc_runner.run import plan
@@ -259,11 +259,18 @@ def name_a_float(context, found):
     found.scalars["train/mine"] = 1.0
 
 
+def said_constant(part):
+    part.constant_along_chain = True
+    return part
+
+
 WRONG = [
     ("step_size", Own(lambda t: 0.1 - t), "γ\\(1\\) is -0.9"),
     ("step_size", Own(lambda t: torch.ones(6, 1)), "has the shape"),
     ("step_size", Own(lambda t: 0.1 if isinstance(t, int) else 0.2), "of an integer and of a tensor differ"),
     ("step_size", object(), "no __call__"),
+    ("step_size", said_constant(Own(lambda t: 0.1 / t)), "not γ\\(1\\), constant_along_chain"),
+    ("preconditioner", said_constant(Own(lambda drift: 1 / (drift.abs() + 1))), "not that of step 1, constant_along"),
     ("preconditioner", Own(lambda drift: -1.0), "not positive"),
     ("preconditioner", Own(lambda drift: drift.square().mean(0)), "depend on one another"),
     ("preconditioner", Own(lambda drift: 1 + torch.arange(len(drift))[:, None]), "depend on one another"),
@@ -404,6 +411,51 @@ def test_a_silent_coupling_is_refused_on_several_ranks_alone(workplace, monkeypa
         plan(cell_of(*TINY, f"preconditioning={option}"), Ranks(0, 2, 0))
 
 
+class Counting(Constant):
+    """A step size that counts updates, and takes a mean from the chain."""
+
+    seen, heard = 0, None
+
+    def contribution(self, chain):
+        return {"first": chain.first[0].mean(), "vector": chain.z.mean(0)}
+
+    def observe(self, averaged):
+        self.seen, self.heard = self.seen + 1, averaged
+
+    def scalars(self):
+        return {"chain/mine": self.heard["first"]}
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_a_part_of_the_chain_learns_between_updates_once_each():
+    """What it takes is averaged with the gradients; an update that is not finite is not told."""
+    sizes = Counting(0.01)
+    learner = learner_of(Langevin(3, "all", sizes, Identity()))
+    batch = Batch(torch.randn(4, 1, 2, 3), torch.arange(4))
+    for update in range(2):
+        gradients = learner.gradients(batch, 0, update, False)
+        assert sizes.seen == update
+        learner.apply(batch, gradients)
+    assert sizes.seen == 2 and set(learner.state_dict()) == {"model", "theta_optimizer", "step_size"}
+    torch.testing.assert_close(gradients.scalars["chain/mine"], gradients.scalars["train/log_joint"])
+    torch.testing.assert_close(sizes.heard["vector"], gradients.z.mean(0))
+    sizes.contribution = lambda chain: {"first": torch.tensor(torch.inf), "vector": chain.z.mean(0)}
+    assert not learner.gradients(batch, 0, 2, False).finite
+    other = learner_of(Langevin(3, "all", Counting(0.01), Identity()))
+    other.load_state_dict(learner.state_dict())
+    assert other.sampler.step_size.seen == 2
+
+
+def learner_of(sampler):
+    model = MLP((1, 2, 3), 4, 1.0, Gaussian("learned", 0.5, 0.9), 0.3, [5])
+    return Learner(model, None, sampler, WeightedKL(0.0, 0.0), Adam(1e-3, [0.9, 0.999], 1e-8))
+
+
 class Learning(NoSteps):
     """A sampler with a state of its own."""
 
@@ -417,11 +469,7 @@ class Learning(NoSteps):
 
 
 def test_a_samplers_state_is_in_the_checkpoint():
-    model = MLP((1, 2, 3), 4, 1.0, Gaussian("learned", 0.5, 0.9), 0.3, [5])
-    learners = [
-        Learner(model, None, sampler, WeightedKL(0.0, 0.0), Adam(1e-3, [0.9, 0.999], 1e-8))
-        for sampler in (Learning(None, None), Learning(None, None), NoSteps(None, None))
-    ]
+    learners = [learner_of(sampler) for sampler in (Learning(None, None), Learning(None, None), NoSteps(None, None))]
     learners[0].sampler.seen = 7
     learners[1].load_state_dict(learners[0].state_dict())
     assert learners[1].sampler.seen == 7

@@ -77,3 +77,10 @@ def test_what_was_not_timed_is_not_cautioned_about(command, monkeypatch):
 def test_durations_as_people_say_them():
     said = {12.4: "12 s", 119: "119 s", 240: "4 min", 3600 * 3 + 300: "3 h 05 min", 86400 + 7300: "1 d 02 h"}
     assert {seconds: show_duration(seconds) for seconds in said} == said
+
+
+def test_longer_first_visits_are_counted_in_the_first_epoch(workplace, monkeypatch):
+    """Two epochs of 89 updates: five steps each in the first, one in the second."""
+    monkeypatch.setattr(Pace, "_timed", lambda self, run: (0.5, 1.0))
+    words = ("sampler.start=persistent", "sampler.num_steps=1", "sampler.first_steps=5", "trainer.max_updates=178")
+    assert Pace().seconds_left(plan_of(*TINY, *words)) == pytest.approx(0.5 * 178 + 89 * 5 + 89 * 1)

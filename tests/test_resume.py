@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, assert_same_run, cell_of, earlier_run, only_run, result_of, rows_of
+from omegaconf import OmegaConf
 
+import lpc_runner
 from lpc_runner.errors import UserError
 from lpc_runner.run import execute, plan
 from lpc_runner.tracking.log import MetricLog
@@ -28,6 +30,11 @@ CASES = {
     "no checkpoint yet": ((), (3,)),
     "shared": (("preconditioning=adam_shared", "objective=forward", *EACH), (7,)),
     "prior": (("objective=prior", *EACH), (7,)),
+    "fisher": (("preconditioning=fisher", *EACH), (1, 7)),
+    "persistent": (
+        ("method=lpc_persistent", "sampler.num_steps=1", "sampler.first_steps=5", "step_size.num_updates=8", *EACH),
+        (2, 7),
+    ),
     "optimal": (("model.likelihood.scale=optimal", *EACH), (7,)),
     "binarised": (("dataset.binarise=dynamic", "model/likelihood=bernoulli", *EACH), (7,)),
     "measured": (("metrics.every_epochs=1",), (7,)),
@@ -98,6 +105,14 @@ def test_a_run_that_died_ends_as_if_it_had_not(more, deaths, settings, monkeypat
         assert_same_run(straight, broken)
         assert len((broken / "sessions.jsonl").read_text().splitlines()) == 2
     assert [row["update"] for row in rows_of(straight) if "train/log_joint" in row] == list(range(1, 11))
+    if "method=lpc_persistent" in more:
+        assert result_of(straight)["gradient_evaluations"] == 10 * (4 * 5 + 6 * 1)
+        last = rows_of(straight)[-1]
+        assert last["chain/step_size"] == pytest.approx(0.1)
+        assert 0 < last["chain/fisher_min"] <= last["chain/fisher_max"]
+        Path(OmegaConf.load(straight / "config.yaml").dataset.train).unlink()  # what looks at a run needs no data
+        loaded = lpc_runner.load(straight)
+        assert loaded.sampler.preconditioner.scalars()["chain/fisher_max"].item() == last["chain/fisher_max"]
     if "metrics.every_epochs=1" in more:
         assert [row["update"] for row in rows_of(straight) if "eval/fd_random_conv" in row] == [4, 8]
 

@@ -11,7 +11,7 @@ from conftest import cells_of, only_run, plan_of, result_of
 
 import lpc_runner.sample
 from lpc_runner.config.build import build
-from lpc_runner.parts import build_learner
+from lpc_runner.parts import batches_of, build_learner
 
 SMALL = (
     "device=cpu",
@@ -50,6 +50,32 @@ def test_the_default_of_sequences_measures_and_draws(command):
     rows = [line for line in answer.out.splitlines() if line.strip().startswith("rates_r2")]
     assert rows and f"{metrics['rates_r2']:.4g}" in rows[0] and " 1 " in rows[0]
     assert "true rates" in answer.out and facts["sources"] in answer.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model=lds", "dataset=lds", "dataset.num_train=20", "method=lpc_persistent", *SMALL),
+        ("model=lfads", *LORENZ, "method=lpc_persistent", "objective=jeffreys", "sampler.first_steps=3"),
+    ],
+)
+def test_persistent_chains_of_sequences(words, workplace):
+    """Of every trial that was seen the whole z is kept, initial condition and inputs."""
+    planned = plan_of(*words)
+    planned.require()
+    experiment = planned.experiment
+    batches, seen = batches_of(planned, experiment.dataset.load()), []
+    learner = build_learner(experiment, num_train=experiment.dataset.num_train)
+    for update in range(2):
+        seen.append(batches.batch(0, update))
+        gradients = learner.gradients(seen[-1], 0, update, False, first_epoch=True)
+        assert bool(gradients.finite)
+        learner.apply(seen[-1], gradients)
+    kept = learner.state_dict()["persistent"]["z"]
+    assert kept.shape == (experiment.dataset.num_train, experiment.model.latent_dim)
+    index = torch.cat([batch.index for batch in seen])
+    assert kept[index].isfinite().all() and kept.isfinite().any(1).sum() == len(index)
+    assert torch.equal(kept[seen[-1].index], gradients.z)
 
 
 def test_step_sizes_of_blocks_follow_the_run_to_its_device(workplace):

@@ -16,9 +16,10 @@ from test_sequence_run import LORENZ, SMALL
 HERE = Path(__file__).parent
 CONV = (*(item for item in TINY if not item.startswith("model")), "sampler.num_steps=2", "trainer.max_updates=3")
 SHORT = ("sampler.num_steps=2", "trainer.max_updates=2", "metrics.num_gap_trials=2", "metrics.free_steps=2")
+LEARNING = ("preconditioning=fisher", "step_size=annealed", "sampler.start=persistent")
 FAST = {
     "default": (*TINY, "model.likelihood.scale=optimal", "step_size=polynomial"),
-    "conv": CONV,
+    "conv": (*CONV, *LEARNING),
     "vae": (*TINY_VAE, "method=vae", "model/likelihood=gaussian"),
     "iwae": (*TINY_VAE, "method=iwae"),
     "lfads_vae": ("model=lfads", *LORENZ, *SHORT[1:], "method=vae"),
@@ -26,6 +27,7 @@ FAST = {
 SLOW = {
     "classifier": (*TINY, "metrics.extractor=classifier"),
     "pc": (*TINY, "method=pc"),
+    "lpc_persistent": (*TINY, "method=lpc_persistent", "sampler.first_steps=2"),
     "no_warm_start": (*TINY, "method=no_warm_start"),
     "thinned": (*TINY, "sampler.theta_every=2", "preconditioning=adam"),
     "last": (*TINY, "sampler.theta_states=last", "preconditioning=adam_damped"),
@@ -91,8 +93,8 @@ def test_a_run_on_a_device_of_its_own(command, workplace, server, arguments):
 
 
 def test_a_run_goes_on_there_and_is_read_there(workplace, server):
-    """Resuming, evaluating and sampling: checkpoints and caches cross to the device."""
-    arguments = (*TINY, "trainer.checkpoint_seconds=1e-9")
+    """Resuming, evaluating and sampling: checkpoints and caches cross to the device, what chains learned with them."""
+    arguments = (*TINY, "trainer.checkpoint_seconds=1e-9", *LEARNING)
     assert server.run(arguments, workplace)["code"] == 0
     run = only_run()
     first, (newest, *_) = result_of(run), sorted((run / "checkpoints").iterdir(), reverse=True)

@@ -12,8 +12,10 @@ import torch
 from omegaconf import OmegaConf
 
 from lpc_runner.data.dataset import Batch
+from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.parts import build_learner
 from lpc_runner.run import Planned, set_up_torch
+from lpc_runner.schema import declared
 from lpc_runner.tracking.log import MetricLog
 
 _TIMED_STEPS = (2, 6)  # lengths of the chains that are timed; longer ones cost in proportion
@@ -51,7 +53,10 @@ class Pace:
         update, milliseconds = _last_logged(run) if state == "resume" else (0, None)
         if milliseconds is None:
             fixed, per_step = self._timed(run)
-            milliseconds = 1e3 * (fixed + per_step * run.experiment.sampler.num_steps)
+            sampler, per_epoch = run.experiment.sampler, run.experiment.dataset.num_train // trainer.batch_size
+            longer = declared(sampler, Sampler, "first_steps")
+            more = 0 if longer is None else (longer - sampler.num_steps) * min(1.0, per_epoch / total)  # a mean
+            milliseconds = 1e3 * (fixed + per_step * (sampler.num_steps + more))
         return max(0, total - update) * milliseconds / 1e3
 
     def _timed(self, run: Planned) -> tuple[float, float]:
@@ -99,7 +104,7 @@ def _time_updates(run: Planned) -> tuple[float, float]:
         shortened.sampler = copy.copy(experiment.sampler)
         if length > 0:
             shortened.sampler.num_steps = length
-        learner = build_learner(shortened)
+        learner = build_learner(shortened, num_train=experiment.dataset.num_train)
         seconds[length] = min(_once(learner, batch, experiment, update) for update in range(3))
     if lengths == (0,):
         return seconds[0], 0.0

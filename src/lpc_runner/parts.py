@@ -30,8 +30,11 @@ def feature_cache(cfg: DictConfig) -> Path:
     return Path(cfg.data_dir) / "features"
 
 
-def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
-    """Model, encoder (where the objective uses one) and optimisers on the run's device."""
+def build_learner(experiment: Experiment, ranks: Ranks = SINGLE, num_train: int | None = None) -> Learner:
+    """Model, encoder (where the objective uses one) and optimisers on the run's device.
+
+    num_train: training examples; None for a learner that will not train, whose data need not be there.
+    """
     uses_encoder = declared(experiment.objective, Objective, "uses_encoder")
     with seeded_layers(experiment.seed, "encoder"):
         encoder = experiment.model.build_encoder() if uses_encoder else None
@@ -46,6 +49,7 @@ def build_learner(experiment: Experiment, ranks: Ranks = SINGLE) -> Learner:
         experiment.optimizer,
         ranks,
         experiment.engine,
+        num_train,
     )
 
 
@@ -71,7 +75,7 @@ def work_for_main(planned: Planned) -> None:
     experiment = planned.experiment
     data = experiment.dataset.load()
     batches = batches_of(planned, data)
-    learner = build_learner(experiment, planned.ranks)
+    learner = build_learner(experiment, planned.ranks, experiment.dataset.num_train)
     evaluator = evaluator_of(planned, data)
 
     def measure(_: Counters) -> dict[str, float]:

@@ -160,7 +160,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         logger.info("%s", line)
     data = experiment.dataset.load()
     batches = batches_of(planned, data)
-    learner = build_learner(experiment, planned.ranks)
+    learner = build_learner(experiment, planned.ranks, experiment.dataset.num_train)
     if experiment.trainer.init_from is not None:
         source = RunDirectory.open(experiment.trainer.init_from)
         weights = load_checkpoint(source.checkpoints)

@@ -36,7 +36,14 @@ CHANGES_NO_RESULT = (
     "tuned",
 )
 # Keys that options have got since, with the value of the runs before them: such a value says no more than no key.
-FIRST_VALUES = {"model.activation": "silu", "dataset.binarise": "none", "dataset.binarise_seed": 0}
+FIRST_VALUES = {
+    "model.activation": "silu",
+    "dataset.binarise": "none",
+    "dataset.binarise_seed": 0,
+    "sampler.start": "encoder",
+    "sampler.first_start": "encoder",
+    "sampler.first_steps": None,
+}
 # What every record holds, by type.
 _RECORDS = {
     "result.json": {"status": str, "metrics": dict},

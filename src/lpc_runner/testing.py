@@ -44,18 +44,25 @@ FACTS = {"run_id": "run", "name": "run", "group": "study", "config": {}, "resume
 def check_step_size(step_size: Any, dim: int = 6) -> None:
     """γ(t) is positive and finite, a number or (1, dim), and the same for t an integer and a 0-d float64 tensor."""
     _require(step_size, StepSize)
+    first, constant = None, declared(step_size, StepSize, "constant_along_chain")
     for t in (1, 2, 7, 300):
         both = (t, torch.tensor(t, dtype=torch.float64))
         sizes = [torch.as_tensor(step_size(of), dtype=torch.float64) for of in both]
         assert all(size.shape in ((), (1, dim)) for size in sizes), f"γ({t}) has the shape {tuple(sizes[0].shape)}"
         assert all(bool((size.isfinite() & (size > 0)).all()) for size in sizes), f"γ({t}) is {sizes[0]}"
         _close(*sizes, f"γ({t}) of an integer and of a tensor")
+        first = sizes[0] if first is None else first
+        assert not constant or torch.equal(sizes[0], first), f"γ({t}) is not γ(1), constant_along_chain"
 
 
 def check_preconditioner(preconditioner: Any, dim: int = 6) -> None:
-    """G broadcasts against z (B, dim), is positive, and of t an integer or a 0-d tensor; else as `check_sampler`."""
+    """G broadcasts against z (B, dim), is positive, and of t an integer or a 0-d tensor; else as `check_sampler`.
+
+    It is the same at every step where the part says `constant_along_chain`.
+    """
     _require(preconditioner, Preconditioner)
     z, q = _normal(4, dim), _q(dim)
+    first, constant = None, declared(preconditioner, Preconditioner, "constant_along_chain")
     states = [preconditioner.init(z, q), preconditioner.init(z, q)]
     for t in range(1, NUM_STEPS + 1):
         drift = _normal(4, dim, seed=t)
@@ -64,6 +71,8 @@ def check_preconditioner(preconditioner: Any, dim: int = 6) -> None:
         scale, same = (torch.as_tensor(of, dtype=z.dtype).broadcast_to(z.shape) for of in (scale, same))
         assert bool((scale.isfinite() & (scale > 0)).all()), f"G of step {t} is not positive and finite: {scale}"
         _close(scale, same, f"G of step {t}, an integer and a tensor,")
+        first = scale if first is None else first
+        assert not constant or torch.equal(scale, first), f"G of step {t} is not that of step 1, constant_along_chain"
     check_sampler(Langevin(NUM_STEPS, "all", Constant(0.01), preconditioner), dim)
 
 

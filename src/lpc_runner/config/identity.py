@@ -21,7 +21,7 @@ def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:
     for path, first in FIRST_VALUES.items():
         group, _, key = path.partition(".")
         if values[group]["_target_"].startswith("lpc_runner.") and values[group].get(key) == first:
-            values[group].pop(key)
+            values[group].pop(key, None)
     for key in CHANGES_NO_RESULT:
         values.pop(key)
     values["dataset"] = dataset_identity

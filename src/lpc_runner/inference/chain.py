@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.inference.interfaces import Part, parts_of
 from lpc_runner.inference.samplers import Info, State
 from lpc_runner.randomness import generator
+from lpc_runner.schema import declared
 
 NOISE_BLOCK = 32  # steps of noise drawn at once
 
@@ -122,6 +124,8 @@ class Chain:
     z: z(T), (B, d). theta_gradient: mean over the batch and over the states used of ∇θ log p(x, z; θ), one tensor per
     parameter. moments: sums over z(1) .. z(T). first: log p and drift at z(0), with the first step. trace: per step,
     means over the batch of log p(x, z(t-1)) and of the norm of its gradient, and the largest 2γG; each (T,).
+    drift_square: mean over batch and steps of g⊙g, g = ∇z log p at z(0) .. z(T-1), (1, d); None where no part of the
+    sampler needs it.
     """
 
     z: Tensor
@@ -130,6 +134,7 @@ class Chain:
     first: tuple[Tensor, Tensor]
     trace: dict[str, Tensor]
     num_evaluations: int
+    drift_square: Tensor | None = None
 
 
 def run_chain(
@@ -154,6 +159,7 @@ def run_chain(
     z = z.detach()
     moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
     trace = empty_trace(sampler.num_steps, z)
+    square = torch.zeros_like(z[:1]) if needs_drift_square(sampler) else None
     state, first = sampler.init(z, q), None
     for t in range(1, sampler.num_steps + 1):
         xi = noise(t) if sampler.noisy else None
@@ -161,17 +167,24 @@ def run_chain(
         state, info = sampler.step(state, partial(potential, accumulate=accumulate), xi)
         moments.add(state.z)
         first = first or (info.log_joint, info.drift)
+        if square is not None:
+            square += info.drift.square().sum(0)
         record(trace["noise_variance"], t - 1, info.noise_variance)
         for name, value in diagnostics(info.log_joint, info.drift).items():
             trace[name][t - 1] = value
         if observe is not None:
             observe(state, info)
-    return finish_chain(potential, sampler, state.z, moments, first, trace)
+    return finish_chain(potential, sampler, state.z, moments, first, trace, square)
 
 
 def theta_along(sampler, parameters: Sequence[Tensor]) -> bool:
     """Whether steps of the chain compute gradients of θ."""
     return sampler.theta_states == "all" and bool(parameters)
+
+
+def needs_drift_square(sampler) -> bool:
+    """Whether a part of the sampler takes the mean of g⊙g from its chains."""
+    return sampler.num_steps > 0 and any(declared(part, Part, "needs_drift_square") for part in parts_of(sampler))
 
 
 def empty_trace(num_steps: int, z: Tensor) -> dict[str, Tensor]:
@@ -200,6 +213,7 @@ def finish_chain(
     moments: Moments,
     first: tuple[Tensor, Tensor] | None,
     trace: dict[str, Tensor],
+    square: Tensor | None,
 ) -> Chain:
     """The last state's gradient where it is wanted, and means instead of sums."""
     num_states = -(-sampler.num_steps // sampler.theta_every)
@@ -207,4 +221,6 @@ def finish_chain(
         last = potential(z, accumulate=bool(potential.parameters))
         first, num_states = first or last, 1
     gradient = [total / (num_states * len(z)) for total in potential.sums]
-    return Chain(z, gradient, moments, first, trace, potential.num_evaluations * len(z))
+    if square is not None:
+        square = square / (sampler.num_steps * len(z))
+    return Chain(z, gradient, moments, first, trace, potential.num_evaluations * len(z), square)

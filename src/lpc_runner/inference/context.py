@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lpc_runner.inference.chain import Chain
 from lpc_runner.inference.engine import Eager
+from lpc_runner.inference.interfaces import Sampler
+from lpc_runner.inference.persistent import PersistentStates
+from lpc_runner.schema import declared
 
 STEP_BY_STEP = Eager()
 
@@ -48,7 +51,7 @@ class Context:
     instead of q. engine: runs chains, and is the arithmetic of log p(x, z). observe: called after every step of the
     chain. judge: whether the acceptance that MALA would have had is wanted. update_encoder: takes gradients of φ (means
     over this process's rows), averages them over the ranks and makes one step of φ alone; False, without a step, where
-    they are not finite.
+    they are not finite. kept: where the examples' chains ended, with sampler.start=persistent.
     """
 
     model: Any
@@ -61,6 +64,7 @@ class Context:
     observe: Callable[[Any, Any], None] | None = None
     judge: bool = False
     update_encoder: Callable[[Sequence[Tensor]], bool] = _nobody
+    kept: PersistentStates | None = None
 
     @property
     def theta(self) -> list[Tensor]:
@@ -75,6 +79,15 @@ class Context:
     def q(self) -> Any:
         """q(z|x; φ) of the batch, differentiable; None without an encoder."""
         return None if self.encoder is None else self.encoder(self.batch)
+
+    def start(self, warm: Tensor | None) -> Tensor:
+        """z(0) of the chain, (B, d), where the sampler's `start` says. warm: a draw z ~ q, None without an encoder."""
+        place = declared(self.sampler, Sampler, "start")
+        place = declared(self.sampler, Sampler, "first_start") if place == "persistent" else place
+        first = warm
+        if warm is None or (self.sampler.num_steps > 0 and (self.start_from_prior or place == "prior")):
+            first = self.model.prior.scale * self.noise.normal("prior_start")
+        return first if self.kept is None else self.kept.resume(self.batch.index, first)
 
     def log_joint(self, z: Tensor) -> Tensor:
         """log p(x, z; θ) in nats, (..., B), differentiable; z (..., B, d), any number of draws for each example."""

@@ -28,6 +28,7 @@ from lpc_runner.inference.chain import (
     diagnostics,
     empty_trace,
     finish_chain,
+    needs_drift_square,
     record,
     run_chain,
     theta_along,
@@ -216,6 +217,7 @@ class _Program:
             total.zero_()
         moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
         trace, first = empty_trace(self.sampler.num_steps, z), None
+        square = torch.zeros_like(z[:1]) if needs_drift_square(self.sampler) else None
         for made in range(0, self.sampler.num_steps, self.length):
             length = min(self.length, self.sampler.num_steps - made)
             block, steps = self.blocks[length], slice(made, made + length)
@@ -230,9 +232,11 @@ class _Program:
             for name, values in diagnostics(block.log_joints, block.drifts).items():
                 trace[name][steps] = values
             first = first or (block.log_joints[0].clone(), block.drifts[0].clone())
+            if square is not None:
+                square += block.drifts.square().sum((0, 1))
             z, metric = block.z, block.metric
         self.potential.num_evaluations = self.sampler.num_steps  # a replayed graph does not count
-        return finish_chain(self.potential, self.sampler, z.clone(), moments, first, trace)
+        return finish_chain(self.potential, self.sampler, z.clone(), moments, first, trace, square)
 
 
 class CudaGraph(Blocked):

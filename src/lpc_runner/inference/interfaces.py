@@ -19,9 +19,13 @@ Mean = Callable[[Tensor], Tensor]  # rows (b, ...) -> their mean over the batch 
 class Part:
     """What every part may say.
 
-    A part that learns during training has `state_dict()` and `load_state_dict(state)` too: the sampler's state is in
-    the checkpoints, under `sampler`.
+    A part of a chain (the sampler, its `step_size`, its `preconditioner`) may learn between updates. After a chain,
+    `contribution` says what the part takes from it, the values are averaged over the ranks with the gradients, and once
+    the update is made `observe` is told them. Such a part has `state_dict()` and `load_state_dict(state)` too, and its
+    state is in the checkpoints. Within a chain it does not change.
     """
+
+    needs_drift_square: bool = False  # whether `contribution` reads chain.drift_square
 
     def bind(self, model: Any, device: torch.device) -> None:
         """Told of the model before the first chain, when the run is checked (on the CPU) and again on its own device.
@@ -30,9 +34,28 @@ class Part:
         do not go together.
         """
 
+    def contribution(self, chain: Any) -> dict[str, Tensor]:
+        """What this part takes from one `chain.Chain` of this process's rows: means over the rows, of any shape."""
+        return {}
+
+    def observe(self, averaged: dict[str, Tensor]) -> None:
+        """An update was made; averaged: the contributions to it, means over the rows of all ranks."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Values to log after an update, 0-d, the same on all ranks."""
+        return {}
+
+
+def parts_of(sampler: Any) -> list[Any]:
+    """The sampler, and of its `step_size` and `preconditioner` those it has."""
+    beside = (getattr(sampler, name, None) for name in ("step_size", "preconditioner"))
+    return [sampler, *(part for part in beside if part is not None)]
+
 
 class StepSize(Part, ABC):
-    """γ(t) along one chain."""
+    """γ(t) along one chain. constant_along_chain: whether γ(t) is the same for all t of a chain."""
+
+    constant_along_chain: bool = False
 
     @abstractmethod
     def __call__(self, t: int | Tensor) -> float | Tensor:
@@ -50,8 +73,12 @@ class Preconditioner(Part, ABC):
     not hold, `couples_batch` is True, and every mean over the batch is taken by `self.mean`, which the class has
     (`SharedAdam`): on several ranks it is replaced by the mean over all of them. Without a `mean` the part runs on one
     process only.
+
+    constant_along_chain: whether G is the same at all steps of a chain, so that no Γ term is left out and each step has
+    a Metropolis acceptance.
     """
 
+    constant_along_chain: bool = False
     couples_batch: bool = False
     needs_encoder: bool = False  # whether init reads q
     mean: Mean | None = None
@@ -68,13 +95,17 @@ class Preconditioner(Part, ABC):
 class Sampler(Part, ABC):
     """A chain in latent space; `samplers.State` and `samplers.Info` are what it passes on.
 
-    num_steps: T. noisy: whether a step takes noise. theta_states, theta_every: see `samplers.Langevin`.
+    num_steps: T. noisy: whether a step takes noise. theta_states, theta_every, start, first_start, first_steps: see
+    `samplers.Langevin`.
     """
 
     num_steps: int
     noisy: bool = True
     theta_states: str = "all"
     theta_every: int = 1
+    start: str = "encoder"
+    first_start: str = "encoder"
+    first_steps: int | None = None
     couples_batch: bool = False  # as for a preconditioner
     averaging_by: Callable[[Mean], Any] | None = None  # mean -> the same sampler, its means over the batch taken by it
     noiseless: Callable[[], Any] | None = None  # -> the same steps without noise, for the pictures of trajectories

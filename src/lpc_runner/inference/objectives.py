@@ -80,16 +80,13 @@ class WeightedKL(interfaces.Objective):
     def gradients(self, context: Context) -> Gradients:
         """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
-        From the prior the encoder still learns, from its own z ~ q (no effect without a chain). The acceptance that
+        From another start the encoder still learns, from its own z ~ q (no effect without a chain). The acceptance that
         MALA would have had is logged, chain/mala_acceptance, where the engine shows every step.
         """
         model, sampler, noise, engine = context.model, context.sampler, context.noise, context.engine
         q = context.q()  # q(z|x; φ)
         warm = q.rsample(noise.normal("warm_start")) if q is not None else None
-        if q is None or (context.start_from_prior and sampler.num_steps > 0):
-            start = model.prior.scale * noise.normal("prior_start")
-        else:
-            start = warm  # z(0) ~ q
+        start = context.start(warm)  # z(0), ~ q unless the sampler says otherwise
         shows_steps = engine.shows_steps or context.observe is not None
         judge = context.judge and shows_steps and sampler.noisy and sampler.num_steps > 1
         shadow = ShadowMetropolis(start.detach()) if judge else None

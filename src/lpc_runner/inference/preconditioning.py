@@ -1,11 +1,11 @@
 """Diagonal preconditioners G of the Langevin chain, from the drift g alone (`interfaces.Preconditioner`).
 
-The chain drops the Γ term (derivatives of G), as the paper does.
+The chain drops the Γ term (derivatives of G), as the paper does; where G is constant along a chain there is none.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ def _smaller(t: int | Tensor, bound: int) -> int | Tensor:
 
 class Identity(Preconditioner):
     """G = 1: plain unadjusted Langevin, bit for bit."""
+
+    constant_along_chain = True
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> None:
         return None
@@ -83,6 +85,7 @@ class EncoderVariance(Preconditioner):
     """
 
     needs_encoder = True
+    constant_along_chain = True
 
     @checked
     def __init__(self, cap: PositiveFloat) -> None:
@@ -94,3 +97,48 @@ class EncoderVariance(Preconditioner):
 
     def update(self, state: Tensor, drift: Tensor, t: int) -> tuple[Tensor, Tensor]:
         return state, state
+
+
+class Fisher(Preconditioner):
+    """G = 1 / (m + 1/s²), m = memory · m + (1 - memory) · (mean of g⊙g over batch and chain), once per update.
+
+    Where chains sample p(z|x), E[g_j²] is the curvature of coordinate j (Fisher's identity; the prior's included), so
+    that γ has no unit: a chain is stable for γ < 2 whatever the curvatures. memory: weight of the past, in (0, 1).
+    prior_scale: s. m is one vector, (1, d), constant along a chain. The first batch sets it: until then nothing is
+    known of any curvature, and the chains of that batch stay where they start.
+    """
+
+    constant_along_chain = True
+    needs_drift_square = True
+
+    @checked
+    def __init__(self, memory: Decay, prior_scale: PositiveFloat) -> None:
+        self.memory, self.prior_scale = memory, prior_scale
+        self.second_moment: Tensor | None = None  # m
+
+    def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> Tensor:
+        if self.second_moment is None:
+            return torch.full_like(z[:1], torch.finfo(z.dtype).tiny)
+        return (self.second_moment.to(z) + self.prior_scale**-2).reciprocal()
+
+    def update(self, state: Tensor, drift: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        return state, state
+
+    def contribution(self, chain: Any) -> dict[str, Tensor]:
+        """Mean of g⊙g over batch and chain, (1, d)."""
+        return {"second_moment": chain.drift_square}
+
+    def observe(self, averaged: dict[str, Tensor]) -> None:
+        new = averaged["second_moment"]
+        past = new if self.second_moment is None else self.second_moment.to(new)  # from a checkpoint, perhaps on a CPU
+        self.second_moment = torch.lerp(new, past, self.memory)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The smallest and the largest of m."""
+        return {"chain/fisher_min": self.second_moment.min(), "chain/fisher_max": self.second_moment.max()}
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        return {"second_moment": self.second_moment}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        self.second_moment = state["second_moment"]

@@ -45,7 +45,9 @@ class Langevin(Sampler):
 
     num_steps: T. theta_states: which states θ takes its gradient from, `all` z(0) .. z(T-1) or the `last`, z(T).
     theta_every: of `all`, only z(0), z(k), z(2k) ..; the other steps compute the drift alone. step_size: γ(t), a
-    callable of t = 1 .. T. preconditioner: gives G from the drift.
+    callable of t = 1 .. T. preconditioner: gives G from the drift. start: z(0) in training from q(z|x) (`encoder`; from
+    the prior where the objective has none), from the prior, or `persistent`, from the last z of the same example. An
+    example's first visit then starts at first_start, and is first_steps long (null: T) during the first epoch.
     """
 
     @checked
@@ -56,9 +58,16 @@ class Langevin(Sampler):
         step_size: Any,
         preconditioner: Any,
         theta_every: PositiveInt = 1,
+        start: Literal["encoder", "prior", "persistent"] = "encoder",
+        first_start: Literal["encoder", "prior"] = "encoder",
+        first_steps: PositiveInt | None = None,
     ) -> None:
+        if start != "persistent" and (first_start, first_steps) != ("encoder", None):
+            name = "first_start" if first_start != "encoder" else "first_steps"
+            raise ValueError(f"{name} is of start=persistent, and start is {start}")
         self.num_steps, self.theta_states, self.theta_every = num_steps, theta_states, theta_every
         self.step_size, self.preconditioner = step_size, preconditioner
+        self.start, self.first_start, self.first_steps = start, first_start, first_steps
 
     @property
     def couples_batch(self) -> bool:

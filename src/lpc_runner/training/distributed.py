@@ -99,9 +99,10 @@ class Ranks:
     ) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
         """All that an update needs from the other ranks, by one flat all_reduce.
 
-        gradients: per tensor, means over this rank's rows; returned as means over the global batch. means, maxima:
-        0-d values, averaged, or the largest taken. stop: whether this rank received a signal. Returns the gradients,
-        the values of both mappings, and 0-d: how many ranks were signalled.
+        gradients: per tensor, means over this rank's rows (what the sampler's parts take from the chain among them);
+        returned as means over the global batch. means, maxima: 0-d values, averaged, or the largest taken. stop:
+        whether this rank received a signal. Returns the gradients, the values of both mappings, and 0-d: how many ranks
+        were signalled.
 
         A value that is not finite on one rank is not finite in the sum, so finiteness needs no entry of its own.
         """
@@ -186,7 +187,10 @@ SINGLE = Ranks(rank=0, size=1, local_rank=0)  # every method is the identity and
 
 
 def numbers_per_update(num_parameters: int, num_scalars: int, num_maxima: int, size: int) -> int:
-    """Length of the vector that one update sums over `size` ranks: gradients, logged values, maxima, the stop flag."""
+    """Length of the vector that one update sums over `size` ranks: gradients, logged values, maxima, the stop flag.
+
+    num_parameters: of θ and φ, and what parts of the sampler take from the chain (`fisher`: d).
+    """
     return num_parameters + num_scalars + num_maxima * size + 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ from lpc_runner.errors import UserError
 from lpc_runner.inference.context import STEP_BY_STEP, Context
 from lpc_runner.inference.coupling import over_ranks
 from lpc_runner.inference.engine import Blocked, Eager
-from lpc_runner.inference.interfaces import Objective, Sampler
+from lpc_runner.inference.interfaces import Objective, Part, Sampler, parts_of
+from lpc_runner.inference.persistent import PersistentStates
 from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
 from lpc_runner.schema import declared
 from lpc_runner.training.captured import WholeUpdates
@@ -26,7 +28,8 @@ class Learner:
     """Model, encoder (None where the objective uses none), sampler, objective, and an optimiser each for θ and φ.
 
     ranks: the processes that share every batch. sampler: as configured; in training, what it averages over the batch
-    is averaged over all ranks. engine: runs the chains.
+    is averaged over all ranks. engine: runs the chains. num_train: training examples, which
+    sampler.start=persistent must know before it trains.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Learner:
         optimizer: Adam,
         ranks: Ranks = SINGLE,
         engine: Eager = STEP_BY_STEP,
+        num_train: int | None = None,
     ) -> None:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
         self.ranks = ranks
@@ -49,6 +53,14 @@ class Learner:
         whole = whole and declared(objective, Objective, "capturable")
         whole = whole and (encoder is None or declared(encoder, EncoderInterface, "amortised"))
         self._whole = WholeUpdates(self.engine) if whole else None  # without a chain, all of an update is a block
+        self._first_sampler = self._training_sampler
+        if (first_steps := declared(sampler, Sampler, "first_steps")) is not None:
+            self._first_sampler = copy.copy(self._training_sampler)
+            self._first_sampler.num_steps = first_steps
+        self.kept = None
+        self._keeps = declared(sampler, Sampler, "start") == "persistent"
+        if self._keeps and num_train is not None:
+            self.kept = PersistentStates(num_train, model.latent_dim, next(model.parameters()))
         self.theta_optimizer = optimizer.build(model.parameters())
         self.phi_optimizer = None
         if encoder is not None:
@@ -63,12 +75,14 @@ class Learner:
         observe=None,
         judge: bool = False,
         stop: bool = False,
+        first_epoch: bool = False,
     ) -> Combined:
         """The objective's gradients for one batch; the random numbers are those of (seed, update).
 
         batch: this rank's rows; the gradients are those of all ranks' rows. start_from_prior, observe, judge: see
-        Context. stop: whether this rank was signalled.
+        Context. stop: whether this rank was signalled. first_epoch: whether every example comes for the first time.
         """
+        assert self.kept is not None or not self._keeps, "sampler.start=persistent: a learner without num_train"
         like, ranks = next(self.model.parameters()), self.ranks
         num_rows = len(batch.x) * ranks.size
         shape = (num_rows, self.model.latent_dim)
@@ -76,7 +90,7 @@ class Learner:
         context = Context(
             self.model,
             self.encoder,
-            self._training_sampler,
+            self._first_sampler if first_epoch else self._training_sampler,
             batch,
             UpdateNoise(seed, update, shape, like.device, like.dtype, ranks.rows(num_rows)),
             start_from_prior,
@@ -84,6 +98,7 @@ class Learner:
             observe,
             judge,
             partial(step_encoder, self.phi_optimizer, combine),
+            self.kept,
         )
         with self.engine.arithmetic():
             compute = partial(compute_gradients, self.objective, combine=combine)
@@ -101,6 +116,20 @@ class Learner:
                 optimizer.step()
         with self.engine.arithmetic():
             self.model.observe(batch.x, gradients.z, self.ranks.mean)
+        self._tell(gradients)
+        if self.kept is not None and gradients.chain is not None:
+            counts = [len(batch.index)] * self.ranks.size
+            self.kept.keep(*(self.ranks.gather_rows(rows, counts) for rows in (batch.index, gradients.chain.z)))
+
+    def _tell(self, gradients: Combined) -> None:
+        """What the sampler's parts learn from the update; their values to log are put to the others."""
+        told = set()  # a sampler and its copy that averages over ranks share parts: none is told twice
+        for sampler in (self.sampler, self._training_sampler):
+            for part, averaged in zip(parts_of(sampler), gradients.contributions):
+                if id(part) not in told:
+                    told.add(id(part))
+                    declared(part, Part, "observe")(averaged)
+                    gradients.scalars |= declared(part, Part, "scalars")()
 
     def _parts(self) -> dict[str, Any]:
         parts = {
@@ -108,8 +137,9 @@ class Learner:
             "encoder": self.encoder,
             "theta_optimizer": self.theta_optimizer,
             "phi_optimizer": self.phi_optimizer,
-            "sampler": self.sampler if hasattr(self.sampler, "state_dict") else None,  # one that learns
+            "persistent": self.kept,
         }
+        parts |= _learning(self.sampler)
         return {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,14 +150,14 @@ class Learner:
         """Continue from a checkpoint of the same configuration."""
         if self._whole is not None:
             self._whole.clear()
-        for name, part in self._parts().items():
+        for name, part in (*self._parts().items(), *_learning(self._training_sampler).items()):
             if isinstance(part, torch.optim.Optimizer):
                 restore(part, state[name])
             else:
                 part.load_state_dict(state[name])
 
     def start_from(self, state: dict[str, Any], source: str) -> None:
-        """Take the weights, and no optimiser state, from another run's checkpoint; UserError if they do not fit."""
+        """Take the weights, no state of optimisers or chains, of another run's checkpoint; UserError if they misfit."""
         for name, part in (("model", self.model), ("encoder", self.encoder)):
             if part is None or name not in state:
                 continue
@@ -142,4 +172,12 @@ class Learner:
         self.model.to(device)
         if self.encoder is not None:
             self.encoder.to(device)
+        if self.kept is not None:
+            self.kept.to(device)
         return self
+
+
+def _learning(sampler: Any) -> dict[str, Any]:
+    """Those of a sampler and its parts that have a state, by their names in a checkpoint."""
+    beside = {name: getattr(sampler, name, None) for name in ("step_size", "preconditioner")}
+    return {name: part for name, part in ({"sampler": sampler} | beside).items() if hasattr(part, "state_dict")}

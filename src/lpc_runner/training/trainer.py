@@ -48,9 +48,10 @@ class Trainer:
     """Settings of the loop.
 
     num_epochs: passes over the training split. batch_size: examples per update. num_prior_batches: first updates
-    whose chains start at z(0) ~ p(z). max_updates: stop after that many, null for num_epochs alone. log_every:
-    updates between rows of metrics.jsonl. checkpoint_seconds: time between checkpoints (one also at every
-    measurement, at the end, and on a signal). init_from: a run directory to take the first weights from.
+    whose chains start at z(0) ~ p(z), but for those that go on from a kept z. max_updates: stop after that many, null
+    for num_epochs alone. log_every: updates between rows of metrics.jsonl. checkpoint_seconds: time between checkpoints
+    (one also at every measurement, at the end, and on a signal). init_from: a run directory to take the first weights
+    from.
 
     On several ranks batch_size is that of all together; every rank runs this loop, and only rank 0 logs and saves.
     """
@@ -110,7 +111,7 @@ class Trainer:
                 trace = traces.watch(number)  # on every rank: what is logged of a chain must not differ between them
                 signalled = interrupts.received is not None
                 gradients = learner.gradients(
-                    batch, seed, counters.update, from_prior, trace, judge=logged, stop=signalled
+                    batch, seed, counters.update, from_prior, trace, logged, signalled, first_epoch=epoch == 0
                 )
                 if not bool(gradients.finite):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpc_runner.inference.chain import Chain, ChainNoise
 from lpc_runner.inference.context import Context
-from lpc_runner.inference.interfaces import Objective
+from lpc_runner.inference.interfaces import Objective, Part, parts_of
 from lpc_runner.randomness import generator
+from lpc_runner.schema import declared
 from lpc_runner.training.distributed import SINGLE
 
 Combine = Callable[..., tuple[list[Tensor], dict[str, Tensor], Tensor]]  # Ranks.combine
@@ -54,7 +56,8 @@ class Combined:
 
     z: this rank's last latents, (B, d). chain: None where the objective has none. scalars: logged quantities, each a
     0-d tensor. finite: 0-d bool, whether every gradient is finite. num_evaluations: gradients of log p(x, z) of one
-    example that this took, on all ranks. stop: 0-d, ranks that were signalled.
+    example that this took, on all ranks. stop: 0-d, ranks that were signalled. contributions: what each of the
+    sampler's `parts_of` took from the chain, averaged over the ranks.
     """
 
     z: Tensor
@@ -63,28 +66,44 @@ class Combined:
     finite: Tensor
     num_evaluations: int
     stop: Tensor
+    contributions: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 def compute_gradients(objective: Objective, context: Context, combine: Combine = ALONE) -> Combined:
     """The objective's gradients of θ, then of φ, made those of the global batch and set on the parameters.
 
-    combine: see Ranks.combine; one message, which whatever else is averaged over ranks has to join.
+    combine: see Ranks.combine; one message, which whatever else is averaged over ranks has to join, as do the
+    contributions of the sampler's parts.
     """
     found = objective.gradients(context)
     scalars = {name: value.detach() for name, value in found.scalars.items()}
     scalars |= {f"train/{name}": value.detach() for name, value in context.model.likelihood.scalars().items()}
     maxima = {name: value.detach() for name, value in found.maxima.items()}
-    gradients, scalars, stop = combine([*found.theta, *found.phi], {**scalars, "z": found.z.sum()}, maxima)
-    theta, phi = gradients[: len(found.theta)], gradients[len(found.theta) :]
+    contributions = _contributions(context.sampler, found.chain)
+    values = [value for part in contributions for value in part.values()]
+    gradients, scalars, stop = combine([*found.theta, *found.phi, *values], {**scalars, "z": found.z.sum()}, maxima)
+    num_theta, num_gradients = len(found.theta), len(found.theta) + len(found.phi)
+    theta, phi, averaged = gradients[:num_theta], gradients[num_theta:num_gradients], gradients[num_gradients:]
+    rest = iter(averaged)
+    contributions = [{name: next(rest) for name in part} for part in contributions]
     scalars["train/theta_gradient_norm"] = _set(context.theta, theta)
     norms = [scalars["train/theta_gradient_norm"]]
     if context.phi:
         scalars["train/encoder_gradient_norm"] = _set(context.phi, phi)
         norms.append(scalars["train/encoder_gradient_norm"])
     # A sum is finite only if every term is: one number answers for all gradients.
-    finite = torch.isfinite(torch.stack([*norms, scalars.pop("z").to(norms[0].dtype)]).sum()) & found.finite
+    sums = [value.sum().to(norms[0].dtype) for value in (scalars.pop("z"), *averaged)]
+    finite = torch.isfinite(torch.stack([*norms, *sums]).sum()) & found.finite
     num_ranks = context.noise.shape[0] // len(found.z)
-    return Combined(found.z, found.chain, scalars, finite, found.num_evaluations * num_ranks, stop)
+    num_evaluations = found.num_evaluations * num_ranks
+    return Combined(found.z, found.chain, scalars, finite, num_evaluations, stop, contributions)
+
+
+def _contributions(sampler: Any, chain: Chain | None) -> list[dict[str, Tensor]]:
+    """Of the sampler's parts in their order, this process's; none where no step was made."""
+    if chain is None or sampler.num_steps == 0:
+        return []
+    return [declared(part, Part, "contribution")(chain) for part in parts_of(sampler)]
 
 
 def step_encoder(optimizer: torch.optim.Optimizer, combine: Combine, gradients: Sequence[Tensor]) -> bool:
