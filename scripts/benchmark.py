@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lpc_runner.base.memory import keep_freed_memory
 from lpc_runner.benchmark import report
 from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
 from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
@@ -29,7 +30,6 @@ from lpc_runner.benchmark.suite import LIMITS, failed, run_suite
 from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
 from lpc_runner.benchmark.variants import Work
 from lpc_runner.benchmark.waits import markdown_of_waits, waits
-from lpc_runner.memory import keep_freed_memory
 from lpc_runner.models.conv import SIDES
 
 

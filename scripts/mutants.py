@@ -57,7 +57,7 @@ KEPT, LEARNER, CONTEXT = "inference/persistent.py", "training/learner.py", "infe
 SIZES, TRAINER = "inference/step_sizes.py", "training/trainer.py"
 SAMPLERS, CHAIN, METRIC = "inference/samplers.py", "inference/chain.py", "inference/preconditioning.py"
 ENGINE = "inference/engine.py"
-OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "distributions.py"
+OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "base/distributions.py"
 
 MUTANTS = [
     # The Langevin step, by closed forms

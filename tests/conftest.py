@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpc_runner.waiting import VARIABLES
+from lpc_runner.base.waiting import VARIABLES
 
 # A run of seconds: the default's code with small networks, few updates and few samples.
 TINY = (
@@ -137,7 +137,7 @@ def command(workplace, monkeypatch, capfd):
 
 def plan_of(*overrides: str):
     """The plan of a single run."""
-    from lpc_runner.run import plan
+    from lpc_runner.runner.run import plan
 
     return plan(cell_of(*overrides))
 
@@ -173,7 +173,7 @@ def rows_of(run: Path) -> list[dict]:
 
 def weights_of(run: Path) -> dict[str, torch.Tensor | float]:
     """Every number of the newest checkpoint but the seconds: parameters, optimiser states, counters."""
-    from lpc_runner.training.checkpoints import load_checkpoint
+    from lpc_runner.store.checkpoints import load_checkpoint
 
     flat = {}
 

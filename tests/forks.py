@@ -13,7 +13,7 @@ import threading
 
 import torch
 
-import lpc_runner.run  # noqa: F401 (what main imports when it needs it)
+import lpc_runner.runner.run  # noqa: F401 (what main imports when it needs it)
 from lpc_runner.main import main
 
 

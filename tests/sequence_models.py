@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.base.likelihoods import Independent
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian, Gaussian
-from lpc_runner.likelihoods import Independent
 from lpc_runner.models.latent import LatentVariableModel
 
 

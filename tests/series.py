@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from lpc_runner.base.distributions import Gaussian
+from lpc_runner.base.emissions import Poisson
+from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.data.dataset import Data, Dataset, Split
-from lpc_runner.distributions import Gaussian
-from lpc_runner.emissions import Poisson
 from lpc_runner.evaluation.evaluator import Metrics
 from lpc_runner.models.sequential import LFADS, FactorAnalysis
-from lpc_runner.schema import NonNegativeInt, checked
 
 NUM_TRAIN, NUM_STEPS, NUM_NEURONS = 12, 6, 5
 

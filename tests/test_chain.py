@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from lpc_runner.distributions import Gaussian
+from lpc_runner.base.distributions import Gaussian
 from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, FusedPotential, Moments, run_chain
 from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.training.optimizers import restore
 
 

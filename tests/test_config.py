@@ -17,12 +17,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from series import config_dir
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import hints_of
 from lpc_runner.config import classes
 from lpc_runner.config.build import LATER, build
 from lpc_runner.config.identity import flat_keys, run_hash
 from lpc_runner.config.options import CONF_DIR
-from lpc_runner.errors import UserError
-from lpc_runner.schema import hints_of
 
 OPTIONS = sorted(
     (path.parent.relative_to(CONF_DIR).as_posix(), path.stem)
@@ -366,7 +366,7 @@ def own_folder(tmp_path) -> Path:
     (folder / "step_size").mkdir()
     (folder / "step_size" / "halving.yaml").write_text("_target_: own_steps.Halving\nvalue: 0.5\n")
     (tmp_path / "own_steps.py").write_text(
-        "from lpc_runner.schema import PositiveFloat, checked\n\n\nclass Halving:\n    @checked\n"
+        "from lpc_runner.base.schema import PositiveFloat, checked\n\n\nclass Halving:\n    @checked\n"
         "    def __init__(self, value: PositiveFloat) -> None:\n        self.value = value\n\n"
         "    def __call__(self, step: int) -> float:\n        return self.value / 2**step\n"
     )

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.data.folder import ImageFolder
 from lpc_runner.data.torchvision_sets import CIFAR10, MNIST, SVHN, CelebA64, FashionMNIST
-from lpc_runner.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 

@@ -31,11 +31,12 @@ from conftest import (
     write_images,
 )
 
+from lpc_runner.base.distributions import DiscretisedGaussian
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.ranks import Ranks, bytes_per_update, numbers_per_update
 from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.images import ImageDataset
-from lpc_runner.distributions import DiscretisedGaussian
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation.samples import sample_images, share_of
 from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.inference.engine import Blocked
@@ -45,11 +46,10 @@ from lpc_runner.inference.preconditioning import Fisher, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
-from lpc_runner.run import execute, plan
-from lpc_runner.tracking.log import MetricLog
+from lpc_runner.runner.run import execute, plan
+from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
-from lpc_runner.training.distributed import Ranks, bytes_per_update, numbers_per_update
 from lpc_runner.training.interrupts import Interrupted
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam

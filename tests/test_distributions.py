@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal, kl_divergence
 
-from lpc_runner.distributions import (
+from lpc_runner.base.distributions import (
     DiagonalGaussian,
     DiscretisedGaussian,
     Gaussian,
@@ -17,8 +17,8 @@ from lpc_runner.distributions import (
     log_bin_probability,
     log_normal,
 )
-from lpc_runner.emissions import Bernoulli, Poisson
-from lpc_runner.likelihoods import Likelihood, fault_of, lacking
+from lpc_runner.base.emissions import Bernoulli, Poisson
+from lpc_runner.base.likelihoods import Likelihood, fault_of, lacking
 
 SCALES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0)
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1

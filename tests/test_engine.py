@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
+from lpc_runner.base.distributions import DiscretisedGaussian, Gaussian
+from lpc_runner.base.emissions import Bernoulli
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.tensors import exact_arithmetic
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiscretisedGaussian, Gaussian
-from lpc_runner.emissions import Bernoulli
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation.gaps import gradients_through_rnns
-from lpc_runner.evaluation.networks import exact_arithmetic
 from lpc_runner.inference.capture import Captures
 from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine

@@ -10,18 +10,18 @@ import scipy.linalg
 import torch
 from torch.nn import functional
 
+from lpc_runner.base.distributions import DiscretisedGaussian
+from lpc_runner.base.emissions import Bernoulli
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.digits import Digits
-from lpc_runner.distributions import DiscretisedGaussian
-from lpc_runner.emissions import Bernoulli
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation import neighbours
 from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
 from lpc_runner.models.mlp import MLP
-from lpc_runner.randomness import generator
 
 K = 5
 ROW = 48 * 300  # bytes of working memory for one row of distances to 300 points

@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Data, Split
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation import features, quality
 from lpc_runner.evaluation.classifier import Classifier
 from lpc_runner.evaluation.features import Inception, RandomConv, make_extractor
 from lpc_runner.evaluation.neighbours import coverage_ceiling
 from lpc_runner.evaluation.quality import SampleQuality
-from lpc_runner.randomness import generator
 
 IDENTITY = {"name": "digits"}
 K = 5

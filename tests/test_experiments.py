@@ -8,7 +8,7 @@ import pytest
 from conftest import cells_of, plan_of
 from PIL import Image
 
-from lpc_runner.report.__main__ import main as report
+from lpc_runner.report import main as report
 
 NAMES = ("table1", "fig1", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "table4", "tune", "compute")
 # Networks, chains and counts so small that a run takes a second; the cells are those of the experiment.
@@ -34,7 +34,7 @@ SHORT = (
 
 def runs_of(*words: str) -> set[str]:
     """Names of the runs that a command stands for."""
-    from lpc_runner.run import plan
+    from lpc_runner.runner.run import plan
 
     return {plan(cell).directory.name for cell in cells_of(*words)}
 
@@ -80,7 +80,7 @@ def test_the_vae_of_the_tuning_has_no_step_size(workplace):
     """The product with the step sizes would repeat it: its runs are one for each learning rate."""
     words = ("experiment=tune", "dataset=cifar10", "seed=0", "step_size.value=0.01,0.1")
     vaes = [cell for cell in cells_of(*words) if cell.choices["sampler"] == "none"]
-    from lpc_runner.run import plan
+    from lpc_runner.runner.run import plan
 
     assert len({plan(cell).directory.name for cell in vaes}) == 4
     assert len({cell.cfg.optimizer.learning_rate for cell in vaes}) == 4

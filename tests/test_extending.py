@@ -14,12 +14,14 @@ from conftest import TINY, cell_of, environment, only_run, result_of, rows_of
 from omegaconf import OmegaConf
 
 from lpc_runner import testing
+from lpc_runner.base.distributions import Gaussian
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.ranks import Ranks
+from lpc_runner.base.schema import declared
 from lpc_runner.config.build import build, instantiate
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.config.options import options_of
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import Gaussian
-from lpc_runner.errors import UserError
 from lpc_runner.evaluate import main as evaluate
 from lpc_runner.inference.context import Context
 from lpc_runner.inference.importance import ImportanceWeighted
@@ -29,10 +31,8 @@ from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
-from lpc_runner.run import plan
+from lpc_runner.runner.run import plan
 from lpc_runner.sample import main as sample
-from lpc_runner.schema import declared
-from lpc_runner.training.distributed import Ranks
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam
 from lpc_runner.training.update import UpdateNoise
@@ -120,7 +120,9 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_likelihood_that_cannot_work_is_one_line_before_any_work(case, page, command, workplace, monkeypatch):
     source, says = BROKEN[case]
-    (workplace / "broken.py").write_text(f"import torch\nfrom lpc_runner.likelihoods import Independent\n\n{source}\n")
+    (workplace / "broken.py").write_text(
+        f"import torch\nfrom lpc_runner.base.likelihoods import Independent\n\n{source}\n"
+    )
     monkeypatch.delitem(sys.modules, "broken", raising=False)
     (workplace / "own" / "model" / "likelihood" / "broken.yaml").write_text("_target_: broken.Broken\n")
     words = [word for word in commands(page)[1] if not word.startswith("model/likelihood")]

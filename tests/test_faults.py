@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import TINY, assert_same_run, only_run, plan_of, result_of
 
-from lpc_runner.errors import UserError
-from lpc_runner.run import execute
-from lpc_runner.runs import RunDirectory
-from lpc_runner.training.checkpoints import load_checkpoint
+from lpc_runner.base.errors import UserError
+from lpc_runner.runner.run import execute
+from lpc_runner.store.checkpoints import load_checkpoint
+from lpc_runner.store.runs import RunDirectory
 from lpc_runner.training.learner import Learner
 
 SETTINGS = (*TINY, "trainer.checkpoint_seconds=1e-9")
@@ -128,7 +128,7 @@ def test_other_code_under_a_run_is_said(workplace, monkeypatch, caplog):
     planned = plan_of(*SETTINGS)
     with monkeypatch.context() as patch:
         at_update(patch, 3, lambda: (_ for _ in ()).throw(RuntimeError("stop")))
-        patch.setattr("lpc_runner.environment.git_commit", lambda: "0ld")
+        patch.setattr("lpc_runner.store.environment.git_commit", lambda: "0ld")
         with pytest.raises(RuntimeError, match="stop"):
             execute(planned)
     with caplog.at_level(logging.WARNING):
@@ -169,7 +169,7 @@ def test_a_device_without_memory_left_is_one_line(command, straight, monkeypatch
 
 def test_the_commit_is_that_of_the_package_whatever_repository_git_is_told(monkeypatch, tmp_path):
     """A git hook and `git rebase --exec` set GIT_DIR for what they start."""
-    from lpc_runner.environment import _git
+    from lpc_runner.store.environment import _git
 
     for name in ("package", "other"):
         subprocess.run(["git", "init", "-q", tmp_path / name], check=True)
@@ -181,7 +181,7 @@ def test_the_commit_is_that_of_the_package_whatever_repository_git_is_told(monke
 def test_a_package_without_metadata_costs_its_version_only(monkeypatch):
     from importlib import metadata
 
-    from lpc_runner.environment import describe_environment
+    from lpc_runner.store.environment import describe_environment
 
     def version(name: str) -> str:
         if name == "torchvision":
@@ -241,7 +241,7 @@ def test_no_room_for_the_news_of_a_full_disk_hides_no_error(workplace, monkeypat
 
     planned = plan_of(*SETTINGS)
     at_update(monkeypatch, 2, lambda: monkeypatch.setattr(RunDirectory, "write", full))
-    monkeypatch.setattr("lpc_runner.tracking.log.MetricLog.sync", full)
+    monkeypatch.setattr("lpc_runner.store.log.MetricLog.sync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         execute(planned)
     assert caught.value.__context__ is None

@@ -16,18 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mistakes import words
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import plain_name
+from lpc_runner.base.masking import masked
 from lpc_runner.config.build import build
 from lpc_runner.config.identity import run_name
 from lpc_runner.data.arrays import Arrays
-from lpc_runner.errors import UserError
-from lpc_runner.files import plain_name
-from lpc_runner.loading import load
 from lpc_runner.ls import list_runs
-from lpc_runner.masking import masked
-from lpc_runner.planning import print_results
-from lpc_runner.runs import RunDirectory
-from lpc_runner.tracking.log import MetricLog
-from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.runner.loading import load
+from lpc_runner.runner.planning import print_results
+from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.store.log import MetricLog
+from lpc_runner.store.runs import RunDirectory
 
 PATIENCE = 20.0  # seconds for one example, on a busy machine
 FEW, MANY = 200, 3000

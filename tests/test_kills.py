@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, assert_same_run, environment, only_run, result_of, write_images
 
-from lpc_runner.training.checkpoints import load_checkpoint
+from lpc_runner.store.checkpoints import load_checkpoint
 
 PATIENCE = 60.0  # seconds, for a machine that is busy
 

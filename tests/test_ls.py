@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ENDED, TINY, environment, only_run
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 from lpc_runner.ls import list_runs, main
-from lpc_runner.runs import DONE, RunDirectory
-from lpc_runner.training.checkpoints import save_checkpoint
+from lpc_runner.store.checkpoints import save_checkpoint
+from lpc_runner.store.runs import DONE, RunDirectory
 
 
 def make(root: Path, name: str, result: dict | None = None, update: int = 12) -> RunDirectory:

@@ -12,9 +12,9 @@ from conftest import TINY, cell_of, cells_of, plan_of, write_images
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.config.build import build
 from lpc_runner.config.words import as_text
-from lpc_runner.errors import UserError
 
 # Arguments, and what the one line must say.
 MISTAKES = [

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
 
+from lpc_runner.base.distributions import DiscretisedGaussian, Gaussian
+from lpc_runner.base.emissions import Bernoulli
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiscretisedGaussian, Gaussian
-from lpc_runner.emissions import Bernoulli
 from lpc_runner.models.conv import Conv, Doubling, FromPoint
 from lpc_runner.models.latent import Encoder
 from lpc_runner.models.linear import Linear

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from lpc_runner.base.distributions import DiagonalGaussian, DiscretisedGaussian, Prior
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian, DiscretisedGaussian, Prior
 from lpc_runner.inference.chain import Moments
 from lpc_runner.inference.context import Context
 from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, TINY_VAE, only_run, plan_of
 
-from lpc_runner.pace import Pace, show_duration
+from lpc_runner.runner.pace import Pace, show_duration
 
 
 def test_a_finished_run_has_nothing_left(command):
@@ -27,7 +27,7 @@ def test_a_run_under_way_goes_on_at_its_own_pace(command):
 
 def test_a_new_run_is_timed_once_and_costs_in_proportion_to_its_chain(workplace, monkeypatch):
     calls = []
-    monkeypatch.setattr("lpc_runner.pace._time_updates", lambda run: calls.append(run) or (0.5, 0.25))
+    monkeypatch.setattr("lpc_runner.runner.pace._time_updates", lambda run: calls.append(run) or (0.5, 0.25))
     pace = Pace()
     short, long = plan_of(*TINY), plan_of(*TINY, "sampler.num_steps=30", "seed=3", "step_size.value=0.01")
     assert pace.seconds_left(short) == pytest.approx(6 * (0.5 + 3 * 0.25))
@@ -49,7 +49,7 @@ def test_a_thinned_chain_is_extrapolated_by_whole_periods(workplace, monkeypatch
         sampler = learner.sampler
         return 7 + sampler.num_steps + 3 * math.ceil(sampler.num_steps / sampler.theta_every)
 
-    monkeypatch.setattr("lpc_runner.pace._once", cost)
+    monkeypatch.setattr("lpc_runner.runner.pace._once", cost)
     plan = plan_of(*TINY, "sampler.num_steps=40", f"sampler.theta_every={every}")
     assert Pace().seconds_left(plan) == pytest.approx(6 * (7 + 40 + 120 / every))
 

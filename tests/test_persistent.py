@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lpc_runner.base.distributions import Gaussian
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.batches import Batches
 from lpc_runner.data.dataset import Batch, Split
-from lpc_runner.distributions import Gaussian
-from lpc_runner.errors import UserError
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Eager
 from lpc_runner.inference.objectives import WeightedKL
@@ -17,7 +18,6 @@ from lpc_runner.inference.preconditioning import Fisher, Identity
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Annealed, Constant
 from lpc_runner.models.linear import Linear
-from lpc_runner.randomness import generator
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam
 

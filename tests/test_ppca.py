@@ -6,8 +6,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
+from lpc_runner.base.distributions import Gaussian
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import Gaussian
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Fisher, Identity
 from lpc_runner.inference.samplers import Langevin

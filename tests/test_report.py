@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from studies import LPC, PAPER_LPC, VAE, Builder, measured
 
-from lpc_runner.errors import UserError
-from lpc_runner.report import paper
-from lpc_runner.report.__main__ import main, study_tables
-from lpc_runner.report.budgets import BUDGETS, budget_table, curve_settings, mean_curve
-from lpc_runner.report.figures import study_pictures
-from lpc_runner.report.grid_figures import grid_pictures
-from lpc_runner.report.grouping import method_of
-from lpc_runner.report.study import read_study
-from lpc_runner.report.style import MAX_LINES
-from lpc_runner.report.tables import show, spread
+from lpc_runner.base.errors import UserError
+from lpc_runner.paper import numbers as paper
+from lpc_runner.paper.figures import study_pictures
+from lpc_runner.paper.grid_figures import grid_pictures
+from lpc_runner.report import main, study_tables
+from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings, mean_curve
+from lpc_runner.study.grouping import method_of
+from lpc_runner.study.study import read_study
+from lpc_runner.study.style import MAX_LINES
+from lpc_runner.study.tables import show, spread
 
 
 @pytest.fixture
@@ -440,7 +440,7 @@ def test_the_terminal_shows_at_most_100_columns(disk, capsys):
 
 
 def test_starting_needs_neither_torch_nor_matplotlib():
-    code = "import sys, lpc_runner.report.__main__; print({'torch', 'matplotlib', 'hydra', 'wandb'} & set(sys.modules))"
+    code = "import sys, lpc_runner.report; print({'torch', 'matplotlib', 'hydra', 'wandb'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
 

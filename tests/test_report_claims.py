@@ -11,11 +11,10 @@ import torch
 from studies import LPC, VAE, Builder, measured
 
 from lpc_runner.evaluation.samples import save_grid
-from lpc_runner.report import paper
-from lpc_runner.report.__main__ import study_tables
-from lpc_runner.report.claim_checks import CHECKS, ratio
-from lpc_runner.report.claims import study_answers
-from lpc_runner.report.evidence import (
+from lpc_runner.paper import numbers as paper
+from lpc_runner.paper.claim_checks import CHECKS, ratio
+from lpc_runner.paper.claims import study_answers
+from lpc_runner.paper.evidence import (
     CHANCE,
     FAILS,
     HOLDS,
@@ -28,9 +27,10 @@ from lpc_runner.report.evidence import (
     judge,
     standard_error,
 )
-from lpc_runner.report.study import read_study
-from lpc_runner.report.tables import show
-from lpc_runner.report.training_checks import climbing_steps, cut, gradient_energy, sharpness
+from lpc_runner.paper.training_checks import climbing_steps, cut, gradient_energy, sharpness
+from lpc_runner.report import study_tables
+from lpc_runner.study.study import read_study
+from lpc_runner.study.tables import show
 
 CHAIN = LPC | {"num_steps": 300}
 FD = "fd_random_conv"

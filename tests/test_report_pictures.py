@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from studies import LPC, VAE, Builder, measured, trajectories
 
-from lpc_runner.report.__main__ import main
-from lpc_runner.report.figures import study_pictures
-from lpc_runner.report.study import read_study
-from lpc_runner.report.style import HARD, short_labels, wrapped
-from lpc_runner.report.trajectory_figures import representative
+from lpc_runner.paper.figures import study_pictures
+from lpc_runner.paper.trajectory_figures import representative
+from lpc_runner.report import main
+from lpc_runner.study.study import read_study
+from lpc_runner.study.style import HARD, short_labels, wrapped
 
 FD = "fd_random_conv"
 SILENT = ("area", "br", "img", "link", "meta", "input", "hr")
@@ -350,7 +350,7 @@ def test_the_page_parses_and_holds_every_picture_once_and_nothing_from_outside(d
 
 
 def test_the_page_has_every_table_cell_for_cell(disk):
-    from lpc_runner.report.__main__ import study_tables
+    from lpc_runner.report import study_tables
 
     objectives(disk)
     main([str(disk.study)])

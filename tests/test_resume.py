@@ -15,11 +15,11 @@ from conftest import TINY, assert_same_run, cell_of, earlier_run, only_run, resu
 from omegaconf import OmegaConf
 
 import lpc_runner
-from lpc_runner.errors import UserError
-from lpc_runner.run import execute, plan
-from lpc_runner.tracking.log import MetricLog
+from lpc_runner.base.errors import UserError
+from lpc_runner.runner.run import execute, plan
+from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.store.log import MetricLog
 from lpc_runner.training import trainer
-from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.training.interrupts import Interrupted, Interrupts
 from lpc_runner.training.learner import Learner
 
@@ -271,7 +271,7 @@ def test_a_full_disk_fails_the_run_and_a_rerun_finishes_it(where, settings, monk
     planned = plan(cell_of(*full))
     target = {
         "checkpoint": "lpc_runner.training.trainer.save_checkpoint",
-        "log": "lpc_runner.tracking.log.MetricLog.append",
+        "log": "lpc_runner.store.log.MetricLog.append",
     }[where]
     real = {"checkpoint": save_checkpoint, "log": MetricLog.append}[where]
 
@@ -347,8 +347,8 @@ def test_a_run_of_an_earlier_version_is_done(workplace):
     """Its hash, its records and its checkpoint are read by whatever came since; a finished one is not run again."""
     import lpc_runner
     from lpc_runner.evaluate import evaluate
-    from lpc_runner.report.study import read_study
     from lpc_runner.sample import sample
+    from lpc_runner.study.study import read_study
 
     overrides = earlier_run("done")
     before = result_of(next(Path("outputs/runs").iterdir()))

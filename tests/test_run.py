@@ -19,8 +19,8 @@ from PIL import Image
 import lpc_runner
 from lpc_runner.data.digits import Digits
 from lpc_runner.evaluation.samples import sample_images
-from lpc_runner.run import execute
-from lpc_runner.tracking.log import MetricLog
+from lpc_runner.runner.run import execute
+from lpc_runner.store.log import MetricLog
 from lpc_runner.training.learner import Learner
 
 QUALITY = ("fd", "kid", "precision", "recall", "density", "coverage")

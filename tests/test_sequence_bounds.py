@@ -9,7 +9,7 @@ import torch
 from sequence_models import FactorModel, Guess
 from series import lds
 
-from lpc_runner.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.evaluation import kalman
 from lpc_runner.evaluation.gaps import fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.data.spikes import Series, Spikes
-from lpc_runner.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 TRAIN, VALID = RANDOM.poisson(0.5, (8, 6, 5)) + 0, RANDOM.poisson(0.5, (3, 6, 5))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from sequence_models import Exact, FactorModel
 
+from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
-from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.evaluation import spikes
 from lpc_runner.evaluation.sequence_quality import SequenceQuality
 from lpc_runner.inference.preconditioning import Identity

@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from lpc_runner.report.pairs import PAIRED, Difference, paired_difference, paired_table
-from lpc_runner.report.sequence_figures import sequence_pictures
-from lpc_runner.report.study import read_study
+from lpc_runner.study.pairs import PAIRED, Difference, paired_difference, paired_table
+from lpc_runner.study.sequence_figures import sequence_pictures
+from lpc_runner.study.study import read_study
 
 OBJECTIVES = {"VAE": ("none", "reverse"), "VEM": ("none", "variational_em"), "LPC jeffreys": ("langevin", "jeffreys")}
 

@@ -8,8 +8,8 @@ import torch
 from series import lds, lfads
 from torch.distributions import MultivariateNormal, kl_divergence
 
+from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.evaluation import kalman
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.objectives import VariationalEM

@@ -11,10 +11,10 @@ from conftest import cells_of
 from series import NUM_TRAIN, config_dir, counts, factor_analysis, lds, lfads
 from torch.distributions import Normal
 
+from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.base.errors import UserError
 from lpc_runner.config.build import build
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian, Gaussian
-from lpc_runner.errors import UserError
 from lpc_runner.inference.acceptance import ShadowMetropolis, log_acceptance
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.context import Context
@@ -25,7 +25,7 @@ from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Info, Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Blocks, Constant, Polynomial
 from lpc_runner.models.sequential import LFADS
-from lpc_runner.parts import build_learner
+from lpc_runner.runner.parts import build_learner
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam, RowAdam
 from lpc_runner.training.update import UpdateNoise, compute_gradients

@@ -147,7 +147,7 @@ LIKELIHOOD = """
 import math
 import torch
 from simulated import DEVICE, launches
-from lpc_runner.distributions import log_bin_probability
+from lpc_runner.base.distributions import log_bin_probability
 
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
     for sigma in (1e-3, 1e-2, 0.1, 1.0, 10.0):
@@ -174,7 +174,7 @@ def test_the_likelihood_there_is_that_of_the_cpu():
 LAUNCHES = """
 import torch
 from simulated import DEVICE, launches
-from lpc_runner.distributions import DiscretisedGaussian
+from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.inference.chain import ChainNoise
 from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.preconditioning import Adam
@@ -208,7 +208,7 @@ import collections
 import torch
 from simulated import DEVICE, launches, waits
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiscretisedGaussian
+from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.objectives import WeightedKL

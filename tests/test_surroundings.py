@@ -25,15 +25,16 @@ from test_ls import make
 import lpc_runner
 import lpc_runner.evaluate
 import lpc_runner.ls
-import lpc_runner.report.__main__
+import lpc_runner.report
 import lpc_runner.sample
-from lpc_runner import files, planning
+from lpc_runner.base import files
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import flush_to_disk, is_held, lock_on, sync_folder, write_cache
+from lpc_runner.base.surroundings import said, settle
 from lpc_runner.data.archives import damage_named
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation.references import Reference
-from lpc_runner.files import flush_to_disk, is_held, lock_on, sync_folder, write_cache
-from lpc_runner.runs import Occupied, RunDirectory, follow
-from lpc_runner.surroundings import said, settle
+from lpc_runner.runner import planning
+from lpc_runner.store.runs import Occupied, RunDirectory, follow
 from lpc_runner.tracking.publish import runs_of
 
 
@@ -93,7 +94,8 @@ def test_a_command_outlives_its_output(line, code, says, listed):
 def test_a_closed_stream_leaves_its_number_to_no_file(tmp_path):
     """Else the next file to be opened is written to by whatever prints."""
     program = (
-        "from lpc_runner.surroundings import settle; settle(); settle(); import os, subprocess; file = open('x', 'w');"
+        "from lpc_runner.base.surroundings import settle; settle(); settle();"
+        "import os, subprocess; file = open('x', 'w');"
         "print('to nobody'); os.system('echo to nobody'); file.write(str(file.fileno() > 2)); file.close()"
     )
     done = shell(f'$PYTHON -c "{program}" <&- >&- 2>&-', tmp_path)
@@ -102,7 +104,7 @@ def test_a_closed_stream_leaves_its_number_to_no_file(tmp_path):
 
 def test_a_pipe_that_does_not_block_gets_everything(tmp_path):
     program = (
-        "import os, sys; from lpc_runner.surroundings import settle; os.set_blocking(1, False); settle();"
+        "import os, sys; from lpc_runner.base.surroundings import settle; os.set_blocking(1, False); settle();"
         "print('x' * 1000000)"
     )
     done = shell(f'$PYTHON -c "{program}" | (sleep 0.3; wc -c)', tmp_path)
@@ -112,7 +114,7 @@ def test_a_pipe_that_does_not_block_gets_everything(tmp_path):
 def test_no_backend_and_no_settings_of_a_users_reach_the_pictures(tmp_path):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 3\n")
     program = (
-        "from lpc_runner.surroundings import picture_style, settle; settle()\n"
+        "from lpc_runner.base.surroundings import picture_style, settle; settle()\n"
         "import matplotlib\n"
         "from matplotlib.figure import Figure\n"
         "assert matplotlib.rcParams['text.usetex']\n"
@@ -236,7 +238,7 @@ def test_a_bare_file_system_carries_a_study(bare, command):
     assert again.code == 0 and "already done" in again.err
     for folder in ("outputs", "outputs/default", str(entry)):
         assert "1 done" in command(folder, entry=lpc_runner.ls.main).out
-    assert "1 runs, 1 finished" in command("outputs/default", entry=lpc_runner.report.__main__.main).out
+    assert "1 runs, 1 finished" in command("outputs/default", entry=lpc_runner.report.main).out
     assert command(str(entry), "--num", "4", entry=lpc_runner.sample.main).code == 0
     assert [found.path for found in runs_of(Path("outputs/default"))] == [run]
     assert RunDirectory.open(entry).path == run
@@ -254,7 +256,7 @@ def test_an_entry_that_is_no_link_is_left_alone(tmp_path):
     assert follow(study / "notes") == study / "notes" and follow(study / "binary") == study / "binary"
     assert [run.name for run in lpc_runner.ls.list_runs(study)] == ["a-run"]
     warnings: list[str] = []
-    assert [run.name for run in lpc_runner.report.study._read_runs(study, warnings)] == ["a-run"]
+    assert [run.name for run in lpc_runner.study.study._read_runs(study, warnings)] == ["a-run"]
     assert warnings == ["gone: a link to a run that is not there"]
     with pytest.raises(UserError, match="no link to a run"):
         RunDirectory(tmp_path / "runs" / "notes").require_linkable(tmp_path, "study")
@@ -392,7 +394,7 @@ def test_a_run_needs_its_checkpoint_and_not_its_data(command, workplace, tmp_pat
     assert command(str(there), "--num", "4", "--output", "four.npz", entry=lpc_runner.sample.main).code == 0
     assert np.load("four.npz")["images"].shape == (4, 1, 28, 28)
     assert lpc_runner.load(there).update == 6
-    assert "1 runs, 1 finished" in command(str(there), entry=lpc_runner.report.__main__.main).out
+    assert "1 runs, 1 finished" in command(str(there), entry=lpc_runner.report.main).out
     answer = command(str(there), entry=lpc_runner.evaluate.main)
     assert answer.code == 1 and len(answer.lines) == 1
     assert "mine.npz: no such file" in answer.err and "dataset.train=..." in answer.err

@@ -27,8 +27,8 @@ from conftest import (
 )
 from omegaconf import OmegaConf
 
-from lpc_runner.leases import gpu_slot, visible_gpus
-from lpc_runner.runs import RunDirectory
+from lpc_runner.runner.leases import gpu_slot, visible_gpus
+from lpc_runner.store.runs import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,7 +213,7 @@ def test_jobs_run_what_was_planned_though_conf_was_edited(settings, tmp_path, co
     (own / "method").mkdir(parents=True)
     method = own / "method" / "mine.yaml"
     method.write_text("# @package _global_\noptimizer:\n  learning_rate: 1e-3\n")
-    from lpc_runner import run
+    from lpc_runner.runner import run
 
     real = run.execute
 
@@ -261,7 +261,7 @@ def _hold(folder: Path, slots: int) -> None:
 
 
 def test_slots_of_gpus_are_leased_once_and_come_back_from_the_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr("lpc_runner.leases.INTERVAL", 0.02)
+    monkeypatch.setattr("lpc_runner.runner.leases.INTERVAL", 0.02)
     context = multiprocessing.get_context("fork")
     taken = lambda: {(int(pid), int(gpu)) for _, pid, gpu in (path.name.split("-") for path in tmp_path.glob("took-*"))}
     holders = [context.Process(target=_hold, args=(tmp_path, 2)) for _ in range(5)]
@@ -371,7 +371,7 @@ def test_a_sweeper_that_searches_gets_each_runs_metric(sweeper, command):
     assert [float(value) for _, value in returned()] == [results[step]["metrics"]["elbo"] for step in (0.1, 0.2, 0.1)]
     assert len(runs(Path())) == 2 and all(len(sessions(run)) == 1 for run in runs(Path()))
     (single,) = cells_of(*TINY)
-    from lpc_runner.run import plan
+    from lpc_runner.runner.run import plan
 
     names = plan(single).experiment.metrics.names()
     assert set(results[0.1]["metrics"]) <= set(names) and len(names) == len(set(names))

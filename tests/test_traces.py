@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import TINY, TINY_VAE
 
+from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant

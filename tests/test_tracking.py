@@ -15,10 +15,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lpc_runner.errors import UserError
-from lpc_runner.schema import hints_of
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import hints_of
+from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking import progress as progress_module
-from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import NoTracker, Tracker
 from lpc_runner.tracking.wandb_run import WandbTracker

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
+from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking import wandb_service
-from lpc_runner.tracking.log import MetricLog
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.tracking.wandb_run import WandbTracker
 
@@ -278,7 +278,7 @@ def test_rows_that_wandb_already_has_are_not_sent_again(home, tmp_path):
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from lpc_runner.tracking.log import MetricLog
+from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.tracking.wandb_run import WandbTracker
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from wandb_server import forget_wandb, make_run, running_server
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 from lpc_runner.tracking.dashboards import build_sections, save_dashboard
 from lpc_runner.tracking.publish import publish
 from lpc_runner.tracking.study_facts import study_facts

@@ -15,7 +15,7 @@ from PIL import Image
 from wandb_server import ENTITY, KEY, StoredSweep, make_run, running_server
 
 from lpc_runner.ls import list_runs
-from lpc_runner.tracking.log import MetricLog
+from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.publish import publish
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.tracking.wandb_run import WandbTracker
@@ -148,7 +148,7 @@ SCRIPT = """
 import logging, sys, time
 from pathlib import Path
 from lpc_runner.tracking import wandb_run
-from lpc_runner.tracking.log import MetricLog
+from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.tracker import Tracker
 
 logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, only_run
 from wandb_server import KEY, forget_wandb, make_run, running_server
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 from lpc_runner.tracking import publish as publishing
 from lpc_runner.tracking.publish import publish
 

@@ -21,9 +21,9 @@ import yaml
 from conftest import ENDED
 from PIL import Image
 
-from lpc_runner.runs import RunDirectory
+from lpc_runner.store.log import MetricLog
+from lpc_runner.store.runs import RunDirectory
 from lpc_runner.tracking import wandb_service
-from lpc_runner.tracking.log import MetricLog
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 ENTITY = "tester"

@@ -14,7 +14,7 @@ __all__ = ["load"]
 
 
 def load(run_dir: Any, *overrides: str, device: str = "auto") -> Any:
-    """Model and encoder of a run directory, ready to use; see `lpc_runner.loading.load`."""
-    from lpc_runner.loading import load as load_run  # torch is imported only when it is needed
+    """Model and encoder of a run directory, ready to use; see `lpc_runner.runner.loading.load`."""
+    from lpc_runner.runner.loading import load as load_run  # torch is imported only when it is needed
 
     return load_run(run_dir, overrides, device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lpc_runner.surroundings import one_line_errors
+from lpc_runner.base.surroundings import one_line_errors
 from lpc_runner.tracking.dashboards import save_dashboard
 
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.waiting import wait_passively
 from lpc_runner.main import one_line_errors
-from lpc_runner.waiting import wait_passively
 
 
 def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
@@ -21,12 +21,12 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     UserError if the run, the data or the weights are missing.
     """
     # These load torch, which the command has something to tell before.
-    from lpc_runner.environment import describe_environment
-    from lpc_runner.evaluation.networks import exact_arithmetic
-    from lpc_runner.loading import load
-    from lpc_runner.parts import feature_cache
-    from lpc_runner.planning import print_measurement
-    from lpc_runner.run import set_up_torch
+    from lpc_runner.base.tensors import exact_arithmetic
+    from lpc_runner.runner.loading import load
+    from lpc_runner.runner.parts import feature_cache
+    from lpc_runner.runner.planning import print_measurement
+    from lpc_runner.runner.run import set_up_torch
+    from lpc_runner.store.environment import describe_environment
 
     run = load(run_dir, overrides)
     if not os.access(run.directory.path, os.W_OK | os.X_OK):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 
+from lpc_runner.base.surroundings import one_line_errors
 from lpc_runner.data.torchvision_sets import CIFAR10, MNIST, SVHN, CelebA64, FashionMNIST
-from lpc_runner.surroundings import one_line_errors
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 from lpc_runner.main import one_line_errors
-from lpc_runner.runs import RunDirectory, follow, last_row
+from lpc_runner.store.runs import RunDirectory, follow, last_row
 
 _NARROW = 60  # columns below which a table is no help: every run takes lines of its own
 _METRICS = ("fid", "fd_", "elbo", "log_likelihood", "r2")  # shown, in this order; --json has all

@@ -16,11 +16,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lpc_runner.commands import main_process, told_to_workers
-from lpc_runner.errors import UserError
-from lpc_runner.masking import mask_logs
-from lpc_runner.surroundings import one_line_errors, said, settle
-from lpc_runner.waiting import wait_passively
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.masking import mask_logs
+from lpc_runner.base.surroundings import one_line_errors, said, settle
+from lpc_runner.base.waiting import wait_passively
+from lpc_runner.runner.commands import main_process, told_to_workers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # A first word that is one of these is a command of its own; the `main` of its module takes the words behind it.
 COMMANDS = {
     "ls": "lpc_runner.ls",
-    "report": "lpc_runner.report.__main__",
+    "report": "lpc_runner.report",
     "evaluate": "lpc_runner.evaluate",
     "sample": "lpc_runner.sample",
     "fetch": "lpc_runner.fetch",
@@ -71,8 +71,8 @@ def _run() -> None:
             _hydra(args)
             return
         cells = composed.cells
-        from lpc_runner.planning import check_plan, frozen, print_plan, print_results, unfinished
-        from lpc_runner.sweepers import proposed_runs, proposing
+        from lpc_runner.runner.planning import check_plan, frozen, print_plan, print_results, unfinished
+        from lpc_runner.runner.sweepers import proposed_runs, proposing
 
         searches = composed.sweeper is not None
         if ranks and searches:
@@ -121,7 +121,7 @@ def _connected() -> Iterator[Any]:
     if "WORLD_SIZE" not in os.environ:
         yield None
         return
-    from lpc_runner.training.distributed import Ranks
+    from lpc_runner.base.ranks import Ranks
 
     ranks = Ranks.connect()
     try:
@@ -213,11 +213,11 @@ def job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from lpc_runner.base.ranks import Ranks
     from lpc_runner.config.compose import starts_workers_here
-    from lpc_runner.planning import cell_of_job, check_plan, leased
-    from lpc_runner.run import execute, plan
-    from lpc_runner.sweepers import is_proposed, note_proposed, value_of
-    from lpc_runner.training.distributed import Ranks
+    from lpc_runner.runner.planning import cell_of_job, check_plan, leased
+    from lpc_runner.runner.run import execute, plan
+    from lpc_runner.runner.sweepers import is_proposed, note_proposed, value_of
     from lpc_runner.training.interrupts import Interrupted
 
     settle()
@@ -254,7 +254,7 @@ def job(cfg: DictConfig) -> float | None:
 
 def _log_failure(error: Exception, ranks: Any) -> None:
     """Why a run did not end; what failed stands in its result.json too."""
-    from lpc_runner.runs import Occupied
+    from lpc_runner.store.runs import Occupied
 
     what = "run failed" if ranks.size == 1 else f"rank {ranks.rank} failed"
     if isinstance(error, Occupied):

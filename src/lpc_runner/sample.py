@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_runner.errors import UserError
-from lpc_runner.files import write_atomically
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import write_atomically
+from lpc_runner.base.waiting import wait_passively
 from lpc_runner.main import one_line_errors
-from lpc_runner.waiting import wait_passively
 
 
 def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int = 0) -> Path:
@@ -29,10 +29,10 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
     # These load torch, which the command has something to tell before.
     import torch
 
-    from lpc_runner.evaluation.networks import exact_arithmetic
+    from lpc_runner.base.tensors import exact_arithmetic
     from lpc_runner.evaluation.samples import sample_images, save_grid
-    from lpc_runner.loading import load
-    from lpc_runner.run import set_up_torch
+    from lpc_runner.runner.loading import load
+    from lpc_runner.runner.run import set_up_torch
 
     run = load(run_dir)
     set_up_torch(run.experiment)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.base.schema import accepted, declared, missing
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.context import Context, Gradients
 from lpc_runner.inference.coupling import require_shareable
@@ -29,7 +30,6 @@ from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
-from lpc_runner.schema import accepted, declared, missing
 from lpc_runner.tracking.tracker import Sink
 from lpc_runner.training.update import UpdateNoise
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lpc_runner.base.memory import keep_freed_memory
+from lpc_runner.base.ranks import Ranks, bytes_per_update
 from lpc_runner.benchmark.variants import LATENT_DIM, Work, build_learner, images, ours
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.memory import keep_freed_memory
-from lpc_runner.training.distributed import Ranks, bytes_per_update
 
 
 def measure(size: int, work: Work, rounds: int, shared: bool) -> tuple[float, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpc_runner.distributions import BIN_HALF_WIDTH, LOG_2PI, TAIL_START
+from lpc_runner.base.distributions import BIN_HALF_WIDTH, LOG_2PI, TAIL_START
 from lpc_runner.models.conv import Conv
 
 STEP_SIZE, BETA, EPS = 1e-3, 0.25, 1e-8  # of every chain that is compared

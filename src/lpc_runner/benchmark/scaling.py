@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from lpc_runner.base.memory import keep_freed_memory
 from lpc_runner.benchmark.floor import median_seconds, wait
 from lpc_runner.benchmark.variants import Work, build_learner, chain, images, ours
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
-from lpc_runner.memory import keep_freed_memory
 
 # Kernel classes by what a kernel or operator is called; the first that fits counts.
 CLASSES = {

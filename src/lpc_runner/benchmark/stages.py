@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lpc_runner.base.memory import keep_freed_memory
 from lpc_runner.benchmark import report
 from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
 from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
@@ -32,7 +33,6 @@ from lpc_runner.benchmark.variants import WAYS, Work, build_learner, build_model
 from lpc_runner.benchmark.variants import ours as one_update
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
-from lpc_runner.memory import keep_freed_memory
 
 # Relative difference of logged values after two updates of 40 steps, captured or compiled against the loop.
 CLOSE = {"fp32": 1e-2, "tf32": 5e-2, "bf16": 5e-2}

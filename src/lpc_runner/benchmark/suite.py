@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lpc_runner.files import write_atomically
+from lpc_runner.base.files import write_atomically
 
 # Seconds that a stage may take, in the order in which they run: what has to be believed before what is fast.
 LIMITS = {

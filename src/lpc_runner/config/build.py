@@ -13,11 +13,8 @@ from typing import Any, Literal
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from lpc_runner.config.classes import place_of
-from lpc_runner.config.compose import recompose_group
-from lpc_runner.config.options import dotted, options_of, unknown_key
-from lpc_runner.errors import UserError
-from lpc_runner.schema import (
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import (
     NonNegativeInt,
     PositiveInt,
     accepted,
@@ -27,6 +24,9 @@ from lpc_runner.schema import (
     missing,
     required_by,
 )
+from lpc_runner.config.classes import place_of
+from lpc_runner.config.compose import recompose_group
+from lpc_runner.config.options import dotted, options_of, unknown_key
 
 # Keys of the root that belong to no group, with their types.
 ROOT = {
@@ -113,10 +113,10 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
     # These import torch, which a mistake above need not wait for.
     import torch
 
+    from lpc_runner.base.likelihoods import fault_of, lacking
+    from lpc_runner.base.randomness import seeded_layers
     from lpc_runner.inference.engine import make_engine
     from lpc_runner.inference.interfaces import Objective, Preconditioner
-    from lpc_runner.likelihoods import fault_of, lacking
-    from lpc_runner.randomness import seeded_layers
 
     _require_methods(parts, choices)
     dataset, objective = parts["dataset"], parts["objective"]

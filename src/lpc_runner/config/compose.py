@@ -19,11 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.config.classes import name_classes
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, dotted, unknown_key
 from lpc_runner.config.own_files import OwnFiles, require_own_names
 from lpc_runner.config.words import as_text, parsed, values_of
-from lpc_runner.errors import UserError
 
 # What our launchers, and a sweeper, build on, and the extra of pyproject.toml that brings it.
 _PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}

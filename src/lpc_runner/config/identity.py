@@ -10,9 +10,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lpc_runner.base.files import plain_name
 from lpc_runner.config.compose import Cell
-from lpc_runner.files import plain_name
-from lpc_runner.runs import CHANGES_NO_RESULT, FIRST_VALUES
+from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES
 
 
 def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:

@@ -13,8 +13,8 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.config.options import groups, options_of, owners, root_keys
-from lpc_runner.errors import UserError
 
 _PACKAGE_LINE = "# @package _global_"
 # Groups whose options set the keys of other groups: without that line they would set keys of their own name.

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 
 _KEY = r"(~|\+{0,2})[\w$][\w$.@:/-]*"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_runner.errors import UserError
-from lpc_runner.files import is_refusal
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import is_refusal
 
 # What zipfile, zlib, numpy, scipy and h5py raise on a file whose bytes are not what they were.
 _DAMAGE = (

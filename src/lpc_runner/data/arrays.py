@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.data.archives import Header, damage_named, no_npz, npz_header
 from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data
 from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
 from lpc_runner.data.stored import content_hash, file_state
-from lpc_runner.errors import UserError
-from lpc_runner.schema import NonNegativeInt, checked
 
 _MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
 _SOUND: set[tuple] = set()  # states of files that were read whole and found sound: each cell of a sweep asks

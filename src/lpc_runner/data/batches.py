@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.binarise import binary_draw
 from lpc_runner.data.dataset import Batch, Dataset, Split
-from lpc_runner.errors import UserError
-from lpc_runner.randomness import generator
 
 
 class Batches:

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Data, Split
-from lpc_runner.randomness import generator
 
 Binarise = Literal["none", "static", "dynamic"]
 CHUNK = 1000  # images drawn at once; part of which draw it is, so it is no setting

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lpc_runner.data.sequences import SimulatedDataset, random_source, smallest_counts, split_trials
-from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 _STEP, _TIME_CONSTANT = 0.010, 0.025  # seconds
 _NUM_BINS = 100

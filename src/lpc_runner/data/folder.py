@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.data.binarise import Binarisation, Binarise
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.data.image_files import (
@@ -28,8 +30,6 @@ from lpc_runner.data.image_files import (
 )
 from lpc_runner.data.images import ImageDataset, decode_all, hold_out, image_split
 from lpc_runner.data.stored import content_hash
-from lpc_runner.errors import UserError
-from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
 
 _VERSION = 1  # of decoding, crop, resize and split: raise it when one changes, for runs then see other data
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.binarise import Binarisation
 from lpc_runner.data.dataset import Dataset, Split
-from lpc_runner.errors import UserError
-from lpc_runner.randomness import generator
 
 
 class ImageDataset(Dataset):

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, random_source, smallest_counts
-from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
 
 _SYSTEM = "system_"
 _NOISE = 0.3  # standard deviation of the process noise in every direction

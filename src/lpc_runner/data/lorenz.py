@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lpc_runner.data.sequences import SimulatedDataset, random_source, smallest_counts, split_trials
-from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 _STEP = 0.006  # time of the attractor per millisecond
 _MILLISECONDS = 1000

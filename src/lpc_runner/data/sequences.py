@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import lock_on, sha256_of, write_atomically
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Data, Dataset, Split
-from lpc_runner.errors import UserError
-from lpc_runner.files import lock_on, sha256_of, write_atomically
-from lpc_runner.randomness import generator
 
 log = logging.getLogger(__name__)
 

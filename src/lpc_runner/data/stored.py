@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_runner.errors import UserError
-from lpc_runner.files import flush_to_disk, remove_temporary, sha256_of, sync_folder, temporary_beside
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import flush_to_disk, remove_temporary, sha256_of, sync_folder, temporary_beside
 
 
 def file_state(path: Path) -> tuple[Path, int, int]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import is_refusal, write_cache
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
 from lpc_runner.data.dataset import Data, Split
-from lpc_runner.errors import UserError
-from lpc_runner.evaluation.networks import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
-from lpc_runner.files import is_refusal, write_cache
-from lpc_runner.randomness import generator
 
 _log = logging.getLogger(__name__)
 

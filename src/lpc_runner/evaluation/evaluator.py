@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.training.distributed import SINGLE, Ranks
 
 logger = logging.getLogger(__name__)
 

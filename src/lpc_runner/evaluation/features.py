@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import sha256_of, write_atomically
+from lpc_runner.base.tensors import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
 from lpc_runner.data.dataset import Data
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation.classifier import Classifier
-from lpc_runner.evaluation.networks import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
-from lpc_runner.files import sha256_of, write_atomically
 
 ExtractorName = Literal["random_conv", "classifier", "inception"]
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

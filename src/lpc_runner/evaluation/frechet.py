@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 
 
 @dataclass(frozen=True)

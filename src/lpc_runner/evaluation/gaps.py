@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.randomness import generator
 from lpc_runner.evaluation.importance import importance_bound, repeat
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.randomness import generator
 
 _LATE = 0.8  # the part of the steps after which convergence is asked about
 _LOG_VARIANCE_RATE = 2.0  # learning rate of log variances, in units of that of the means

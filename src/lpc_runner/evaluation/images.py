@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lpc_runner.base.ranks import Ranks
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.evaluation.evaluator import Evaluator, Trained, finite
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid
-from lpc_runner.training.distributed import Ranks
 
 if TYPE_CHECKING:
     from lpc_runner.evaluation.quality import Measurer

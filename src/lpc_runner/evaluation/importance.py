@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.randomness import generator
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.randomness import generator
 
 ROWS = 4096  # examples decoded at once; changes no number
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.func import jacrev
 
-from lpc_runner.distributions import LOG_2PI, DiagonalGaussian
+from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
 from lpc_runner.models.generators import Linear
 from lpc_runner.models.sequential import LFADS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 
 
 def kernel_distance(

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
+from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Batch, Dataset, Split
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.randomness import generator
 
 ACTIVE = 0.01  # variance over x of E_q[z|x] above which a latent counts as used (Burda et al. 2016)
 

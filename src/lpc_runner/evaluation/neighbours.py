@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lpc_runner.errors import UserError
-from lpc_runner.evaluation.networks import exact_arithmetic
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.tensors import exact_arithmetic
 
 BUDGET = 2**29  # bytes of working memory
 # A point on a ball's edge is outside it: radii and distances in float64 agree to this, far under what float32 resolves.

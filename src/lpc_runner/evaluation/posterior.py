@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.randomness import generator
 from lpc_runner.evaluation.gaps import gradients_through_rnns
 from lpc_runner.inference.chain import ChainNoise, run_chain
-from lpc_runner.randomness import generator
 
 
 @dataclass(frozen=True)

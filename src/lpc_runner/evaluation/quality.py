@@ -16,19 +16,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
+from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.data.dataset import Data, Dataset, Split
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor
 from lpc_runner.evaluation.frechet import frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling
-from lpc_runner.evaluation.networks import hash_of_tensors
 from lpc_runner.evaluation.references import VERSION, Reference
 from lpc_runner.evaluation.samples import share_of
-from lpc_runner.randomness import generator
-from lpc_runner.schema import NonNegativeInt, PositiveInt, checked
-from lpc_runner.training.distributed import SINGLE, Ranks
 
 _log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpc_runner.base.files import is_refusal, write_cache
+from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.evaluation.features import Extractor, extract
 from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
 from lpc_runner.evaluation.kernel import within_term
 from lpc_runner.evaluation.neighbours import squared_radii
-from lpc_runner.evaluation.networks import hash_of_tensors
-from lpc_runner.files import is_refusal, write_cache
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
 

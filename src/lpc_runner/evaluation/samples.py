@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lpc_runner.base.files import write_atomically
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.images import to_uint8
-from lpc_runner.files import write_atomically
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.randomness import generator
-from lpc_runner.training.distributed import SINGLE, Ranks
 
 CHUNK = 250  # images drawn at once; part of what sample number i is, so it is no setting
 

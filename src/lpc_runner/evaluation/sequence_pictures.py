@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from lpc_runner.base.files import write_atomically
+from lpc_runner.base.surroundings import picture_style
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.sequences import COUNTS, SequenceDataset
 from lpc_runner.evaluation.posterior import Means
 from lpc_runner.evaluation.spikes import linear_readout
-from lpc_runner.files import write_atomically
-from lpc_runner.surroundings import picture_style
 
 if TYPE_CHECKING:
     pass

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import torch
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.data.sequences import COUNTS, SERIES
-from lpc_runner.errors import UserError
 from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics
-from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
-from lpc_runner.training.distributed import SINGLE, Ranks
 
 PER_TRIAL = "nats per trial"
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.schema import declared
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.sequences import COUNTS
-from lpc_runner.distributions import DiagonalGaussian
 from lpc_runner.evaluation import kalman, spikes
 from lpc_runner.evaluation.evaluator import Evaluator, Trained, finite
 from lpc_runner.evaluation.gaps import FreePosterior, fit_free_posterior
@@ -20,7 +21,6 @@ from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
 from lpc_runner.evaluation.sequence_quality import SequenceQuality, notes_on
 from lpc_runner.models.latent import EncoderInterface
-from lpc_runner.schema import declared
 
 COLD = 10  # times the learning rate of a free q, in a first fit from the prior
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting

@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.schema import declared
 from lpc_runner.inference.interfaces import Part, parts_of
 from lpc_runner.inference.samplers import Info, State
-from lpc_runner.randomness import generator
-from lpc_runner.schema import declared
 
 NOISE_BLOCK = 32  # steps of noise drawn at once
 

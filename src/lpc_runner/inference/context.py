@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpc_runner.base.schema import declared
 from lpc_runner.inference.chain import Chain
 from lpc_runner.inference.engine import Eager
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.inference.persistent import PersistentStates
-from lpc_runner.schema import declared
 
 STEP_BY_STEP = Eager()
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import DiagonalGaussian
-from lpc_runner.errors import UserError
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import declared
 from lpc_runner.inference.interfaces import Mean, Sampler
-from lpc_runner.schema import declared
 
 NUM_STEPS = 16  # of the chains that are compared, at most
 ROWS = torch.tensor([3, 1])  # of four, in another order

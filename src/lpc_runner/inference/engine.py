@@ -8,8 +8,8 @@ the random numbers are the same (tests/test_engine.py holds every engine against
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lpc_runner.distributions import DiagonalGaussian
-from lpc_runner.errors import UserError
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import declared
+from lpc_runner.base.tensors import products_in
 from lpc_runner.inference.capture import Captures
 from lpc_runner.inference.chain import (
     NOISE_BLOCK,
@@ -35,27 +37,12 @@ from lpc_runner.inference.chain import (
 )
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.inference.samplers import Info, State
-from lpc_runner.schema import declared
 
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
 Precision = Literal["fp32", "tf32", "bf16"]
 LogJoint = Callable[..., Tensor]  # (*inputs, z) -> (B,) nats
 Step = Callable[..., tuple[State, Info]]  # (state, potential, noise), of a sampler
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """Inside, CUDA's matrix products, convolutions and recurrent networks are exact float32, or TF32."""
-    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [part.fp32_precision for part in parts]
-    try:
-        for part in parts:
-            part.fp32_precision = precision
-        yield
-    finally:
-        for part, setting in zip(parts, before):
-            part.fp32_precision = setting
 
 
 class Eager:

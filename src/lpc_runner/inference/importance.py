@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import LOG_2PI, DiagonalGaussian
+from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
+from lpc_runner.base.schema import PositiveInt, checked
 from lpc_runner.inference.context import Context, Gradients
 from lpc_runner.inference.interfaces import Objective
 from lpc_runner.inference.objectives import describe_encoder
-from lpc_runner.schema import PositiveInt, checked
 
 
 class ImportanceWeighted(Objective):

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import LOG_2PI, DiagonalGaussian, Prior
+from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian, Prior
+from lpc_runner.base.schema import PositiveInt, at_least, checked
 from lpc_runner.inference import interfaces
 from lpc_runner.inference.acceptance import ShadowMetropolis
 from lpc_runner.inference.chain import Chain, FusedPotential, Moments, constant
 from lpc_runner.inference.context import Context, Gradients
-from lpc_runner.schema import PositiveInt, at_least, checked
 
 Weight = Annotated[float, at_least(0)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 
 
 class PersistentStates:

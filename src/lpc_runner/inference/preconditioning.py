@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import DiagonalGaussian
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.schema import PositiveFloat, PositiveInt, between, checked
 from lpc_runner.inference.interfaces import Mean, Preconditioner
-from lpc_runner.schema import PositiveFloat, PositiveInt, between, checked
 
 Decay = Annotated[float, between(0, 1, "no preconditioning is preconditioning=none")]
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lpc_runner.distributions import DiagonalGaussian
-from lpc_runner.errors import UserError
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.schema import PositiveInt, at_least, checked, declared
 from lpc_runner.inference.interfaces import Mean, Preconditioner, Sampler
-from lpc_runner.schema import PositiveInt, at_least, checked, declared
 
 Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
 NumSteps = Annotated[int, at_least(1, "no steps at all: sampler=none")]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpc_runner.base.schema import PositiveFloat, PositiveInt, checked
 from lpc_runner.inference.interfaces import StepSize
-from lpc_runner.schema import PositiveFloat, PositiveInt, checked
 
 
 class Constant(StepSize):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from lpc_runner.likelihoods import Likelihood
+from lpc_runner.base.likelihoods import Likelihood
+from lpc_runner.base.schema import PositiveFloat, PositiveInt, checked
 from lpc_runner.models.latent import Encoder, LatentVariableModel
-from lpc_runner.schema import PositiveFloat, PositiveInt, checked
 
 SIDES = (28, 32, 64)
 

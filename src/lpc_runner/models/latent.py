@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpc_runner.base.distributions import DiagonalGaussian, Prior
+from lpc_runner.base.likelihoods import Likelihood
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian, Prior
-from lpc_runner.likelihoods import Likelihood
 
 
 class LatentVariableModel(nn.Module, ABC):

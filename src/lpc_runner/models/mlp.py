@@ -8,9 +8,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lpc_runner.likelihoods import Likelihood
+from lpc_runner.base.likelihoods import Likelihood
+from lpc_runner.base.schema import PositiveFloat, PositiveInt, checked
 from lpc_runner.models.latent import Encoder, LatentVariableModel
-from lpc_runner.schema import PositiveFloat, PositiveInt, checked
 
 ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "relu": nn.ReLU}
 

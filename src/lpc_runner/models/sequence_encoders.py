@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpc_runner.base.block_gaussian import BlockGaussian
+from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Batch
-from lpc_runner.distributions import DiagonalGaussian
-from lpc_runner.models.block_gaussian import BlockGaussian
 
 
 @dataclass(frozen=True)

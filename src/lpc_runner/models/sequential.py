@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
-from lpc_runner.likelihoods import Likelihood
+from lpc_runner.base.likelihoods import Likelihood
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lpc_runner.models.generators import build_generator, recursion
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.models.sequence_encoders import BiRNN, BlockTable, FreeTable, PerBin, RawVariance
-from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 
 class Run(NamedTuple):

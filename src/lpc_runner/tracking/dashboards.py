@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpc_runner.errors import UserError
-from lpc_runner.files import write_atomically
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import write_atomically
 from lpc_runner.tracking.publish import Place, place_of
 from lpc_runner.tracking.study_facts import LOGARITHMIC, SYMBOLS, StudyFacts, study_facts
 from lpc_runner.tracking.wandb_service import one_line, online

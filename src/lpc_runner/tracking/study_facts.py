@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpc_runner.errors import UserError
-from lpc_runner.runs import DONE
+from lpc_runner.base.errors import UserError
+from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.publish import rows_of, runs_of, settings_of
 
 # How a label writes a setting.

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lpc_runner.schema import declared
-from lpc_runner.tracking.log import MetricLog
+from lpc_runner.base.schema import declared
+from lpc_runner.store.log import MetricLog
 
 Status = Literal["finished", "diverged", "failed", "interrupted"]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lpc_runner.errors import UserError
+from lpc_runner.base.errors import UserError
 
 _logger = logging.getLogger("lpc_runner")
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import declared
 from lpc_runner.data.dataset import Batch
-from lpc_runner.errors import UserError
 from lpc_runner.inference.context import STEP_BY_STEP, Context
 from lpc_runner.inference.coupling import over_ranks
 from lpc_runner.inference.engine import Blocked, Eager
 from lpc_runner.inference.interfaces import Objective, Part, Sampler, parts_of
 from lpc_runner.inference.persistent import PersistentStates
 from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
-from lpc_runner.schema import declared
 from lpc_runner.training.captured import WholeUpdates
-from lpc_runner.training.distributed import SINGLE, Ranks
 from lpc_runner.training.optimizers import Adam, restore
 from lpc_runner.training.update import Combined, UpdateNoise, compute_gradients, step_encoder
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lpc_runner.schema import PositiveFloat, at_least, checked
+from lpc_runner.base.schema import PositiveFloat, at_least, checked
 
 Decay = Annotated[float, at_least(0)]
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lpc_runner.base.files import write_atomically
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.schema import NonNegativeInt, PositiveInt, at_least, checked, declared
 from lpc_runner.data.dataset import Batch
-from lpc_runner.files import write_atomically
 from lpc_runner.inference.chain import run_chain
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.inference.samplers import Info, State
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.randomness import generator
-from lpc_runner.schema import NonNegativeInt, PositiveInt, at_least, checked, declared
 
 logger = logging.getLogger(__name__)
 

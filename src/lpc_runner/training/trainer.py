@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from lpc_runner.base.ranks import Ranks
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lpc_runner.data.batches import Batches
-from lpc_runner.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
-from lpc_runner.training.checkpoints import load_checkpoint, save_checkpoint
-from lpc_runner.training.distributed import Ranks
+from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.training.interrupts import Interrupts
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.traces import Traces

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.ranks import SINGLE
+from lpc_runner.base.schema import declared
 from lpc_runner.inference.chain import Chain, ChainNoise
 from lpc_runner.inference.context import Context
 from lpc_runner.inference.interfaces import Objective, Part, parts_of
-from lpc_runner.randomness import generator
-from lpc_runner.schema import declared
-from lpc_runner.training.distributed import SINGLE
 
 Combine = Callable[..., tuple[list[Tensor], dict[str, Tensor], Tensor]]  # Ranks.combine
 ALONE: Combine = partial(SINGLE.combine, stop=False)

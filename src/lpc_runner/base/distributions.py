@@ -1,0 +1,204 @@
+"""Densities: the discretised Gaussian of pixels, the Gaussian, the prior of z and the encoder's q(z|x)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lpc_runner.base.likelihoods import Independent
+from lpc_runner.base.schema import PositiveFloat, between, checked
+
+LOG_2PI = math.log(2 * math.pi)
+BIN_HALF_WIDTH = 1 / 255  # 256 levels on [-1, 1]: bins of width 2/255
+# Beyond this many standard deviations erfc nears underflow, and erfcx(y) = exp(y²) erfc(y) takes its place.
+TAIL_START = {torch.float32: 10.0, torch.float64: 25.0}
+EDGE = -2 / math.sqrt(math.pi)  # d erfc(y)/dy = EDGE exp(-y²)
+
+
+def _tail(near: Tensor, far: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """log(erfc near - erfc far) and exp(-near²) over that difference; decay: exp(near² - far²)."""
+    scaled = torch.special.erfcx(near).addcmul_(torch.special.erfcx(far), decay, value=-1)
+    return torch.log(scaled).addcmul_(near, near, value=-1), scaled.reciprocal_()
+
+
+class _LogBinProbability(torch.autograd.Function):
+    """log of the Gaussian mass of each pixel's bin, with its exact derivatives.
+
+    Lengths are in units of √2 σ. With u = |x - mean| and a bin's half width h, reflection puts the bin into the upper
+    tail: P = (erfc(u - h) - erfc(u + h))/2, which keeps full relative precision; an end bin is open on its outer side.
+    Beyond TAIL_START the same difference is taken of erfcx.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+        # In place where a value is not needed again: this function's time is that of its passes over memory, and on a
+        # GPU that of its launches.
+        unit = torch.exp(-log_scale) * math.sqrt(0.5)
+        t = (mean - x).mul_(unit)  # in the mean's layout, for x may come in another
+        sign = torch.ones_like(t).copysign_(t)
+        u, h = t.abs_(), BIN_HALF_WIDTH * unit
+        near, far = u - h, u + h
+        # The outer side of the two end bins, seen after the reflection that makes t positive.
+        inward = sign * x
+        closed_near, closed_far = inward < 1 - BIN_HALF_WIDTH, inward > -1 + BIN_HALF_WIDTH
+
+        twice = torch.where(closed_near, near.erfc(), 2.0).sub_(torch.where(closed_far, far.erfc(), 0.0))  # 2 P
+        at_near = near.square().neg_().exp_().div_(twice)  # exp(-near²)/2P
+        decay = torch.where(closed_far, u.mul_(-4 * h).exp_(), 0.0)  # exp(near² - far²), 0 where there is no far edge
+        log_twice = twice.log_()
+
+        start = TAIL_START[x.dtype] * math.sqrt(0.5)
+        is_tail = (near > start) & closed_near
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            # All elements in both ways rather than wait for the answer which are in the tail; the rest is discarded.
+            tail, tail_at_near = _tail(near.clamp_min(start), far.clamp_min(start), decay)
+            log_twice, at_near = torch.where(is_tail, tail, log_twice), torch.where(is_tail, tail_at_near, at_near)
+        elif bool(is_tail.any()):  # a CPU has the answer at once, and it is mostly no
+            where = is_tail.nonzero(as_tuple=True) if is_tail.ndim else ...
+            log_twice[where], at_near[where] = _tail(near[where], far[where], decay[where])
+
+        at_far = at_near * decay
+        at_near = torch.where(closed_near, at_near, 0.0)
+        to_log_scale = (at_far * far).addcmul_(at_near, near, value=-1)
+        to_mean = at_far.sub_(at_near).mul_(sign).mul_(unit * -EDGE)
+        ctx.save_for_backward(to_mean, to_log_scale)
+        return log_twice - math.log(2)  # not in place: Dynamo 2.11 takes an output written in place for a constant
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        to_mean, to_log_scale = ctx.saved_tensors
+        for_mean = gradient * to_mean if ctx.needs_input_grad[1] else None
+        for_scale = (gradient * to_log_scale).sum() * EDGE if ctx.needs_input_grad[2] else None
+        return None, for_mean, for_scale
+
+
+def log_bin_probability(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log P(level of x) under a Gaussian cut into 256 bins on [-1, 1], end bins open; nats, elementwise.
+
+    x: levels l/127.5 - 1, any shape. mean: same shape. log_scale: log σ, a scalar tensor. Differentiable once in
+    mean and log_scale; value and gradient keep their precision at any distance from the mean.
+    """
+    return _LogBinProbability.apply(x, mean, log_scale)
+
+
+def log_normal(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log N(x; mean, σ²), nats, elementwise; log_scale = log σ broadcasts."""
+    return -0.5 * (((x - mean) * torch.exp(-log_scale)).square() + LOG_2PI) - log_scale
+
+
+class _ScaledLikelihood(Independent):
+    """p(x | mean) with one scale σ for all dimensions; η is the mean.
+
+    scale: `fixed` at initial_scale; `learned` by gradient; `optimal`, σ² = running mean squared error (σ-VAE,
+    Rybkin et al. 2021), where momentum is the weight of the past.
+    """
+
+    data_kinds: ClassVar[tuple[str, ...]] = ("images", "real-valued series")
+
+    @checked
+    def __init__(
+        self,
+        scale: Literal["fixed", "learned", "optimal"],
+        initial_scale: PositiveFloat,
+        momentum: Annotated[float, between(0, 1)],
+    ) -> None:
+        super().__init__()
+        self.observes, self.momentum = scale == "optimal", momentum
+        log_scale = torch.tensor(math.log(initial_scale))
+        if scale == "learned":
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+        self.register_buffer("num_observed", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, mean: Tensor, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+        """Move the optimal σ² towards the mean squared error of this batch; the first batch sets it."""
+        assert self.observes
+        error = average((x - self.within_range(mean)).square().mean())
+        past = torch.where(self.num_observed == 0, 0.0, self.momentum)
+        self.log_scale.copy_(0.5 * torch.log(past * torch.exp(2 * self.log_scale) + (1 - past) * error))
+        self.num_observed += 1
+
+    def within_range(self, mean: Tensor) -> Tensor:
+        """The mean as an estimate of x."""
+        return mean
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What of it is logged: σ."""
+        return {"sigma": self.log_scale.detach().exp()}
+
+
+class DiscretisedGaussian(_ScaledLikelihood):
+    """p(x | mean) of 8-bit images scaled to [-1, 1]: each of 256 levels owns a bin of width 2/255, end bins open."""
+
+    data_kinds = ("images",)
+    num_levels = 256
+
+    def within_range(self, mean: Tensor) -> Tensor:
+        # The open end bins reward means far outside [-1, 1] for black and white pixels: no error of that size exists.
+        return mean.clamp(-1, 1)
+
+    def density(self, x: Tensor, mean: Tensor) -> Tensor:
+        return log_bin_probability(x, mean, self.log_scale)
+
+
+class Gaussian(_ScaledLikelihood):
+    """p(x | mean) = N(mean, σ²I), a density over real-valued x."""
+
+    def density(self, x: Tensor, mean: Tensor) -> Tensor:
+        return log_normal(x, mean, self.log_scale)
+
+    def gaussian_variance(self) -> Tensor:
+        return torch.exp(2 * self.log_scale)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """p(z) = N(0, s²I) over (B, d); scale is s."""
+
+    scale: float = 1.0
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) in nats, (B,)."""
+        dim = z.shape[1]
+        return -0.5 * (z.square().sum(1) / self.scale**2 + dim * (LOG_2PI + 2 * math.log(self.scale)))
+
+    def score(self, z: Tensor) -> Tensor:
+        """∇z log p(z), (B, d)."""
+        return -z / self.scale**2
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """q(z|x; φ) = N(mean, diag(variance)); mean and variance are (B, d)."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def rsample(self, noise: Tensor) -> Tensor:
+        """mean + sqrt(variance) ⊙ noise, (B, d), differentiable; noise ~ N(0, I) of shape (B, d)."""
+        return self.mean + self.variance.sqrt() * noise
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z|x) in nats, (B,)."""
+        return log_normal(z, self.mean, 0.5 * self.variance.log()).sum(1)
+
+    def kl_per_dimension(self, prior: Prior) -> Tensor:
+        """KL(q ‖ p) of each coordinate in nats, (B, d)."""
+        ratio = self.variance / prior.scale**2
+        return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - ratio.log())
+
+    def kl(self, prior: Prior) -> Tensor:
+        """KL(q(z|x) ‖ p(z)) in nats, (B,)."""
+        return self.kl_per_dimension(prior).sum(1)
+
+    def detach(self) -> DiagonalGaussian:
+        """The same distribution, cut from the encoder's graph."""
+        return DiagonalGaussian(self.mean.detach(), self.variance.detach())

@@ -1,0 +1,150 @@
+"""What a shell, a notebook or a batch system hands over: streams, environment; and how a command ends in one line."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import io
+import os
+import select
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.masking import masked
+
+_NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # `| head` has ended, a terminal was closed
+
+
+class _Printed(io.FileIO):
+    """Standard output or error that ends no run: what nobody reads any more is dropped, another refusal is kept."""
+
+    refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of `data`, or the system's refusal is noted and the rest dropped."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left:
+                written = super().write(left)
+                if written is None:  # another process has made the pipe non-blocking
+                    select.select([], [self], [])
+                else:
+                    left = left[written:]
+        except OSError as error:
+            if error.errno not in _NOBODY_READS:
+                self.refused = self.refused or error
+        return size
+
+
+def settle() -> None:
+    """Make this process's streams, environment and home such that no library fails on them. Safe to repeat.
+
+    What an output encoding cannot say is printed as an escape; files are written in their own encodings whatever it is.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not even be installed here
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = _opened(number)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        if number and stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _lasting(stream))
+        elif number and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("COLUMNS", "").strip("0") == "":  # a terminal without a size: rich would print nothing at all
+        os.environ.pop("COLUMNS", None)
+    _name_user()
+
+
+def _opened(number: int) -> io.TextIOWrapper:
+    """The null device in the place of a closed stream: else the next file that is opened would get its number."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+    os.set_inheritable(number, True)
+    return open(number, "w" if number else "r", encoding="utf-8", closefd=False)
+
+
+def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    raw = _Printed(stream.fileno(), "wb", closefd=False)
+    unbuffered = stream.write_through  # python -u
+    return io.TextIOWrapper(
+        raw if unbuffered else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=unbuffered,
+    )
+
+
+def _name_user() -> None:
+    """A container may run under a number that no table of users has: torch and W&B ask for a name and a home."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user{os.getuid()}"
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.gettempdir()
+
+
+@contextmanager
+def picture_style(settings: dict[str, Any]) -> Iterator[None]:
+    """Matplotlib's own defaults with `settings` on top, whatever a user's matplotlibrc says of fonts or LaTeX."""
+    import matplotlib
+
+    defaults = {name: matplotlib.rcParamsDefault[name] for name in matplotlib.rcParamsDefault if "backend" not in name}
+    with matplotlib.rc_context(defaults | settings):
+        yield
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A UserError, or a refusal of the system, becomes one line on standard error and exit code 1.
+
+    LPC_TRACEBACK=1 shows the traceback too. The streams and the environment are settled before.
+    """
+    settle()
+    try:
+        yield
+        _require_printed()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except UserError as error:
+        _leave_with(error, str(error))
+    except OSError as error:  # a full disk, a folder without permission
+        _leave_with(error, said(error))
+
+
+def said(error: OSError) -> str:
+    """A refusal of the system in one line: the file, where there is one, and the system's words."""
+    if error.strerror is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def _require_printed() -> None:
+    """Raise OSError if standard output did not take everything though somebody wants it: a full disk."""
+    sys.stdout.flush()
+    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer) if hasattr(sys.stdout, "buffer") else None
+    if isinstance(raw, _Printed) and raw.refused is not None:
+        raise OSError(raw.refused.errno, raw.refused.strerror, "standard output")
+
+
+def _leave_with(error: Exception, text: str) -> NoReturn:
+    if os.environ.get("LPC_TRACEBACK"):
+        traceback.print_exception(error)
+    sys.stderr.write(f"lpc_runner: {masked(text)}\n")
+    sys.stderr.flush()
+    raise SystemExit(1) from None

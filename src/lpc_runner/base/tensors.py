@@ -1,0 +1,68 @@
+"""Arithmetic that repeats, weights that never change, hashes of both."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lpc_runner.base.randomness import generator
+
+
+@contextlib.contextmanager
+def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Inside, CUDA's matrix products, convolutions and recurrent networks are exact float32, or TF32."""
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = precision
+        yield
+    finally:
+        for part, setting in zip(parts, before):
+            part.fp32_precision = setting
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Full float32 and fixed algorithms on CUDA: TF32 keeps 10 bits and would move neighbours."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    try:
+        cudnn.deterministic, cudnn.benchmark = True, False
+        with products_in("ieee"):
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+def hash_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """Hex SHA-256 over names, shapes, dtypes and contents, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.reshape(-1).numpy())  # hashlib reads flat buffers only
+    return digest.hexdigest()
+
+
+def he_uniform(shape: tuple[int, ...], stream: str) -> Tensor:
+    """Weights (out, in, ...) from U(-b, b), b = √(6 / fan_in) (He et al. 2015), by name and always the same.
+
+    Uniform, not normal: its bits agree between machines, those of the logarithm inside a normal draw need
+    not.
+    """
+    bound = math.sqrt(6 / math.prod(shape[1:]))
+    return (torch.rand(shape, generator=generator(0, stream)) * 2 - 1) * bound
+
+
+def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 (B, C, H, W) to float32 in [-1, 1]."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"features are taken of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    return images.to(device).float() / 127.5 - 1

@@ -1,0 +1,131 @@
+"""How long the runs of a plan will still train: from their own logs, or from a few updates timed on made-up data."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lpc_runner.base.schema import declared
+from lpc_runner.data.dataset import Batch
+from lpc_runner.inference.interfaces import Sampler
+from lpc_runner.runner.parts import build_learner
+from lpc_runner.runner.run import Planned, set_up_torch
+from lpc_runner.store.log import MetricLog
+
+_TIMED_STEPS = (2, 6)  # lengths of the chains that are timed; longer ones cost in proportion
+_TIMED_PERIODS, _MAX_PERIOD = (1, 2), 20  # a thinned chain is timed over whole periods of theta_every steps
+_SLOWING = ("model", "objective", "sampler", "preconditioning", "optimizer")
+
+
+class Pace:
+    """Seconds of training left, run by run; runs that cost the same per update are timed once.
+
+    load: processes that wanted a core during the minute before, which slow down what is timed on a CPU.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[float, float]] = {}
+        self._timed_on_cpu = False
+        self.load = os.getloadavg()[0]
+
+    def caution(self) -> str | None:
+        """A line where other work shared the cores with what was timed; None where nothing was, or they were free."""
+        cores = os.cpu_count() or 1
+        if not self._timed_on_cpu or self.load < cores / 2:
+            return None
+        return (
+            f"timed beside other work (load average {self.load:.1f} on {cores} cores): where the cores are free, "
+            "training takes less than this"
+        )
+
+    def seconds_left(self, run: Planned) -> float:
+        """0 for a run that is done; measuring and start-up come on top."""
+        trainer, state = run.experiment.trainer, run.directory.state()
+        total = trainer.total_updates(run.experiment.dataset.num_train // trainer.batch_size)
+        if state == "done":
+            return 0.0
+        update, milliseconds = _last_logged(run) if state == "resume" else (0, None)
+        if milliseconds is None:
+            fixed, per_step = self._timed(run)
+            sampler, per_epoch = run.experiment.sampler, run.experiment.dataset.num_train // trainer.batch_size
+            longer = declared(sampler, Sampler, "first_steps")
+            more = 0 if longer is None else (longer - sampler.num_steps) * min(1.0, per_epoch / total)  # a mean
+            milliseconds = 1e3 * (fixed + per_step * (sampler.num_steps + more))
+        return max(0, total - update) * milliseconds / 1e3
+
+    def _timed(self, run: Planned) -> tuple[float, float]:
+        """Seconds of an update without its chain, and of one step of the chain."""
+        key = _what_costs(run)
+        if key not in self._known:
+            set_up_torch(run.experiment)
+            self._known[key] = _time_updates(run)
+            self._timed_on_cpu |= run.experiment.device.type == "cpu"
+        return self._known[key]
+
+
+def _what_costs(run: Planned) -> str:
+    values: dict[str, Any] = OmegaConf.to_container(run.cell.cfg, resolve=True)  # type: ignore[assignment]
+    kept = {group: copy.deepcopy(values[group]) for group in _SLOWING}
+    kept["sampler"].pop("num_steps", None)
+    for group in ("preconditioning", "optimizer"):  # their numbers cost nothing, their kind does
+        kept[group] = kept[group]["_target_"]
+    experiment = run.experiment
+    engine = [type(experiment.engine).__name__, experiment.engine.precision]
+    facts = [list(experiment.dataset.shape), experiment.trainer.batch_size, str(experiment.device), engine]
+    return json.dumps([kept, *facts], sort_keys=True, default=str)
+
+
+def _last_logged(run: Planned) -> tuple[int, float | None]:
+    """Update and milliseconds per update of the last line that says so, (0, None) where none does."""
+    path = run.directory.path / "metrics.jsonl"
+    rows = MetricLog.read(path) if path.exists() else []
+    found = [row for row in rows if "time/ms_per_update" in row]
+    return (int(found[-1]["update"]), found[-1]["time/ms_per_update"]) if found else (0, None)
+
+
+def _time_updates(run: Planned) -> tuple[float, float]:
+    experiment = run.experiment
+    shape = (experiment.trainer.batch_size, *experiment.dataset.shape)
+    x = torch.ones(shape, device=experiment.device)  # a pixel's white, a spike: within every likelihood's range
+    batch = Batch(x, torch.arange(len(x), device=experiment.device) % max(1, experiment.dataset.num_train))
+    period = min(experiment.sampler.theta_every, _MAX_PERIOD)
+    lengths = _TIMED_STEPS if period == 1 else tuple(period * count for count in _TIMED_PERIODS)
+    if experiment.sampler.num_steps == 0:
+        lengths = (0,)
+    seconds = {}
+    for length in lengths:
+        shortened = copy.copy(experiment)
+        shortened.sampler = copy.copy(experiment.sampler)
+        if length > 0:
+            shortened.sampler.num_steps = length
+        learner = build_learner(shortened, num_train=experiment.dataset.num_train)
+        seconds[length] = min(_once(learner, batch, experiment, update) for update in range(3))
+    if lengths == (0,):
+        return seconds[0], 0.0
+    short, long = lengths
+    per_step = max(0.0, (seconds[long] - seconds[short]) / (long - short))
+    return max(0.0, seconds[short] - short * per_step), per_step
+
+
+def _once(learner: Any, batch: Batch, experiment: Any, update: int) -> float:
+    started = time.perf_counter()
+    gradients = learner.gradients(batch, experiment.seed, update, False)
+    bool(gradients.finite)  # waits for the device
+    learner.apply(batch, gradients)
+    return time.perf_counter() - started
+
+
+def show_duration(seconds: float) -> str:
+    """1 d 02 h, 3 h 05 min, 4 min, 12 s."""
+    days, hours, minutes = int(seconds // 86400), int(seconds // 3600), int(seconds // 60)
+    if days:
+        return f"{days} d {hours % 24:02d} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -1,0 +1,320 @@
+"""One run from its configuration to result.json; whatever it does can be done again after an interruption."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import require_folder, require_writable, write_atomically
+from lpc_runner.base.masking import masked
+from lpc_runner.base.memory import keep_freed_memory
+from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import accepted, declared
+from lpc_runner.base.tensors import exact_arithmetic
+from lpc_runner.config.build import Experiment, build
+from lpc_runner.config.compose import Cell
+from lpc_runner.config.identity import flat_keys, run_hash, run_name
+from lpc_runner.data.batches import Batches
+from lpc_runner.evaluation.evaluator import Evaluator
+from lpc_runner.inference.coupling import require_shareable
+from lpc_runner.runner.commands import command_words
+from lpc_runner.runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
+from lpc_runner.store.checkpoints import load_checkpoint
+from lpc_runner.store.environment import describe_environment, warn_of_another_device, warn_of_other_code
+from lpc_runner.store.log import MetricLog
+from lpc_runner.store.rows import final_numbers, rows_of
+from lpc_runner.store.runs import RunDirectory, checkpoint_files
+from lpc_runner.tracking.progress import Progress
+from lpc_runner.tracking.tracker import Sink, Tracker
+from lpc_runner.training.interrupts import Interrupted
+from lpc_runner.training.learner import Learner
+from lpc_runner.training.trainer import Counters, Outcome
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Planned:
+    """A checked cell with its place on disk."""
+
+    cell: Cell
+    experiment: Experiment
+    directory: RunDirectory
+    digest: str
+    ranks: Ranks
+
+    def require(self) -> None:
+        """Data, weights and a tracker's server are there, or are fetched, before anything starts.
+
+        Raises UserError (one line).
+        """
+        dataset = self.experiment.dataset
+        output_dir = Path(self.cell.cfg.output_dir)
+        for folder in (output_dir / "runs", output_dir / self.cell.cfg.study, self.directory.path):
+            require_writable(folder, "output_dir")  # any of them may be another user's
+        require_folder(Path(self.cell.cfg.data_dir), "data_dir")
+        if self.ranks.is_main:  # the one that logs
+            tracker = self.experiment.tracker
+            declared(tracker.func, Sink, "require")(**tracker.keywords)
+        dataset.prepare()
+        self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
+
+    def to_fetch(self) -> list[str]:
+        """What `require` would download, and where to."""
+        dataset, metrics = self.experiment.dataset, self.experiment.metrics
+        wanted = dataset.to_fetch(), metrics.to_fetch(dataset, feature_cache(self.cell.cfg))
+        return [what for what in wanted if what is not None]
+
+
+def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
+    """Build and check everything a cell needs, without loading data. Raises UserError (one line)."""
+    experiment = build(cell.cfg, cell.choices)
+    batch_size, num_train = experiment.trainer.batch_size, experiment.dataset.num_train
+    if num_train < batch_size:
+        raise UserError(f"trainer.batch_size={batch_size} is more than the {num_train} training examples")
+    ranks.rows(batch_size)
+    if ranks.size > 1:
+        require_shareable(experiment.sampler, experiment.model.latent_dim)
+    experiment.device = ranks.device(experiment.device)
+    digest = run_hash(cell, experiment.dataset.identity())
+    directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), int(cell.cfg.rerun))
+    if experiment.trainer.init_from is not None and directory.state() != "done":
+        source = RunDirectory.open(experiment.trainer.init_from)
+        if source.state() != "done":  # its weights may still change
+            raise UserError(f"trainer.init_from={source.path} is not finished: its own command ends it")
+    return Planned(cell, experiment, directory, digest, ranks)
+
+
+def set_up_torch(experiment: Experiment) -> None:
+    """Threads, determinism and memory, for the whole process."""
+    keep_freed_memory()
+    if experiment.num_threads is not None:
+        torch.set_num_threads(experiment.num_threads)
+    if experiment.deterministic and experiment.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses every matrix product
+    torch.use_deterministic_algorithms(experiment.deterministic)
+
+
+def execute(planned: Planned) -> dict[str, Any]:
+    """Run, resume, or return the result of a run that is done; the content of result.json.
+
+    A failure other than a signal is recorded as `status: failed` and raised again. Of several ranks, the others work
+    for rank 0 and return {}.
+    """
+    experiment, directory = planned.experiment, planned.directory
+    if not planned.ranks.is_main:
+        if not planned.ranks.agree(False):
+            set_up_torch(experiment)
+            work_for_main(planned)
+            planned.ranks.agree(False)  # rank 0 has measured
+        return {}
+    with directory.locked():
+        planned.ranks.agree(directory.state() == "done")
+        directory.require_hash(planned.digest)
+        if directory.state() == "done":
+            _describe(planned)
+            again = int(planned.cell.cfg.rerun) + 1
+            logger.info("already done: %s (rerun=%d makes it once more, beside it)", directory.path, again)
+            _report_again(planned)
+            return directory.result()
+        set_up_torch(experiment)
+        try:
+            _describe(planned)
+            result = _train_and_measure(planned)
+            directory.write("result.json", result)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
+            reason = masked(reason)
+            with suppress(OSError):  # on a full disk there may be no room for the news of it either
+                directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _out_of_memory(planned, reason) from error
+            raise
+        planned.ranks.agree(True)
+        return result
+
+
+def _out_of_memory(planned: Planned, reason: str) -> UserError:
+    cfg = planned.cell.cfg
+    return UserError(
+        f"{planned.directory.name}: {planned.experiment.device} is out of memory: a smaller trainer.batch_size "
+        f"({cfg.trainer.batch_size}) or runs_per_gpu ({cfg.runs_per_gpu}) takes less ({reason})"
+    )
+
+
+def _train_and_measure(planned: Planned) -> dict[str, Any]:
+    experiment, directory = planned.experiment, planned.directory
+    started = time.perf_counter()
+    account = experiment.dataset.account()
+    for line in account:
+        logger.info("%s", line)
+    data = experiment.dataset.load()
+    batches = batches_of(planned, data)
+    learner = build_learner(experiment, planned.ranks, experiment.dataset.num_train)
+    if experiment.trainer.init_from is not None:
+        source = RunDirectory.open(experiment.trainer.init_from)
+        weights = load_checkpoint(source.checkpoints)
+        if weights is None:
+            raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
+        learner.start_from(weights, str(source.path))
+    evaluator = evaluator_of(planned, data)
+    tracker = _open_tracker(planned)
+    status = "failed"
+    try:
+        evaluator.draw_data(directory.samples)
+
+        def draw(update: int, final: bool = False) -> None:
+            pictures = evaluator.draw(learner, directory.samples, None if final else update)
+            for name, path in pictures.items():
+                tracker.images(update, name, path)
+
+        def measure(counters: Counters) -> dict[str, float]:
+            with exact_arithmetic():
+                numbers = evaluator.during(learner)
+                draw(counters.update)
+            spent = {
+                "time/train_seconds": counters.train_seconds,
+                "train/gradient_evaluations": float(counters.gradient_evaluations),
+            }
+            return {f"eval/{name}": value for name, value in numbers.items()} | spent
+
+        with Progress() as progress:
+            outcome = experiment.trainer.fit(
+                learner,
+                batches,
+                seed=experiment.seed,
+                folder=directory.path,
+                tracker=tracker,
+                progress=progress,
+                traces=experiment.traces,
+                measure=measure,
+                measure_every=experiment.metrics.every_epochs,
+            )
+        logger.info("measuring %s", directory.name)
+        with exact_arithmetic():
+            _follow(planned, learner, batches)
+            result = _final(evaluator, learner, outcome, str(experiment.device))
+            result["data"] = account
+            result["total_seconds"] = time.perf_counter() - started
+            draw(outcome.counters.update, final=True)
+        tracker.summary(final_numbers(result))
+        status = result["status"]
+        return result
+    except (Interrupted, SystemExit):
+        status = "interrupted"
+        raise
+    finally:
+        tracker.close(status)
+
+
+def _final(evaluator: Evaluator, learner: Learner, outcome: Outcome, device: str) -> dict[str, Any]:
+    metrics, facts = evaluator.final(learner)
+    counters = outcome.counters
+    diverged = {"update": counters.update + 1, "epoch": outcome.epoch} if outcome.status == "diverged" else None
+    return {
+        "status": outcome.status,
+        "metrics": metrics,
+        "measurement": facts,
+        "num_updates": counters.update,
+        "num_epochs": outcome.epoch,
+        "train_seconds": counters.train_seconds,
+        "gradient_evaluations": counters.gradient_evaluations,
+        "diverged_at": diverged,
+        "state_measured": "last finite state" if diverged else "final state",
+        "error": None,
+        "device": device,
+    }
+
+
+def _describe(planned: Planned) -> None:
+    """config.yaml and run.json of a new run, its study's link, and a line about this start."""
+    directory, cell = planned.directory, planned.cell
+    studies = directory.studies()
+    cfg = OmegaConf.to_container(cell.cfg, resolve=True)
+    config = directory.path / "config.yaml"
+    if directory.state() != "done" or not config.exists():
+        write_atomically(config, OmegaConf.to_yaml(cfg))
+    if cell.cfg.study not in studies:
+        description = {
+            "name": directory.name,
+            "hash": planned.digest,
+            "choices": cell.choices,
+            "keys": flat_keys(cell),
+            "studies": [*studies, cell.cfg.study],
+            **planned.experiment.facts,
+            "data": planned.experiment.dataset.identity(),
+        }
+        directory.write("run.json", description)
+    directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
+    if directory.state() != "done":
+        warn_of_other_code(directory.last_session())
+        if checkpoint_files(directory.checkpoints):
+            warn_of_another_device(directory.last_session(), planned.experiment.device)
+        failed = directory.result()
+        session = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command_words(),
+            **describe_environment(planned.experiment.device),
+            "num_ranks": planned.ranks.size,
+            "failed_before": failed and failed.get("error"),
+        }
+        directory.append_session(session)
+        directory.discard_failure()
+
+
+def _open_tracker(planned: Planned) -> Tracker:
+    restored = load_checkpoint(planned.directory.checkpoints)
+    sink = _open_sink(planned, restored["counters"]["update"] if restored else 0)
+    return Tracker(MetricLog(planned.directory.path / "metrics.jsonl"), [sink])
+
+
+def _open_sink(planned: Planned, resume_step: int) -> Sink:
+    directory, cell = planned.directory, planned.cell
+    studies = directory.studies()
+    nested = OmegaConf.to_container(cell.cfg, resolve=True)
+    facts = {
+        "run_id": directory.name[-64:],
+        "name": directory.name,
+        "group": studies[0],
+        "config": {**flat_keys(cell), "config": nested},
+        "folder": directory.path,
+        "resume_step": resume_step,
+        "more_tags": tuple(studies[1:]),
+    }
+    tracker = planned.experiment.tracker
+    return tracker(**accepted(tracker.func, facts))
+
+
+def _report_again(planned: Planned) -> None:
+    """A done run's rows, pictures and numbers for a tracker that wants them again, as W&B's under an agent does."""
+    if not declared(planned.experiment.tracker.func, Sink, "wants_done_runs")():
+        return
+    result, rows = planned.directory.result(), rows_of(planned.directory)
+    tracker = Tracker(None, [_open_sink(planned, 0)])
+    for update, row in rows.items():
+        if row.epoch is not None:
+            tracker.log(update, row.epoch, row.values)
+        for name, path in row.pictures.items():
+            tracker.images(update, name, path)
+    tracker.summary(final_numbers(result))
+    tracker.close(result["status"])
+
+
+def _follow(planned: Planned, learner: Learner, batches: Batches) -> None:
+    """Trajectories of the trained model's chains for the first training examples."""
+    experiment = planned.experiment
+    shown = batches.fixed(min(experiment.traces.num_chains, len(batches.values)))
+    images = batches.values[: len(shown.x)] if experiment.dataset.kind == "images" else None
+    path = planned.directory.path / "trajectories.npz"
+    model, encoder, sampler = learner.model, learner.encoder, learner.sampler
+    experiment.traces.follow(path, model, encoder, sampler, shown, experiment.seed, images)

@@ -1,0 +1,110 @@
+"""metrics.jsonl, the canonical log of a run: one flat JSON object per line.
+
+    {"update": 120, "epoch": 1.5, "train/elbo": -612.4, "chain/drift_norm": "inf"}
+
+JSON has no infinities: what is not finite is written as "nan", "inf", "-inf", and `read` turns it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import flush_to_disk
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_BLOCK = 65536
+
+
+class MetricLog:
+    """Appends to `path`, first cutting off a last line that a crash tore; OSError if it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        # Unbuffered: a line is with the operating system when `append` returns: a killed process loses none.
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (open as long as the run lasts)
+        self._cut(_end_of_last_line(self._file))
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far, always the end of a line: what a checkpoint stores."""
+        return self._offset
+
+    def append(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Write one line; OSError naming the file when the disk is full, the lines before intact."""
+        row = {"update": int(update), "epoch": _encode(epoch)}
+        row |= {key: _encode(number) for key, number in values.items()}
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            if written != len(line):  # a full disk takes part of a line without an error; the rest tells which
+                self._file.write(line[written:])
+        except OSError as error:
+            self._cut(self._offset)
+            raise OSError(error.errno, f"cannot write metrics, {error.strerror}", str(self.path)) from error
+        self._offset += len(line)
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut; call it before a checkpoint stores `offset`."""
+        flush_to_disk(self._file.fileno())
+
+    def rewind(self, offset: int) -> None:
+        """Drop what was written after a checkpoint's `offset` (bytes); UserError when the log is another."""
+        if offset > self._offset:
+            raise UserError(
+                f"{self.path} holds {self._offset} bytes but the checkpoint was saved at {offset}: "
+                "the log was cut or replaced; restore it, or move the run's folder away to start again"
+            )
+        if offset and os.pread(self._file.fileno(), 1, offset - 1) != b"\n":
+            raise UserError(
+                f"{self.path} has no line ending at the checkpoint's byte {offset}: "
+                "the log was edited; restore it, or move the run's folder away to start again"
+            )
+        self._cut(offset)
+
+    def close(self) -> None:
+        """Close the file; further appends raise ValueError."""
+        self._file.close()
+
+    def _cut(self, offset: int) -> None:
+        self._file.truncate(offset)
+        self._offset = offset
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """Every row of the log at `path`, without a torn last line; any other bad line raises UserError."""
+        *lines, _torn = Path(path).read_bytes().split(b"\n")
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                rows.append({key: _decode(value) for key, value in row.items()})
+            except (ValueError, AttributeError):
+                raise UserError(f"{path}, line {number}, is no row of metrics: {line[:60]!r}") from None
+        return rows
+
+
+def _encode(number: float) -> float | str:
+    number = float(number)
+    return number if math.isfinite(number) else str(number)
+
+
+def _decode(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _end_of_last_line(file: Any) -> int:
+    """Bytes up to and including the last newline, read from the end: logs grow to hundreds of megabytes."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        found = os.pread(file.fileno(), end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0

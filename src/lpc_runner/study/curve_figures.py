@@ -1,0 +1,196 @@
+"""Metrics and the training log as they went during training, and against what was spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lpc_runner.study.budgets import Curve, followed, mean_curve
+from lpc_runner.study.grouping import Group
+from lpc_runner.study.study import Point, Setting
+from lpc_runner.study.style import (
+    COLOURS,
+    LOGARITHMIC,
+    MARKERS,
+    SHOWN,
+    Picture,
+    axis_name,
+    file_name,
+    label_decades,
+    legend_below,
+    log_where_wide,
+    new_figure,
+    pages,
+    wrapped,
+)
+from lpc_runner.study.tables import base_name, metric_order
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUM_AVERAGED = 60  # points of a training curve, each a mean over neighbouring rows
+UPDATES, EPOCH, SECONDS, EVALUATIONS = "updates", "epoch", "seconds", "gradient_evaluations"
+AXES = {
+    UPDATES: "updates",
+    EPOCH: "epochs of training",
+    SECONDS: "training time (s)",
+    EVALUATIONS: "gradient evaluations\n(∇ log p(x, z) of one example)",
+}
+Line = tuple[Group, Curve]
+
+
+def metric_names(groups: Sequence[Group], setting: Setting) -> list[str]:
+    """What these groups measured in this setting, during training or after it, the Fréchet distance first."""
+    curves = [run.curve(setting) for group in groups for run in followed(group)]
+    return sorted({name for curve in curves for point in curve for name in point.values}, key=metric_order)
+
+
+def lines_of(groups: Sequence[Group], metric: str, setting: Setting | None) -> list[Line]:
+    """The curve of every group that has one, none where no group measured twice; setting None: the training log."""
+    lines = []
+    for group in groups:
+        runs = followed(group)
+        points = [_averaged(run.training) if setting is None else run.curve(setting) for run in runs]
+        curve = mean_curve(points, metric)
+        if curve.updates:
+            lines.append((group, curve))
+    return lines if any(len(curve.updates) > 1 for _, curve in lines) else []
+
+
+def _averaged(points: list[Point]) -> list[Point]:
+    """A training curve with its noise averaged over neighbouring rows, at the last row of each stretch."""
+    size = -(-len(points) // NUM_AVERAGED) or 1
+    averaged = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        mean = sum(point.values["train/elbo"] for point in stretch) / len(stretch)
+        end = stretch[-1]
+        spent = end.seconds, end.gradient_evaluations
+        averaged.append(Point(end.update, *spent, None, {"train/elbo": mean}, end.epoch))
+    return averaged
+
+
+def curve_pictures(dataset: str, groups: Sequence[Group], metric: str, setting: Setting | None) -> Iterator[Picture]:
+    """Fig. 5B: the metric against epochs (updates where none are recorded) and seconds, on equal axes.
+
+    At most MAX_LINES groups a picture; setting None: not a measurement but the training log.
+    """
+    lines = lines_of(groups, metric, setting)
+    for suffix, page in pages(lines):
+        figure = _curve_figure(dataset, page, lines, metric, setting)
+        what = "ELBO of the training batches" if setting is None else f"{metric} (Fig. 5B)"
+        caption = f"{dataset}: {what} during training{_averaging(page)}"
+        yield Picture(file_name(dataset, f"{metric}{suffix}"), caption, figure)
+
+
+def _averaging(lines: Sequence[Line]) -> str:
+    return ", mean ± std over seeds" if any(curve.num_runs > 1 for _, curve in lines) else ""
+
+
+def _curve_figure(
+    dataset: str, page: Sequence[Line], everything: Sequence[Line], metric: str, setting: Setting | None
+) -> Figure:
+    spent = [UPDATES if _holes(everything, EPOCH) else EPOCH]
+    spent += [SECONDS] if any(value is not None for _, curve in everything for value in curve.spent[SECONDS]) else []
+    figure = new_figure(11, 4.4 + 0.3 * -(-len(page) // 2))
+    axes = figure.subplots(1, len(spent), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, spent):
+        _draw_lines(axis, page, name, [group.label for group, _ in page])
+        _scale_spent(axis, everything, name, wide=name == SECONDS)
+    axes[0].set_ylabel(axis_name(metric, setting))
+    _scale_values(axes[0], [curve for _, curve in everything], None if setting is None else metric)
+    legend_below(figure, axes[0])
+    counted = "" if setting is None else f", N = {setting.num_samples:,} samples"
+    figure.suptitle(f"{dataset}{counted}{_averaging(page)}", fontsize=14)
+    return figure
+
+
+def compute_pictures(dataset: str, groups: Sequence[Group], setting: Setting) -> Iterator[Picture]:
+    """The compute-matched view: metrics against gradient evaluations and seconds, both logarithmic."""
+    found = {name: lines_of(groups, name, setting) for name in metric_names(groups, setting)}
+    found = {name: lines for name, lines in found.items() if lines and base_name(name) in SHOWN}
+    labels = list(dict.fromkeys(group.label for lines in found.values() for group, _ in lines))
+    columns = [name for name in (EVALUATIONS, SECONDS) if not all(_holes([x], name) for x in _all(found))]
+    if len(labels) < 2 or not columns:
+        return
+    for suffix, page in pages(labels):
+        figure = new_figure(11, 1.6 + 3.4 * len(found) + 0.3 * -(-len(page) // 2))
+        axes = figure.subplots(len(found), len(columns), sharex="col", sharey="row", squeeze=False)
+        for row, (metric, lines) in zip(axes, found.items()):
+            shown = [line for line in lines if line[0].label in page]
+            for axis, name in zip(row, columns):
+                _draw_lines(axis, shown, name, page)
+                _scale_spent(axis, _all(found), name, wide=True)
+                axis.label_outer()
+            row[0].set_ylabel(axis_name(metric, setting))
+            _scale_values(row[0], [curve for _, curve in lines], metric)
+        legend_below(figure, axes[0][0])
+        figure.suptitle(f"{dataset}, N = {setting.num_samples:,} samples{_averaging(_all(found))}", fontsize=14)
+        name = file_name(dataset, f"compute-{setting.extractor}{suffix}")
+        yield Picture(name, f"{dataset}: metrics against what was spent, {setting.extractor} features", figure)
+
+
+def _all(found: dict[str, list[Line]]) -> list[Line]:
+    return [line for lines in found.values() for line in lines]
+
+
+def _holes(lines: Sequence[Line], name: str) -> bool:
+    """Whether any of these lines lacks this axis somewhere."""
+    return any(value is None for _, curve in lines for value in curve.spent[name])
+
+
+def _spent(curve: Curve, name: str) -> Sequence[float | None]:
+    return curve.updates if name == UPDATES else curve.spent[name]
+
+
+def _draw_lines(axis: Any, lines: Sequence[Line], name: str, order: Sequence[str]) -> None:
+    """One line per group, in the colour of its label's place in `order`."""
+    for group, curve in lines:
+        index = order.index(group.label)
+        x = _spent(curve, name)
+        known = [i for i, value in enumerate(x) if value is not None]
+        x, mean, std = ([column[i] for i in known] for column in (x, curve.mean, curve.std))
+        line = ":" if not group.counted else "-"
+        style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": line}
+        axis.plot(x, mean, markevery=max(1, len(x) // 12), label=legend(group, curve.num_runs), **style)
+        if curve.num_runs > 1:
+            low, high = ([m + sign * s for m, s in zip(mean, std)] for sign in (-1, 1))
+            axis.fill_between(x, low, high, color=COLOURS[index], alpha=0.2, linewidth=0)
+
+
+def _scale_spent(axis: Any, lines: Sequence[Line], name: str, wide: bool) -> None:
+    """Labelled; logarithmic where that is wanted and values span more than a decade."""
+    axis.set_xlabel(AXES[name])
+    values = [value for _, curve in lines for value in _spent(curve, name) if value]
+    if wide and values and max(values) > 10 * min(values):
+        axis.set_xscale("log")
+        label_decades(axis.xaxis, min(values), max(values))
+        axis.set_xlabel(AXES[name].replace("(s)", "(s, logarithmic)"))
+
+
+def _scale_values(axis: Any, curves: Sequence[Curve], metric: str | None) -> None:
+    low, high = _limits(curves, cut=metric is None)
+    if metric is not None and base_name(metric) in LOGARITHMIC:
+        log_where_wide(axis, low, high)
+    else:
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axis.set_ylim(low - margin, high + margin)
+
+
+def _limits(curves: Sequence[Curve], cut: bool) -> tuple[float, float]:
+    """Lowest and highest end of a band; `cut`: without the first tenth, in which an ELBO rises steeply."""
+    low, high = [], []
+    for curve in curves:
+        first = 0.1 * curve.updates[-1] if cut else 0
+        kept = [i for i, update in enumerate(curve.updates) if update >= first]
+        low += [curve.mean[i] - curve.std[i] for i in kept]
+        high += [curve.mean[i] + curve.std[i] for i in kept]
+    return min(low), max(high)
+
+
+def legend(group: Group, num_runs: int) -> str:
+    """A group's label, how many seeds are behind its line, and what became of them."""
+    seeds = f"{num_runs} seeds" if num_runs > 1 else "1 seed"
+    statuses = sorted({run.status for run in followed(group)} - {"finished"})
+    statuses += [group.outcome] if group.outcome and not group.diverged else []
+    return wrapped(f"{group.label} ({', '.join([seeds, *statuses])})", 48)

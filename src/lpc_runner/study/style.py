@@ -1,0 +1,143 @@
+"""What all pictures share: colours, names of axes, how a figure becomes a file."""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lpc_runner.study.grouping import Group
+from lpc_runner.study.study import Setting
+from lpc_runner.study.tables import base_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind eyes and in grey; yellow is too pale for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8c8c8c")
+MARKERS = "osD^vP*X"
+MAX_LINES = len(COLOURS)  # more lines in one picture cannot be told apart: the next ones get their own
+DPI = 200
+MANY = 120  # dots per inch where a picture is a square of many small ones
+STYLE = {
+    "font.size": 13,
+    "axes.labelsize": 14,
+    "axes.titlesize": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 7,
+    "hatch.color": "white",
+}
+NAMES = {
+    "fid": "FID (lower is better)",
+    "fd": "Fréchet distance (lower is better)",
+    "kid": "KID (lower is better)",
+    "density": "density (1 for a perfect model)",
+    "coverage": "coverage (higher is better)",
+    "precision": "precision (higher is better)",
+    "recall": "recall (higher is better)",
+    "train/elbo": "ELBO of training batches\n(nats per example)",
+}
+FRECHET = ("fid", "fd")
+SHOWN = (*FRECHET, "density", "coverage")  # of which the paper speaks
+HARD = "\N{NO-BREAK SPACE}"
+LOGARITHMIC = (*FRECHET, "kid")  # where they span more than a decade
+OBJECTIVES = {"forward": "forward KL", "reverse": "reverse KL", "jeffreys": "Jeffreys", "prior": "no warm start"}
+
+
+class Picture(NamedTuple):
+    """A figure, the name of its file, and a sentence that says what is to be seen."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+def file_name(dataset: str, what: str) -> str:
+    """<dataset>-<what>.png, safe as a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{dataset}-{what}.png")
+
+
+def png(figure: Figure) -> bytes:
+    """The picture, byte for byte the same whenever the data are."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def new_figure(width: float, height: float, dpi: int = DPI) -> Figure:
+    """An empty figure of this size in inches that keeps its labels apart."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def pages(items: Sequence[Any], size: int = MAX_LINES) -> list[tuple[str, Sequence[Any]]]:
+    """Items in equal shares of at most `size`, each with the ending of its file's name."""
+    number = -(-len(items) // size)
+    share = -(-len(items) // max(number, 1))
+    starts = range(0, len(items), share or 1)
+    return [(f"-{page}" if number > 1 else "", items[s : s + share]) for page, s in enumerate(starts, start=1)]
+
+
+def axis_name(metric: str, setting: Setting | None) -> str:
+    """A metric's name and direction, and the features behind it, for the side of a panel."""
+    name = NAMES[metric if setting is None else base_name(metric)]
+    return name if setting is None else f"{name.replace(' (', chr(10) + '(')}\n{setting.extractor} features"
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text in lines of at most `width`, its own line breaks kept; broken after commas where that is possible."""
+    lines = []
+    for part in text.splitlines():
+        pieces = [piece if len(piece) >= width else piece.replace(" ", HARD) for piece in part.split(", ")]
+        lines += textwrap.wrap(", ".join(pieces), width)
+    return "\n".join(lines).replace(HARD, " ")
+
+
+def legend_below(figure: Figure, axis: Any, columns: int = 2, extra: Sequence[Any] = ()) -> None:
+    """One legend for the whole figure, under it; extra: artists with a label, at its end."""
+    handles, labels = axis.get_legend_handles_labels()
+    labels += [artist.get_label() for artist in extra]
+    figure.legend([*handles, *extra], labels, loc="outside lower center", ncols=min(columns, len(labels)))
+
+
+def label_decades(axis: Any, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ... or, over many decades, 1, 10, 100, ..."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axis.set_minor_locator(LogLocator(subs=range(1, 10), numticks=99))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def plain(value: float) -> str:
+    """0.001, 25, 3000, 5e4 without a plus sign or padding."""
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.5g}" if abs(value) < 1e4 else f"{value:.3g}")
+
+
+def short_labels(groups: Sequence[Group], name: Callable[[Group], str]) -> list[str]:
+    """`name` of each group and those words of its label that not all of these groups share."""
+    words = [group.label.split(", ")[1:] for group in groups]
+    shared = set.intersection(*map(set, words)) if words else set()
+    return [", ".join([name(group), *(w for w in own if w not in shared)]) for group, own in zip(groups, words)]
+
+
+def log_where_wide(axis: Any, low: float, high: float) -> bool:
+    """Logarithmic y where values span more than a decade, else a margin around them; whether it was."""
+    if low > 0 and high > 10 * low:
+        axis.set_yscale("log")
+        axis.set_ylim(low / 1.2, high * 1.2)
+        label_decades(axis.yaxis, low, high)
+        return True
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    axis.set_ylim(low - margin, high + margin)
+    return False
