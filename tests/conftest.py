@@ -137,7 +137,7 @@ def command(workplace, monkeypatch, capfd):
 
 def plan_of(*overrides: str):
     """The plan of a single run."""
-    from lpc_runner.runner.run import plan
+    from lpc_runner.runner.plan import plan
 
     return plan(cell_of(*overrides))
 

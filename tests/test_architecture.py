@@ -69,6 +69,15 @@ def test_imports_point_downwards_only(path):
         assert parts_imported(path) <= {room, *(other for other, floor in FLOOR_OF.items() if floor < FLOOR_OF[room])}
 
 
+def test_no_files_import_each_other_in_a_circle():
+    """An import for annotations alone, or inside a function, ties two files as any other does."""
+    module_of = {".".join(("lpc_runner", *Path(name).with_suffix("").parts)): path for path, name in zip(FILES, NAMES)}
+    left = {module: (imports_of(path) & module_of.keys()) - {module} for module, path in module_of.items()}
+    while leaves := {module for module, names in left.items() if not names}:
+        left = {module: names - leaves for module, names in left.items() if module not in leaves}
+    assert not left
+
+
 def test_commands_alone_change_how_threads_wait():
     """A caller of `lpc_runner.load` keeps the environment that he has."""
     calls = set()

@@ -46,7 +46,8 @@ from lpc_runner.inference.preconditioning import Fisher, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
-from lpc_runner.runner.run import execute, plan
+from lpc_runner.runner.plan import plan
+from lpc_runner.runner.run import execute
 from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker

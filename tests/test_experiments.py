@@ -34,7 +34,7 @@ SHORT = (
 
 def runs_of(*words: str) -> set[str]:
     """Names of the runs that a command stands for."""
-    from lpc_runner.runner.run import plan
+    from lpc_runner.runner.plan import plan
 
     return {plan(cell).directory.name for cell in cells_of(*words)}
 
@@ -80,7 +80,7 @@ def test_the_vae_of_the_tuning_has_no_step_size(workplace):
     """The product with the step sizes would repeat it: its runs are one for each learning rate."""
     words = ("experiment=tune", "dataset=cifar10", "seed=0", "step_size.value=0.01,0.1")
     vaes = [cell for cell in cells_of(*words) if cell.choices["sampler"] == "none"]
-    from lpc_runner.runner.run import plan
+    from lpc_runner.runner.plan import plan
 
     assert len({plan(cell).directory.name for cell in vaes}) == 4
     assert len({cell.cfg.optimizer.learning_rate for cell in vaes}) == 4
@@ -142,7 +142,7 @@ def test_a_sweep_goes_on_where_it_was_and_names_what_failed(command, monkeypatch
     """One cell of Figure 4 that cannot be measured: the others are done, the report names it, a second call ends it."""
     words = ("experiment=fig4_small", "step_size.value=0.01,0.1", "method=lpc_none,adam_25", *SHORT)
     with monkeypatch.context() as patch:
-        from lpc_runner.evaluation.images import ImageEvaluator
+        from lpc_runner.evaluation.quality import ImageEvaluator
 
         final, calls = ImageEvaluator.final, []
         failing = lambda self, trained: final(self, trained) if calls.append(0) or len(calls) != 2 else 1 / 0

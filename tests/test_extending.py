@@ -31,7 +31,7 @@ from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.mlp import MLP
-from lpc_runner.runner.run import plan
+from lpc_runner.runner.plan import plan
 from lpc_runner.sample import main as sample
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 import lpc_runner
 from lpc_runner.base.errors import UserError
-from lpc_runner.runner.run import execute, plan
+from lpc_runner.runner.plan import plan
+from lpc_runner.runner.run import execute
 from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.store.log import MetricLog
 from lpc_runner.training import trainer

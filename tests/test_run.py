@@ -363,7 +363,7 @@ def test_a_failing_job_does_not_end_the_sweep(command, monkeypatch, tmp_path):
 def test_a_failed_measurement_is_made_again_without_training(command, monkeypatch):
     with monkeypatch.context() as patch:
         no_room = lambda *args: (_ for _ in ()).throw(RuntimeError("no room"))
-        patch.setattr("lpc_runner.evaluation.images.ImageEvaluator.final", no_room)
+        patch.setattr("lpc_runner.evaluation.quality.ImageEvaluator.final", no_room)
         assert command(*TINY).code == 1
     assert result_of(only_run())["status"] == "failed"
     monkeypatch.setattr(Learner, "gradients", lambda *args, **kwargs: pytest.fail("trained again"))

@@ -14,7 +14,7 @@ from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
 from lpc_runner.evaluation import spikes
-from lpc_runner.evaluation.sequence_quality import SequenceQuality
+from lpc_runner.evaluation.sequences import SequenceQuality
 from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant

@@ -25,7 +25,7 @@ from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Info, Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Blocks, Constant, Polynomial
 from lpc_runner.models.sequential import LFADS
-from lpc_runner.runner.parts import build_learner
+from lpc_runner.runner.plan import build_learner
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.optimizers import Adam, RowAdam
 from lpc_runner.training.update import UpdateNoise, compute_gradients

@@ -256,7 +256,7 @@ def test_an_entry_that_is_no_link_is_left_alone(tmp_path):
     assert follow(study / "notes") == study / "notes" and follow(study / "binary") == study / "binary"
     assert [run.name for run in lpc_runner.ls.list_runs(study)] == ["a-run"]
     warnings: list[str] = []
-    assert [run.name for run in lpc_runner.study.study._read_runs(study, warnings)] == ["a-run"]
+    assert [run.name for run in lpc_runner.study.runs.read_runs(study, warnings)] == ["a-run"]
     assert warnings == ["gone: a link to a run that is not there"]
     with pytest.raises(UserError, match="no link to a run"):
         RunDirectory(tmp_path / "runs" / "notes").require_linkable(tmp_path, "study")

@@ -371,7 +371,7 @@ def test_a_sweeper_that_searches_gets_each_runs_metric(sweeper, command):
     assert [float(value) for _, value in returned()] == [results[step]["metrics"]["elbo"] for step in (0.1, 0.2, 0.1)]
     assert len(runs(Path())) == 2 and all(len(sessions(run)) == 1 for run in runs(Path()))
     (single,) = cells_of(*TINY)
-    from lpc_runner.runner.run import plan
+    from lpc_runner.runner.plan import plan
 
     names = plan(single).experiment.metrics.names()
     assert set(results[0.1]["metrics"]) <= set(names) and len(names) == len(set(names))

@@ -23,7 +23,7 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     # These load torch, which the command has something to tell before.
     from lpc_runner.base.tensors import exact_arithmetic
     from lpc_runner.runner.loading import load
-    from lpc_runner.runner.parts import feature_cache
+    from lpc_runner.runner.plan import feature_cache
     from lpc_runner.runner.planning import print_measurement
     from lpc_runner.runner.run import set_up_torch
     from lpc_runner.store.environment import describe_environment

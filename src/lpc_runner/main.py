@@ -215,8 +215,9 @@ def job(cfg: DictConfig) -> float | None:
 
     from lpc_runner.base.ranks import Ranks
     from lpc_runner.config.compose import starts_workers_here
+    from lpc_runner.runner.plan import plan
     from lpc_runner.runner.planning import cell_of_job, check_plan, leased
-    from lpc_runner.runner.run import execute, plan
+    from lpc_runner.runner.run import execute
     from lpc_runner.runner.sweepers import is_proposed, note_proposed, value_of
     from lpc_runner.training.interrupts import Interrupted
 

@@ -29,7 +29,7 @@ PLACES = {
     "lpc_runner.emissions.Bernoulli": "lpc_runner.base.emissions.Bernoulli",
     "lpc_runner.emissions.Poisson": "lpc_runner.base.emissions.Poisson",
     "lpc_runner.evaluation.quality.SampleQuality": "lpc_runner.evaluation.quality.SampleQuality",
-    "lpc_runner.evaluation.sequence_quality.SequenceQuality": "lpc_runner.evaluation.sequence_quality.SequenceQuality",
+    "lpc_runner.evaluation.sequence_quality.SequenceQuality": "lpc_runner.evaluation.sequences.SequenceQuality",
     "lpc_runner.inference.importance.ImportanceWeighted": "lpc_runner.inference.importance.ImportanceWeighted",
     "lpc_runner.inference.objectives.Objective": "lpc_runner.inference.objectives.Objective",
     "lpc_runner.inference.objectives.VariationalEM": "lpc_runner.inference.objectives.VariationalEM",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -52,6 +53,18 @@ class Cell:
     cfg: DictConfig
     choices: dict[str, str]
     overrides: tuple[str, ...]
+
+
+def cell_text(cell: Cell) -> str:
+    """A cell as JSON."""
+    cfg = OmegaConf.to_container(cell.cfg, resolve=True)
+    return json.dumps({"overrides": cell.overrides, "choices": cell.choices, "cfg": cfg}, indent=1)
+
+
+def cell_from(text: str) -> Cell:
+    """The cell that `cell_text` wrote."""
+    cell = json.loads(text)
+    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
 
 
 def compose_command(args: argparse.Namespace) -> Composed:

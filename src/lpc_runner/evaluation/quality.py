@@ -1,4 +1,4 @@
-"""Sample quality: features of real and generated images once, every number about them from those.
+"""Images measured and drawn: features of real and generated images once, every number about them from those.
 
 `SampleQuality` holds what a user chooses; `prepare` turns it, before any training, into a `Measurer` that
 holds the references; `measure` is called as often as one likes.
@@ -21,14 +21,17 @@ from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import hash_of_tensors
-from lpc_runner.data.dataset import Data, Dataset, Split
-from lpc_runner.evaluation.evaluator import Evaluator, Metrics
+from lpc_runner.data.dataset import Batch, Data, Dataset, Split
+from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor
 from lpc_runner.evaluation.frechet import frechet_distance, moments
 from lpc_runner.evaluation.kernel import kernel_distance
+from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling
 from lpc_runner.evaluation.references import VERSION, Reference
-from lpc_runner.evaluation.samples import share_of
+from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid, share_of
+
+GRID = 64  # images in a grid
 
 _log = logging.getLogger(__name__)
 
@@ -103,8 +106,6 @@ class SampleQuality(Metrics):
         seed: int,
         ranks: Ranks = SINGLE,
     ) -> Evaluator:
-        from lpc_runner.evaluation.images import ImageEvaluator
-
         measurer = self.prepare(data, dataset.identity(), cache_dir, device)
         return ImageEvaluator(dataset, data, measurer, seed, ranks)
 
@@ -231,3 +232,47 @@ def _choose(split: Split, limit: int | None, stream: str) -> Tensor:
         return split.means.cpu()
     chosen = torch.randperm(len(split), generator=generator(0, f"quality/{stream}"))[:limit]
     return split.means.cpu()[chosen.sort().values]
+
+
+class ImageEvaluator(Evaluator):
+    """Sample quality by features, and on the test split what the encoder says; seed: which images are drawn."""
+
+    def __init__(self, dataset: Dataset, data: Data, measurer: Measurer, seed: int, ranks: Ranks) -> None:
+        self.dataset, self.data, self.measurer, self.seed, self.ranks = dataset, data, measurer, seed, ranks
+
+    def during(self, trained: Trained) -> dict[str, float]:
+        count = self.measurer.num_samples_during
+        return self._quality(trained, count) | {"num_samples": float(count)}
+
+    def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
+        count, model = self.measurer.num_samples, trained.model
+        metrics = self._quality(trained, count)
+        facts = self.measurer.facts(count)
+        if not self.ranks.is_main:
+            return metrics, facts
+        if trained.encoder is not None and len(self.data.test) > 0:
+            metrics |= encoder_bound(model, trained.encoder, self.dataset, self.data.test, self.seed)
+            facts |= {"bound_split": "test", "num_bound": len(self.data.test)}
+        metrics |= {name: float(value) for name, value in model.likelihood.scalars().items()}
+        return finite(metrics), facts
+
+    def _quality(self, trained: Trained, count: int) -> dict[str, float]:
+        """Sample quality of `count` images, which all ranks draw and rank 0 compares."""
+        images = sample_images(trained.model, count, self.seed, self.ranks)
+        return self.measurer.measure(images, count, self.ranks)
+
+    def draw_data(self, folder: Path) -> None:
+        save_grid(self.data.train.values[:GRID], folder / "data.png")
+
+    def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
+        """The grid of the first samples, always of the same z, and at the end reconstructions of test images."""
+        pictures = {"samples": folder / ("final.png" if update is None else f"update-{update:09d}.png")}
+        save_grid(torch.cat(list(sample_images(trained.model, GRID, self.seed))), pictures["samples"])
+        if update is None and trained.encoder is not None and len(self.data.test) > 0:
+            device = next(trained.model.parameters()).device
+            values = self.data.test.values[: GRID // 2].to(device)
+            batch = Batch(self.dataset.to_model(values), torch.arange(len(values), device=device))
+            images = reconstruct(trained.model, trained.encoder, batch)
+            pictures["reconstructions"] = folder / "reconstructions.png"
+            save_grid(torch.stack([values, images], 1).flatten(0, 1), pictures["reconstructions"], columns=8)
+        return pictures

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Measurement, Setting
+from lpc_runner.study.runs import Measurement, Setting
 from lpc_runner.study.style import (
     COLOURS,
     FRECHET,

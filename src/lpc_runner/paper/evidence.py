@@ -10,7 +10,7 @@ from typing import Any
 
 from lpc_runner.paper import numbers as paper
 from lpc_runner.study.grouping import SYMBOLS, Group, compared_config, show_value
-from lpc_runner.study.study import Run, Setting
+from lpc_runner.study.runs import Run, Setting
 from lpc_runner.study.tables import base_name, describe_setting, mean_and_spread, show
 
 HOLDS, FAILS, CHANCE, UNMEASURED = "holds", "does not hold", "within chance", "not measured"

@@ -9,7 +9,7 @@ from typing import Any
 from lpc_runner.base.files import is_refusal
 from lpc_runner.paper.evidence import as_planned
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Run
+from lpc_runner.study.runs import Run
 from lpc_runner.study.style import MANY, Picture, file_name, new_figure, short_labels, wrapped
 
 MAX_GRIDS = 12

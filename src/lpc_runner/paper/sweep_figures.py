@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Setting
+from lpc_runner.study.runs import Setting
 from lpc_runner.study.style import (
     COLOURS,
     FRECHET,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lpc_runner.paper import numbers as paper
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Measurement, Setting
+from lpc_runner.study.runs import Measurement, Setting
 from lpc_runner.study.tables import (
     DASH,
     DIVERGED,

@@ -27,7 +27,7 @@ from lpc_runner.paper.evidence import (
 )
 from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Point, Run
+from lpc_runner.study.runs import Point, Run
 from lpc_runner.study.tables import base_name, show
 from lpc_runner.study.traces import LOG_JOINT, read_trace, steps_gained, traced_updates
 

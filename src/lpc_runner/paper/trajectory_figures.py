@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Run
+from lpc_runner.study.runs import Run
 from lpc_runner.study.style import MANY, Picture, file_name, legend_below, new_figure
 from lpc_runner.study.traces import read_trajectories
 

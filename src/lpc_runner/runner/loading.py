@@ -16,7 +16,7 @@ from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.runner.parts import build_learner
+from lpc_runner.runner.plan import build_learner
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.runs import CHANGES_NO_RESULT, RunDirectory
 

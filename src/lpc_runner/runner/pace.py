@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from lpc_runner.base.schema import declared
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.interfaces import Sampler
-from lpc_runner.runner.parts import build_learner
-from lpc_runner.runner.run import Planned, set_up_torch
+from lpc_runner.runner.plan import Planned, build_learner
+from lpc_runner.runner.run import set_up_torch
 from lpc_runner.store.log import MetricLog
 
 _TIMED_STEPS = (2, 6)  # lengths of the chains that are timed; longer ones cost in proportion

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +20,9 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
-from lpc_runner.config.compose import Cell, choices_of, resolved, starts_workers_here
+from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, resolved, starts_workers_here
 from lpc_runner.runner.leases import gpu_slot, visible_gpus
-from lpc_runner.runner.run import Planned, plan
+from lpc_runner.runner.plan import Planned, plan
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.tracker import Sink
 
@@ -56,18 +56,6 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(_PLAN, None)
-
-
-def cell_text(cell: Cell) -> str:
-    """A cell as JSON."""
-    cfg = OmegaConf.to_container(cell.cfg, resolve=True)
-    return json.dumps({"overrides": cell.overrides, "choices": cell.choices, "cfg": cfg}, indent=1)
-
-
-def cell_from(text: str) -> Cell:
-    """The cell that `cell_text` wrote."""
-    cell = json.loads(text)
-    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
 
 
 def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:

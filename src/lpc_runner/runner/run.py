@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,17 @@ import torch
 from omegaconf import OmegaConf
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.files import require_folder, require_writable, write_atomically
+from lpc_runner.base.files import write_atomically
 from lpc_runner.base.masking import masked
 from lpc_runner.base.memory import keep_freed_memory
-from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import accepted, declared
 from lpc_runner.base.tensors import exact_arithmetic
-from lpc_runner.config.build import Experiment, build
-from lpc_runner.config.compose import Cell
-from lpc_runner.config.identity import flat_keys, run_hash, run_name
+from lpc_runner.config.build import Experiment
+from lpc_runner.config.identity import flat_keys
 from lpc_runner.data.batches import Batches
 from lpc_runner.evaluation.evaluator import Evaluator
-from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.runner.commands import command_words
-from lpc_runner.runner.parts import batches_of, build_learner, evaluator_of, feature_cache, work_for_main
+from lpc_runner.runner.plan import Planned, batches_of, build_learner, evaluator_of
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.environment import describe_environment, warn_of_another_device, warn_of_other_code
 from lpc_runner.store.log import MetricLog
@@ -41,58 +37,6 @@ from lpc_runner.training.learner import Learner
 from lpc_runner.training.trainer import Counters, Outcome
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Planned:
-    """A checked cell with its place on disk."""
-
-    cell: Cell
-    experiment: Experiment
-    directory: RunDirectory
-    digest: str
-    ranks: Ranks
-
-    def require(self) -> None:
-        """Data, weights and a tracker's server are there, or are fetched, before anything starts.
-
-        Raises UserError (one line).
-        """
-        dataset = self.experiment.dataset
-        output_dir = Path(self.cell.cfg.output_dir)
-        for folder in (output_dir / "runs", output_dir / self.cell.cfg.study, self.directory.path):
-            require_writable(folder, "output_dir")  # any of them may be another user's
-        require_folder(Path(self.cell.cfg.data_dir), "data_dir")
-        if self.ranks.is_main:  # the one that logs
-            tracker = self.experiment.tracker
-            declared(tracker.func, Sink, "require")(**tracker.keywords)
-        dataset.prepare()
-        self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
-
-    def to_fetch(self) -> list[str]:
-        """What `require` would download, and where to."""
-        dataset, metrics = self.experiment.dataset, self.experiment.metrics
-        wanted = dataset.to_fetch(), metrics.to_fetch(dataset, feature_cache(self.cell.cfg))
-        return [what for what in wanted if what is not None]
-
-
-def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
-    """Build and check everything a cell needs, without loading data. Raises UserError (one line)."""
-    experiment = build(cell.cfg, cell.choices)
-    batch_size, num_train = experiment.trainer.batch_size, experiment.dataset.num_train
-    if num_train < batch_size:
-        raise UserError(f"trainer.batch_size={batch_size} is more than the {num_train} training examples")
-    ranks.rows(batch_size)
-    if ranks.size > 1:
-        require_shareable(experiment.sampler, experiment.model.latent_dim)
-    experiment.device = ranks.device(experiment.device)
-    digest = run_hash(cell, experiment.dataset.identity())
-    directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), int(cell.cfg.rerun))
-    if experiment.trainer.init_from is not None and directory.state() != "done":
-        source = RunDirectory.open(experiment.trainer.init_from)
-        if source.state() != "done":  # its weights may still change
-            raise UserError(f"trainer.init_from={source.path} is not finished: its own command ends it")
-    return Planned(cell, experiment, directory, digest, ranks)
 
 
 def set_up_torch(experiment: Experiment) -> None:
@@ -108,14 +52,14 @@ def set_up_torch(experiment: Experiment) -> None:
 def execute(planned: Planned) -> dict[str, Any]:
     """Run, resume, or return the result of a run that is done; the content of result.json.
 
-    A failure other than a signal is recorded as `status: failed` and raised again. Of several ranks, the others work
-    for rank 0 and return {}.
+    A failure other than a signal is recorded as `status: failed` and raised again. Of several ranks, those
+    other than 0 return {}.
     """
     experiment, directory = planned.experiment, planned.directory
     if not planned.ranks.is_main:
         if not planned.ranks.agree(False):
             set_up_torch(experiment)
-            work_for_main(planned)
+            _train_and_measure(planned)
             planned.ranks.agree(False)  # rank 0 has measured
         return {}
     with directory.locked():
@@ -153,7 +97,8 @@ def _out_of_memory(planned: Planned, reason: str) -> UserError:
 
 
 def _train_and_measure(planned: Planned) -> dict[str, Any]:
-    experiment, directory = planned.experiment, planned.directory
+    """What result.json will hold. Every rank comes through here; rank 0 alone reads and writes the run's folder."""
+    experiment, directory, is_main = planned.experiment, planned.directory, planned.ranks.is_main
     started = time.perf_counter()
     account = experiment.dataset.account()
     for line in account:
@@ -161,19 +106,22 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
     data = experiment.dataset.load()
     batches = batches_of(planned, data)
     learner = build_learner(experiment, planned.ranks, experiment.dataset.num_train)
-    if experiment.trainer.init_from is not None:
+    if is_main and experiment.trainer.init_from is not None:  # the others are given rank 0's state
         source = RunDirectory.open(experiment.trainer.init_from)
         weights = load_checkpoint(source.checkpoints)
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
     evaluator = evaluator_of(planned, data)
-    tracker = _open_tracker(planned)
+    tracker = _open_tracker(planned) if is_main else Tracker(None)
     status = "failed"
     try:
-        evaluator.draw_data(directory.samples)
+        if is_main:
+            evaluator.draw_data(directory.samples)
 
         def draw(update: int, final: bool = False) -> None:
+            if not is_main:
+                return
             pictures = evaluator.draw(learner, directory.samples, None if final else update)
             for name, path in pictures.items():
                 tracker.images(update, name, path)
@@ -188,7 +136,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
             }
             return {f"eval/{name}": value for name, value in numbers.items()} | spent
 
-        with Progress() as progress:
+        with Progress(silent=not is_main) as progress:
             outcome = experiment.trainer.fit(
                 learner,
                 batches,
@@ -202,7 +150,8 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
             )
         logger.info("measuring %s", directory.name)
         with exact_arithmetic():
-            _follow(planned, learner, batches)
+            if is_main:
+                _follow(planned, learner, batches)
             result = _final(evaluator, learner, outcome, str(experiment.device))
             result["data"] = account
             result["total_seconds"] = time.perf_counter() - started

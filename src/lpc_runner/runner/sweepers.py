@@ -17,10 +17,9 @@ from typing import Any
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.schema import declared
-from lpc_runner.config.compose import Cell
+from lpc_runner.config.compose import Cell, cell_from, cell_text
 from lpc_runner.evaluation.evaluator import Metrics
-from lpc_runner.runner.planning import cell_from, cell_text
-from lpc_runner.runner.run import Planned, plan
+from lpc_runner.runner.plan import Planned, plan
 
 _FOLDER = "LPC_RUNNER_PROPOSED"  # environment variable with the folder that jobs note their cells in, for launchers
 # Metrics that are better when higher; every other one counts as a loss.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Point, Run, Setting
+from lpc_runner.study.runs import Point, Run, Setting
 from lpc_runner.study.tables import (
     DASH,
     DIVERGED,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpc_runner.study.budgets import Curve, followed, mean_curve
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Point, Setting
+from lpc_runner.study.runs import Point, Setting
 from lpc_runner.study.style import (
     COLOURS,
     LOGARITHMIC,

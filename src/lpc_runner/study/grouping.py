@@ -6,12 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES
-
-if TYPE_CHECKING:
-    from lpc_runner.study.study import Run
+from lpc_runner.study.runs import Run
 
 GROUPS = ("dataset", "model", "sampler", "objective", "preconditioning")
 CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_steps", "theta_states")

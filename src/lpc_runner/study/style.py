@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Setting
+from lpc_runner.study.runs import Setting
 from lpc_runner.study.tables import base_name
 
 if TYPE_CHECKING:

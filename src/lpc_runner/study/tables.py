@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lpc_runner.study.grouping import Group, common_settings, show_value
-from lpc_runner.study.study import STATUSES, Run, Setting, Study
+from lpc_runner.study.runs import STATUSES, Run, Setting
+from lpc_runner.study.study import Study
 
 ORDER = ("fid", "fd", "kid", "density", "coverage", "precision", "recall")
 LIKELIHOOD = ("elbo", "bits_per_dim", "kl", "active_units", "sigma")

@@ -11,7 +11,7 @@ import numpy as np
 
 from lpc_runner.base.files import is_refusal
 from lpc_runner.study.grouping import Group
-from lpc_runner.study.study import Run
+from lpc_runner.study.runs import Run
 
 LOG_JOINT, DRIFT_NORM = "log_joint", "drift_norm"
 FILE = re.compile(r"update-(\d+)\.npz")

@@ -1,0 +1,122 @@
+"""A checked cell with its place on disk, and what every rank of its run builds: batches, learner, evaluator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import require_folder, require_writable
+from lpc_runner.base.randomness import seeded_layers
+from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import declared
+from lpc_runner.config.build import Experiment, build
+from lpc_runner.config.compose import Cell
+from lpc_runner.config.identity import run_hash, run_name
+from lpc_runner.data.batches import Batches
+from lpc_runner.data.dataset import Data
+from lpc_runner.evaluation.evaluator import Evaluator
+from lpc_runner.inference.coupling import require_shareable
+from lpc_runner.inference.interfaces import Objective
+from lpc_runner.store.runs import RunDirectory
+from lpc_runner.tracking.tracker import Sink
+from lpc_runner.training.learner import Learner
+
+
+def feature_cache(cfg: DictConfig) -> Path:
+    """Where extractors keep weights and reference features."""
+    return Path(cfg.data_dir) / "features"
+
+
+@dataclass
+class Planned:
+    """A checked cell with its place on disk."""
+
+    cell: Cell
+    experiment: Experiment
+    directory: RunDirectory
+    digest: str
+    ranks: Ranks
+
+    def require(self) -> None:
+        """Data, weights and a tracker's server are there, or are fetched, before anything starts.
+
+        Raises UserError (one line).
+        """
+        dataset = self.experiment.dataset
+        output_dir = Path(self.cell.cfg.output_dir)
+        for folder in (output_dir / "runs", output_dir / self.cell.cfg.study, self.directory.path):
+            require_writable(folder, "output_dir")  # any of them may be another user's
+        require_folder(Path(self.cell.cfg.data_dir), "data_dir")
+        if self.ranks.is_main:  # the one that logs
+            tracker = self.experiment.tracker
+            declared(tracker.func, Sink, "require")(**tracker.keywords)
+        dataset.prepare()
+        self.experiment.metrics.require(dataset, feature_cache(self.cell.cfg))
+
+    def to_fetch(self) -> list[str]:
+        """What `require` would download, and where to."""
+        dataset, metrics = self.experiment.dataset, self.experiment.metrics
+        wanted = dataset.to_fetch(), metrics.to_fetch(dataset, feature_cache(self.cell.cfg))
+        return [what for what in wanted if what is not None]
+
+
+def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
+    """Build and check everything a cell needs, without loading data. Raises UserError (one line)."""
+    experiment = build(cell.cfg, cell.choices)
+    batch_size, num_train = experiment.trainer.batch_size, experiment.dataset.num_train
+    if num_train < batch_size:
+        raise UserError(f"trainer.batch_size={batch_size} is more than the {num_train} training examples")
+    ranks.rows(batch_size)
+    if ranks.size > 1:
+        require_shareable(experiment.sampler, experiment.model.latent_dim)
+    experiment.device = ranks.device(experiment.device)
+    digest = run_hash(cell, experiment.dataset.identity())
+    directory = RunDirectory.locate(Path(cell.cfg.output_dir), run_name(cell, digest), int(cell.cfg.rerun))
+    if experiment.trainer.init_from is not None and directory.state() != "done":
+        source = RunDirectory.open(experiment.trainer.init_from)
+        if source.state() != "done":  # its weights may still change
+            raise UserError(f"trainer.init_from={source.path} is not finished: its own command ends it")
+    return Planned(cell, experiment, directory, digest, ranks)
+
+
+def build_learner(experiment: Experiment, ranks: Ranks = SINGLE, num_train: int | None = None) -> Learner:
+    """Model, encoder (where the objective uses one) and optimisers on the run's device.
+
+    num_train: training examples; None for a learner that will not train, whose data need not be there.
+    """
+    uses_encoder = declared(experiment.objective, Objective, "uses_encoder")
+    with seeded_layers(experiment.seed, "encoder"):
+        encoder = experiment.model.build_encoder() if uses_encoder else None
+    for module in filter(None, (experiment.model, encoder)):
+        module.to(experiment.device)
+    experiment.bind(experiment.device)  # a rank or a lease may have chosen another GPU
+    return Learner(
+        experiment.model,
+        encoder,
+        experiment.sampler,
+        experiment.objective,
+        experiment.optimizer,
+        ranks,
+        experiment.engine,
+        num_train,
+    )
+
+
+def batches_of(planned: Planned, data: Data) -> Batches:
+    """This rank's rows of every batch."""
+    experiment, size = planned.experiment, planned.experiment.trainer.batch_size
+    rows = planned.ranks.rows(size)
+    return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
+
+
+def evaluator_of(planned: Planned, data: Data) -> Evaluator:
+    """References and what they need; what has to be computed for them is rank 0's to compute and keep."""
+    experiment = planned.experiment
+    with planned.ranks.main_first():
+        cache = feature_cache(planned.cell.cfg)
+        return experiment.metrics.evaluator(
+            experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks
+        )

@@ -1,0 +1,274 @@
+"""Run folders read into plain objects: settings, state, what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lpc_runner.base.errors import UserError
+from lpc_runner.store.log import MetricLog
+from lpc_runner.store.runs import follow
+
+QUALITY = re.compile(r"(fid|fd|kid|precision|recall|density|coverage)(?:_(\w+))?")
+NOT_FINITE = ("nan", "inf", "-inf")
+STATUSES = ("finished", "diverged", "failed", "unfinished", "damaged")
+
+
+class Setting(NamedTuple):
+    """How sample quality was measured: one column holds numbers of one setting; None: not recorded."""
+
+    extractor: str
+    num_samples: int | None = None
+    num_references: int | None = None
+    k: int | None = None
+    reference: str | None = None
+    extractor_hash: str | None = None
+
+    def fits(self, other: Setting) -> bool:
+        """Whether two measurements can be compared; a number of samples that nobody recorded fits nothing."""
+        if self.num_samples is None or self[:2] != other[:2]:
+            return False
+        return all(mine == theirs or None in (mine, theirs) for mine, theirs in zip(self[2:], other[2:]))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sample quality by metric name, and what stands beside it; source: the file it was read from."""
+
+    setting: Setting
+    values: dict[str, float]
+    facts: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement at one moment of training; what was spent until then, None: not recorded."""
+
+    update: int
+    seconds: float | None
+    gradient_evaluations: float | None
+    setting: Setting | None
+    values: dict[str, float]
+    epoch: float | None = None
+
+
+@dataclass
+class Run:
+    """One run: its settings, its state (one of STATUSES), what it cost and what it reached.
+
+    shape: of one example, () where it is not recorded; devices: the names of the processors it ran on, session by
+    session, each once; () where a session does not say its own.
+    """
+
+    name: str
+    path: Path
+    choices: dict[str, Any]
+    keys: dict[str, Any]
+    config: dict[str, Any]
+    shape: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
+    status: str = "unfinished"
+    result: dict[str, Any] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    numbers: dict[str, float] = field(default_factory=dict)
+    number_facts: dict[str, Any] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    training: list[Point] = field(default_factory=list)
+    last_update: int | None = None
+
+    @property
+    def seed(self) -> Any:
+        return self.keys.get("seed")
+
+    def cost(self, name: str) -> float | None:
+        """num_updates, num_epochs, train_seconds, total_seconds or gradient_evaluations of the whole run."""
+        return as_number(self.result.get(name))
+
+    def curve(self, setting: Setting) -> list[Point]:
+        """Measurements during training that fit `setting`, then the final one if it fits too."""
+        points = {point.update: point for point in self.points if point.setting.fits(setting)}
+        updates = self.cost("num_updates")
+        for found in self.measurements:
+            if updates is not None and found.source == "result.json" and found.setting.fits(setting):
+                spent = self.cost("train_seconds"), self.cost("gradient_evaluations")
+                epoch = self.cost("num_epochs")
+                points[int(updates)] = Point(int(updates), *spent, found.setting, found.values, epoch)
+        return [points[update] for update in sorted(points)]
+
+    def measured(self, setting: Setting) -> Measurement | None:
+        """The first measurement in exactly this setting: result.json's before later evaluations."""
+        return next((found for found in self.measurements if found.setting == setting), None)
+
+
+def read_runs(folder: Path, warnings: list[str]) -> Iterator[Run]:
+    entries = [folder] if (folder / "run.json").is_file() else sorted(folder.iterdir())
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "report":
+            continue
+        path = follow(entry)
+        if (entry.is_symlink() or path != entry) and not path.exists():
+            warnings.append(f"{path.name}: a link to a run that is not there")
+        elif path.is_dir():
+            run = read_run(path, warnings)
+            if run is not None:
+                yield run
+
+
+def read_run(path: Path, warnings: list[str]) -> Run | None:
+    """One run directory, None when run.json is missing or damaged; whatever else is damaged is left out."""
+    described = _read_json(path / "run.json", warnings)
+    if described is None:
+        if not (path / "run.json").exists():
+            warnings.append(f"{path.name}: no run (it has no run.json)")
+        return None
+    choices, keys = (described.get(part) for part in ("choices", "keys"))
+    if not isinstance(choices, dict) or not isinstance(keys, dict):
+        warnings.append(f"{path.name}/run.json is damaged (no choices or no keys)")
+        return None
+    keys = {key: value for key, value in keys.items() if value is not None}
+    run = Run(path.name, path, choices, keys, _read_config(path, warnings))
+    if (path / "result.json").exists():
+        run.result = _read_json(path / "result.json", warnings) or {}
+        run.status = run.result.get("status", "damaged")
+        if run.result and run.status not in STATUSES:
+            warnings.append(f"{path.name}/result.json is damaged (status {run.status!r})")
+            run.status = "damaged"
+        _add_measurement(run, run.result, "result.json")
+    for file in sorted((path / "evaluations").glob("*.json")):
+        name = f"evaluations/{file.name}"
+        content = _read_json(file, warnings, name) or {}
+        update, final = as_number(content.get("update")), run.cost("num_updates")
+        if None in (update, final) or update == final:
+            _add_measurement(run, content, name)
+        else:
+            warnings.append(f"{path.name}/{name} measured update {update:.0f} of {final:.0f}: left out")
+    shape = described.get("data_shape")
+    run.shape = tuple(shape) if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else ()
+    run.devices = _devices(path)
+    _add_curves(run, warnings)
+    return run
+
+
+def _devices(path: Path) -> tuple[str, ...]:
+    """The processors of all sessions; () where one does not say it: its share of the times is of an unknown one."""
+    try:
+        lines = (path / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
+        return tuple(dict.fromkeys(str(json.loads(line)["device"]) for line in lines))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def _read_json(path: Path, warnings: list[str], name: str = "") -> dict[str, Any] | None:
+    label = f"{path.parent.name}/{path.name}" if not name else f"{path.parent.parent.name}/{name}"
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        warnings.append(f"{label} cannot be read ({error.strerror})")
+        return None
+    except (ValueError, RecursionError):
+        warnings.append(f"{label} is damaged (no JSON)")
+        return None
+    if not isinstance(content, dict):
+        warnings.append(f"{label} is damaged (no JSON object)")
+        return None
+    return content
+
+
+def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.load((path / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        warnings.append(f"{path.name}/config.yaml cannot be read ({error.strerror})")
+        return {}
+    except (ValueError, yaml.YAMLError):
+        warnings.append(f"{path.name}/config.yaml is damaged (no YAML)")
+        return {}
+    if content is not None and not isinstance(content, dict):
+        warnings.append(f"{path.name}/config.yaml is damaged (no settings)")
+    return dict(_flat(content)) if isinstance(content, dict) else {}
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def as_number(value: Any) -> float | None:
+    """A number as JSON holds it ("nan" and "inf" as text), None for anything else."""
+    if isinstance(value, str) and value in NOT_FINITE:
+        return float(value)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _numbers(content: Any) -> dict[str, float]:
+    pairs = content.items() if isinstance(content, dict) else ()
+    return {key: number for key, value in pairs if (number := as_number(value)) is not None}
+
+
+def by_extractor(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Metrics of sample quality by extractor: those without a suffix are inception's."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        if match := QUALITY.fullmatch(name):
+            found.setdefault(match[2] or "inception", {})[name] = value
+    return found
+
+
+def _add_measurement(run: Run, content: dict[str, Any], source: str) -> None:
+    """Quality goes to one measurement per extractor, everything else (bounds, likelihood) to `numbers`."""
+    values = _numbers(content.get("metrics"))
+    facts = content.get("measurement")
+    facts = facts if isinstance(facts, dict) else {}
+    for extractor, quality in by_extractor(values).items():
+        own = facts if facts.get("extractor", extractor) == extractor else {}
+        setting = Setting(extractor, *(own.get(name) for name in Setting._fields[1:]))
+        run.measurements.append(Measurement(setting, quality, own, source))
+    others = {name: value for name, value in values.items() if not QUALITY.fullmatch(name)}
+    for name, value in others.items():
+        run.numbers.setdefault(name, value)
+    if others:
+        bound = {name: fact for name, fact in facts.items() if name in ("bound_split", "num_bound")}
+        run.number_facts |= {name: fact for name, fact in bound.items() if name not in run.number_facts}
+
+
+def _add_curves(run: Run, warnings: list[str]) -> None:
+    try:
+        rows = MetricLog.read(run.path / "metrics.jsonl")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        warnings.append(f"{run.name}/metrics.jsonl cannot be read ({error.strerror}): no curves of this run")
+        return
+    except UserError:
+        warnings.append(f"{run.name}/metrics.jsonl is damaged: no curves of this run")
+        return
+    finals = {found.setting.extractor: found.setting for found in reversed(run.measurements)}
+    for row in rows:
+        update = as_number(row.get("update"))
+        if update is None:
+            continue
+        run.last_update = int(update)
+        spent = [as_number(row.get(key)) for key in ("time/train_seconds", "train/gradient_evaluations")]
+        epoch, elbo = as_number(row.get("epoch")), as_number(row.get("train/elbo"))
+        if elbo is not None:
+            run.training.append(Point(int(update), *spent, None, {"train/elbo": elbo}, epoch))
+        values = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
+        samples = as_number(values.pop("num_samples", None))
+        count = None if samples is None else int(samples)
+        for extractor, quality in by_extractor(_numbers(values)).items():
+            setting = finals.get(extractor, Setting(extractor))._replace(num_samples=count)
+            run.points.append(Point(int(update), *spent, setting, quality, epoch))
