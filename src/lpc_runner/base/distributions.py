@@ -134,6 +134,11 @@ class _ScaledLikelihood(Independent):
         """What of it is logged: σ."""
         return {"sigma": self.log_scale.detach().exp()}
 
+    def sample(self, mean: Tensor, source: torch.Generator) -> Tensor:
+        """x ~ N(mean, σ²I), of the mean's shape."""
+        noise = torch.randn(mean.shape, generator=source, device=mean.device, dtype=mean.dtype)
+        return mean + torch.exp(self.log_scale) * noise
+
 
 class DiscretisedGaussian(_ScaledLikelihood):
     """p(x | mean) of 8-bit images scaled to [-1, 1]: each of 256 levels owns a bin of width 2/255, end bins open."""
@@ -147,6 +152,11 @@ class DiscretisedGaussian(_ScaledLikelihood):
 
     def density(self, x: Tensor, mean: Tensor) -> Tensor:
         return log_bin_probability(x, mean, self.log_scale)
+
+    def sample(self, mean: Tensor, source: torch.Generator) -> Tensor:
+        """The level of the bin in which a draw of the Gaussian falls."""
+        level = ((super().sample(mean, source).clamp(-1, 1) + 1) / (2 * BIN_HALF_WIDTH)).round()
+        return 2 * BIN_HALF_WIDTH * level - 1
 
 
 class Gaussian(_ScaledLikelihood):

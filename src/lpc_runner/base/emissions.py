@@ -55,6 +55,10 @@ class Poisson(Independent):
         log_rate = self.log_rate(predictor.to(x.dtype))  # where the network's arithmetic is bfloat16, this is not
         return x * log_rate - log_rate.exp() - torch.lgamma(x + 1)
 
+    def sample(self, predictor: Tensor, source: torch.Generator) -> Tensor:
+        """Counts, in the dtype of η."""
+        return torch.poisson(self.mean(predictor), generator=source)
+
 
 class Bernoulli(Independent):
     """p(x | η) of pixels in [-1, 1]: t log s(η) + (1 - t) log s(-η), t = (x + 1)/2, s the logistic function.
@@ -73,3 +77,7 @@ class Bernoulli(Independent):
         """log p(x | η), elementwise, nats."""
         white = (x + 1) / 2
         return -F.binary_cross_entropy_with_logits(predictor.to(x.dtype), white, reduction="none")
+
+    def sample(self, predictor: Tensor, source: torch.Generator) -> Tensor:
+        """Binary pixels, -1 or 1."""
+        return 2 * torch.bernoulli(torch.sigmoid(predictor), generator=source) - 1

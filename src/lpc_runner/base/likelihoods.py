@@ -45,6 +45,15 @@ class Likelihood(Protocol):
         """σ², 0-d, where p(x | η) = N(η, σ²I), so that linear models have closed forms; else None."""
 
 
+def draw(likelihood: Likelihood, predictor: Tensor, source: torch.Generator) -> Tensor | None:
+    """x ~ p(x | η), of η's shape; None where the likelihood has no `sample(predictor, source)`, which is optional.
+
+    source: on the device of η.
+    """
+    sample = getattr(likelihood, "sample", None)
+    return None if sample is None else sample(predictor, source)
+
+
 METHODS = tuple(name for name, member in vars(Likelihood).items() if callable(member) and not name.startswith("_"))
 MEMBERS = (*Likelihood.__annotations__, *METHODS)
 

@@ -1,0 +1,231 @@
+"""log p(x) by annealed importance sampling (Neal 2001; Wu et al. 2017), between a lower and an upper bound.
+
+    p_b(z) ∝ q(z)^(1-b) p(x, z)^b,    0 = b_0 < b_1 < ... < b_S = 1
+
+Forward, z_0 ~ q, z_s ~ T_s(z_{s-1}) with T_s of invariant law p_{b_s}, and log w = Σ_{s=1..S} (b_s - b_{s-1})
+(log p(x, z_{s-1}) - log q(z_{s-1})), has E[w] = p(x): the log of a mean of K weights is a lower bound in expectation.
+Backward from an exact draw of p(z|x), as data simulated from the model have one, E[1/w] = 1/p(x), and -log of a mean of
+K values 1/w is an upper one (bidirectional Monte Carlo, Grosse et al. 2015).
+
+T_s is Hamiltonian Monte Carlo with a Metropolis test. Its step size per example and temperature is found by chains of
+its own beforehand and then held: a kernel that adapts to its own past would leave p_{b_s} invariant only in the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.schema import PositiveInt, checked
+from lpc_runner.inference.chain import FusedPotential
+
+# Parts of what a number is, so no settings: how many chains of an example share one draw of noise, and are run at once.
+CHAINS = 8
+PILOTS = 4  # chains of an example that find its step sizes
+TARGET, RATE, FIRST_STEP = 0.65, 0.4, 0.5  # acceptance, change of log step per unit of it, the first step in units of q
+JITTER = 0.2  # each step is drawn from (1 - JITTER, 1 + JITTER) times its size, so that no orbit closes on itself
+SLOPE = 4.0  # of the sigmoid schedule
+
+
+def schedule(num_temperatures: int) -> list[float]:
+    """b_0 .. b_S, a sigmoid over [-SLOPE, SLOPE], scaled to end at 0 and 1: small increments at both ends."""
+    sigmoid = lambda s: 1 / (1 + math.exp(-SLOPE * (2 * s / num_temperatures - 1)))
+    low, high = sigmoid(0), sigmoid(num_temperatures)
+    inner = [(sigmoid(s) - low) / (high - low) for s in range(1, num_temperatures)]
+    return [0.0, *inner, 1.0]
+
+
+class Point(NamedTuple):
+    """Of C chains for each of B examples: u (C, B, d), log p(x, z) (C, B) float64 and its gradient by u (C, B, d)."""
+
+    u: Tensor
+    log_joint: Tensor
+    drift: Tensor
+
+
+class Annealing:
+    """The laws p_b of a chunk of examples, in u = (z - mean of q)/(standard deviation of q): under p_0, N(0, I).
+
+    x: (B, *data_shape). q: over (B, d). A pass is one forward and backward of the decoder.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, q: DiagonalGaussian) -> None:
+        self.model, self.x, self.mean, self.scale = model, x, q.mean.detach(), q.variance.detach().sqrt()
+        self.log_volume = self.scale.double().log().sum(1)
+        self._potentials: dict[int, FusedPotential] = {}
+
+    def point(self, u: Tensor) -> Point:
+        """What a chain needs to know at u, by one pass."""
+        if len(u) not in self._potentials:
+            x = self.x.repeat(len(u), *[1] * (self.x.ndim - 1))
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self._potentials = {len(u): FusedPotential(lambda z: self.model.log_joint(x, z), parameters)}
+        z = (self.mean + self.scale * u).flatten(0, 1)
+        value, drift = self._potentials[len(u)](z, accumulate=False)
+        return Point(u, value.double().view(u.shape[:2]), drift.view_as(u) * self.scale)
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """u of z (B, d)."""
+        return (z - self.mean) / self.scale
+
+    def log_ratio(self, point: Point) -> Tensor:
+        """log p(x, z) - log q(z), (C, B) float64."""
+        u = point.u.double()
+        return point.log_joint + 0.5 * (u.square().sum(2) + u.shape[2] * LOG_2PI) + self.log_volume
+
+    def normal(self, count: int, source: torch.Generator) -> Tensor:
+        """(count, B, d) of N(0, I)."""
+        shape, like = (count, *self.mean.shape), self.mean
+        return torch.randn(shape, generator=source, device=like.device, dtype=like.dtype)
+
+    def uniform(self, count: int, source: torch.Generator) -> Tensor:
+        """(count, B) of U(0, 1)."""
+        shape, like = (count, len(self.mean)), self.mean
+        return torch.rand(shape, generator=source, device=like.device, dtype=like.dtype)
+
+    def transition(
+        self, point: Point, b: float, step: Tensor, num_leapfrog: int, source: torch.Generator
+    ) -> tuple[Point, Tensor]:
+        """One step of Hamiltonian Monte Carlo that leaves p_b invariant, and its acceptance probability (C, B).
+
+        step: ε in units of u, (B,). num_leapfrog passes. A path that leaves the range of numbers is rejected.
+        """
+        count = len(point.u)
+        energy = lambda at, p: 0.5 * (p.double().square() + (1 - b) * at.u.double().square()).sum(2) - b * at.log_joint
+        force = lambda at: b * at.drift - (1 - b) * at.u
+        size = (step * (1 + JITTER * (2 * self.uniform(count, source) - 1))).unsqueeze(2)
+        momentum = self.normal(count, source)
+        before, p, new = energy(point, momentum), momentum + 0.5 * size * force(point), point
+        for move in range(1, num_leapfrog + 1):
+            new = self.point(new.u + size * p)
+            p = p + (size if move < num_leapfrog else 0.5 * size) * force(new)
+        acceptance = torch.exp(before - energy(new, p)).clamp(max=1).nan_to_num(nan=0.0)
+        accepted = self.uniform(count, source) < acceptance
+        kept = [torch.where(accepted.view(*accepted.shape, *[1] * (a.ndim - 2)), a, b) for a, b in zip(new, point)]
+        return Point(*kept), acceptance
+
+    def step_sizes(self, temperatures: list[float], num_leapfrog: int, source: torch.Generator) -> list[Tensor]:
+        """ε (B,) for each inner temperature b_1 .. b_{S-1}, from PILOTS chains: log ε follows their mean acceptance."""
+        point = self.point(self.normal(PILOTS, source)) if len(temperatures) > 2 else None
+        log_step = torch.full((len(self.mean),), math.log(FIRST_STEP), dtype=self.mean.dtype, device=self.mean.device)
+        found = []
+        for b in temperatures[1:-1]:
+            point, acceptance = self.transition(point, b, log_step.exp(), num_leapfrog, source)
+            log_step = log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
+            found.append(log_step.exp())
+        return found
+
+    def log_weights(
+        self,
+        u: Tensor,
+        temperatures: list[float],
+        steps: list[Tensor],
+        num_leapfrog: int,
+        source: torch.Generator,
+        backward: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """log w (C, B) float64, and the mean acceptance of the moves (B,) (1 where there are none).
+
+        u: z_0 ~ q, or, backward, exact draws of p(z|x) (C, B, d).
+        """
+        point, total = self.point(u), torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
+        accepted, num_increments = torch.zeros_like(total[0]), len(temperatures) - 1
+        order = range(num_increments, 0, -1) if backward else range(1, num_increments + 1)
+        for number, s in enumerate(order):
+            total += (temperatures[s] - temperatures[s - 1]) * self.log_ratio(point)
+            if number < num_increments - 1:
+                at = s - 1 if backward else s  # the temperature whose law the move leaves as it is
+                point, acceptance = self.transition(point, temperatures[at], steps[at - 1], num_leapfrog, source)
+                accepted += acceptance.mean(0)
+        moves = num_increments - 1
+        return total, accepted / moves if moves else torch.ones_like(accepted)
+
+
+class Bounds(NamedTuple):
+    """Of every example, (B,) float64 in nats: lower in expectation at most log p(x), upper at least that (None without
+    an exact draw of z). effective_samples: (Σ w)² / Σ w² of the K forward weights. acceptance: of the forward moves."""
+
+    lower: Tensor
+    effective_samples: Tensor
+    acceptance: Tensor
+    upper: Tensor | None
+
+
+class AnnealedImportance:
+    """How log p(x) is estimated.
+
+    num_chains: K. num_temperatures: S; 1 is importance sampling from q. num_leapfrog: L, passes per move. start: q is
+    the encoder's q(z|x), or the prior, which it is in any case where there is no encoder for new examples.
+    """
+
+    @checked
+    def __init__(
+        self,
+        *,
+        num_chains: PositiveInt,
+        num_temperatures: PositiveInt,
+        num_leapfrog: PositiveInt,
+        start: Literal["encoder", "prior"],
+    ) -> None:
+        self.num_chains, self.num_temperatures, self.num_leapfrog = num_chains, num_temperatures, num_leapfrog
+        self.start, self.temperatures = start, schedule(num_temperatures)
+
+    def bounds(
+        self, model: nn.Module, x: Tensor, q: DiagonalGaussian, seed: int, stream: str, z: Tensor | None = None
+    ) -> Bounds:
+        """Bounds on log p(x) of x (B, *data_shape). seed, stream: name the noise. z: exact draws of p(z|x), (B, d).
+
+        Memory holds CHAINS chains of every example at once, whatever K and S are.
+        """
+        path = Annealing(model, x, q)
+        source = lambda *names: generator(seed, "/".join(("ais", stream, *map(str, names))), device=x.device)
+        steps = path.step_sizes(self.temperatures, self.num_leapfrog, source("pilot"))
+        nothing = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+        first, second, inverse, accepted = nothing, nothing, nothing, torch.zeros_like(nothing)
+        for number, count in enumerate(self._groups()):
+            noise = source("forward", number)
+            arguments = self.temperatures, steps, self.num_leapfrog, noise
+            log_w, acceptance = path.log_weights(path.normal(count, noise), *arguments)
+            first = torch.logaddexp(first, torch.logsumexp(log_w, 0))
+            second = torch.logaddexp(second, torch.logsumexp(2 * log_w, 0))
+            accepted = accepted + count * acceptance / self.num_chains
+            if z is not None:
+                arguments = self.temperatures, steps, self.num_leapfrog, source("backward", number)
+                start = path.whiten(z).expand(count, *z.shape)
+                log_w, _ = path.log_weights(start, *arguments, backward=True)
+                inverse = torch.logaddexp(inverse, torch.logsumexp(-log_w, 0))
+        upper = None if z is None else math.log(self.num_chains) - inverse
+        return Bounds(first - math.log(self.num_chains), torch.exp(2 * first - second), accepted, upper)
+
+    def num_moves(self, backward: bool) -> int:
+        """Moves of a group of chains that one call of `bounds` makes, and starts of them; L passes each at most."""
+        ways = 1 + len(self._groups()) * (2 if backward else 1)
+        return ways * self.num_temperatures
+
+    def passes_per_example(self, backward: bool) -> int:
+        """Decoder gradients of one example that `bounds` costs."""
+        chains = self.num_chains * (2 if backward else 1) + (PILOTS if self.num_temperatures > 1 else 0)
+        return chains * (1 + self.num_leapfrog * (self.num_temperatures - 1))
+
+    def seconds_per_move(self, model: nn.Module, x: Tensor, q: DiagonalGaussian) -> float:
+        """The slowest of three moves of a full group on these examples, after one that pays for the first use."""
+        path, source = Annealing(model, x, q), generator(0, "ais/timing", device=x.device)
+        step = torch.full((len(x),), 1e-3, dtype=x.dtype, device=x.device)
+        point, seconds = path.point(path.normal(min(CHAINS, max(self.num_chains, PILOTS)), source)), []
+        for _ in range(4):
+            started = time.perf_counter()
+            point, acceptance = path.transition(point, 0.5, step, self.num_leapfrog, source)
+            float(acceptance.sum())  # waits for the device
+            seconds.append(time.perf_counter() - started)
+        return max(seconds[1:])
+
+    def _groups(self) -> list[int]:
+        """Chains that are run at once, group by group."""
+        whole, rest = divmod(self.num_chains, CHAINS)
+        return [CHAINS] * whole + [rest] * bool(rest)
