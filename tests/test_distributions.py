@@ -18,7 +18,7 @@ from lpc_runner.base.distributions import (
     log_normal,
 )
 from lpc_runner.base.emissions import Bernoulli, Poisson
-from lpc_runner.base.likelihoods import Likelihood, fault_of, lacking
+from lpc_runner.base.likelihoods import Likelihood, draw, fault_of, lacking
 
 SCALES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0)
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -242,3 +242,31 @@ def test_diagonal_gaussian():
     torch.testing.assert_close(to_mean, torch.ones_like(mean))
     torch.testing.assert_close(to_variance, noise / (2 * variance.sqrt()))
     assert not q.detach().mean.requires_grad and not q.detach().variance.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "support"),
+    [
+        (DiscretisedGaussian("fixed", 0.4, 0.9), LEVELS),
+        (Bernoulli(), torch.tensor([-1.0, 1.0], dtype=torch.float64)),
+        (Poisson("exp", 4.0, 0.2), torch.arange(30, dtype=torch.float64)),
+        (Gaussian("fixed", 0.4, 0.9), None),
+    ],
+)
+def test_draws_have_the_law_that_the_density_says(likelihood, support):
+    """The share of every value is its probability; a Gaussian's draws have its mean and variance."""
+    predictor = torch.full((100_000,), 0.7, dtype=torch.float64)
+    x = draw(likelihood.double(), predictor, torch.Generator().manual_seed(0))
+    if support is None:
+        assert x.mean().item() == pytest.approx(0.7, abs=0.01) and x.std().item() == pytest.approx(0.4, abs=0.01)
+        return
+    expected = likelihood.density(support, torch.full_like(support, 0.7)).exp()
+    assert expected.sum().item() == pytest.approx(1, abs=1e-6)
+    nearest = (x[:, None] - support).abs().min(1)
+    assert nearest.values.max() < 1e-9
+    found = torch.bincount(nearest.indices, minlength=len(support)) / len(x)
+    assert (found - expected).abs().max() < 0.006
+
+
+def test_a_likelihood_may_have_no_draws():
+    assert draw(torch.nn.Identity(), torch.zeros(3), torch.Generator()) is None

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, TINY_VAE, only_run, plan_of
 
-from lpc_runner.runner.pace import Pace, show_duration
+from lpc_runner.runner.pace import Pace
+from lpc_runner.tracking.progress import show_duration
 
 
 def test_a_finished_run_has_nothing_left(command):

@@ -21,7 +21,9 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     UserError if the run, the data or the weights are missing.
     """
     # These load torch, which the command has something to tell before.
+    from lpc_runner.base.schema import declared
     from lpc_runner.base.tensors import exact_arithmetic
+    from lpc_runner.evaluation.evaluator import Evaluator
     from lpc_runner.runner.loading import load
     from lpc_runner.runner.plan import feature_cache
     from lpc_runner.runner.planning import print_measurement
@@ -52,6 +54,7 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
         "environment": describe_environment(run.experiment.device),
     }
     run.directory.write(f"evaluations/{stem}-{number}.json", content)
+    declared(evaluator, Evaluator, "draw_measurement")(folder / f"{stem}-{number}.png")
     print_measurement(run.directory.name, numbers, facts)
     return folder / f"{stem}-{number}.json"
 
@@ -87,6 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     wait_passively()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lpc_runner").setLevel(logging.INFO)  # how long it will take, and how far it is
     with one_line_errors():
         print(f"written  {evaluate(args.run_dir, tuple(args.overrides))}")
 

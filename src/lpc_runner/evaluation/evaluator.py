@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import declared
 from lpc_runner.data.dataset import Data, Dataset
-from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,11 @@ def finite(numbers: dict[str, float]) -> dict[str, float]:
     if left_out:
         logger.warning("not finite and left out: %s", ", ".join(left_out))
     return {name: value for name, value in numbers.items() if name not in left_out}
+
+
+def is_amortised(encoder: nn.Module | None) -> bool:
+    """Whether an encoder answers for examples that it was not trained on."""
+    return encoder is not None and declared(encoder, EncoderInterface, "amortised")
 
 
 class Evaluator(ABC):
@@ -55,6 +61,10 @@ class Evaluator(ABC):
     @abstractmethod
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         """Pictures of what the model generates after `update` (None: at the end), by name."""
+
+    def draw_measurement(self, path: Path) -> None:
+        """A picture of what `final` has just found, where numbers alone do not show it; by default none."""
+        del path
 
 
 class Idle(Evaluator):

@@ -134,6 +134,14 @@ def log_likelihood(model: LFADS, x: Tensor) -> Tensor:
     return kalman_filter(linear_gaussian(model), x[..., model.held_in].double().cpu()).log_likelihood
 
 
+@torch.no_grad()
+def exact_log_evidence(model: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """log p(x; θ), of a sequence's held-in neurons, in nats, (B,) float64, for any model that knows it; else None."""
+    if is_linear_gaussian(model):
+        return log_likelihood(model, x)
+    return model.log_evidence(x).double() if hasattr(model, "log_evidence") else None
+
+
 def posterior(model: LFADS, x: Tensor) -> MultivariateNormal:
     """p(z | x; θ) over the flat z, float64: Λ = I + MᵀM/σ², M = ∂(mean of x)/∂z; batch (B,), event (latent_dim,).
 

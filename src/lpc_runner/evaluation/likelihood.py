@@ -38,7 +38,12 @@ def encoder_bound(
         means.append(q.mean)
     numbers = {"elbo": elbo / len(split), "kl": kl / len(split)}
     numbers["active_units"] = float((torch.cat(means).var(0) > ACTIVE).sum())
-    if dataset.num_levels and dataset.num_levels <= (model.likelihood.num_levels or 0):
+    if is_probability(dataset, model):
         dimensions = math.prod(split.values.shape[1:])
         numbers["bits_per_dim"] = -numbers["elbo"] / (dimensions * math.log(2))
     return numbers
+
+
+def is_probability(dataset: Dataset, model: LatentVariableModel) -> bool:
+    """Whether p(x|z) is a probability of this dataset's values, so that bits per dimension have a meaning."""
+    return bool(dataset.num_levels and dataset.num_levels <= (model.likelihood.num_levels or 0))

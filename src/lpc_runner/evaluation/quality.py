@@ -21,7 +21,7 @@ from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import hash_of_tensors
-from lpc_runner.data.dataset import Batch, Data, Dataset, Split
+from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor
 from lpc_runner.evaluation.frechet import frechet_distance, moments
@@ -29,9 +29,7 @@ from lpc_runner.evaluation.kernel import kernel_distance
 from lpc_runner.evaluation.likelihood import encoder_bound
 from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling
 from lpc_runner.evaluation.references import VERSION, Reference
-from lpc_runner.evaluation.samples import reconstruct, sample_images, save_grid, share_of
-
-GRID = 64  # images in a grid
+from lpc_runner.evaluation.samples import draw_image_data, draw_images, sample_images, share_of
 
 _log = logging.getLogger(__name__)
 
@@ -262,17 +260,7 @@ class ImageEvaluator(Evaluator):
         return self.measurer.measure(images, count, self.ranks)
 
     def draw_data(self, folder: Path) -> None:
-        save_grid(self.data.train.values[:GRID], folder / "data.png")
+        draw_image_data(self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
-        """The grid of the first samples, always of the same z, and at the end reconstructions of test images."""
-        pictures = {"samples": folder / ("final.png" if update is None else f"update-{update:09d}.png")}
-        save_grid(torch.cat(list(sample_images(trained.model, GRID, self.seed))), pictures["samples"])
-        if update is None and trained.encoder is not None and len(self.data.test) > 0:
-            device = next(trained.model.parameters()).device
-            values = self.data.test.values[: GRID // 2].to(device)
-            batch = Batch(self.dataset.to_model(values), torch.arange(len(values), device=device))
-            images = reconstruct(trained.model, trained.encoder, batch)
-            pictures["reconstructions"] = folder / "reconstructions.png"
-            save_grid(torch.stack([values, images], 1).flatten(0, 1), pictures["reconstructions"], columns=8)
-        return pictures
+        return draw_images(trained, self.dataset, self.data, self.seed, folder, update)

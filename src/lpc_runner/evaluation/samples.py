@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
-from lpc_runner.data.dataset import Batch
+from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.images import to_uint8
+from lpc_runner.evaluation.evaluator import Trained
 from lpc_runner.models.latent import LatentVariableModel
 
+GRID = 64  # images in a grid
 CHUNK = 250  # images drawn at once; part of what sample number i is, so it is no setting
 
 
@@ -63,3 +65,24 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
+
+
+def draw_image_data(data: Data, folder: Path) -> None:
+    """The grid of the first training images."""
+    save_grid(data.train.values[:GRID], folder / "data.png")
+
+
+def draw_images(
+    trained: Trained, dataset: Dataset, data: Data, seed: int, folder: Path, update: int | None
+) -> dict[str, Path]:
+    """The grid of the first samples, always of the same z, and at the end reconstructions of test images; by name."""
+    pictures = {"samples": folder / ("final.png" if update is None else f"update-{update:09d}.png")}
+    save_grid(torch.cat(list(sample_images(trained.model, GRID, seed))), pictures["samples"])
+    if update is None and trained.encoder is not None and len(data.test) > 0:
+        device = next(trained.model.parameters()).device
+        values = data.test.values[: GRID // 2].to(device)
+        batch = Batch(dataset.to_model(values), torch.arange(len(values), device=device))
+        images = reconstruct(trained.model, trained.encoder, batch)
+        pictures["reconstructions"] = folder / "reconstructions.png"
+        save_grid(torch.stack([values, images], 1).flatten(0, 1), pictures["reconstructions"], columns=8)
+    return pictures

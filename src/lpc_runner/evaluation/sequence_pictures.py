@@ -64,7 +64,7 @@ def data_picture(split: Split, dataset: SequenceDataset, path: Path) -> None:
     chosen = [round(float(i)) for i in np.linspace(0, len(split) - 1, NUM_TRIALS)]
     values = [dataset.to_model(split.values[i : i + 1])[0].T.numpy() for i in chosen]
     are_counts = dataset.kind == COUNTS
-    with _figure(path, (13, 4.6)) as figure:
+    with figure_to(path, (13, 4.6)) as figure:
         axes = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
         # Most bins hold no spike and few more than two: without a ceiling, single ones would be too pale to see.
         high = 3 if are_counts else max(abs(trial).max() for trial in values)
@@ -90,7 +90,7 @@ def rates_picture(trials: Trials, path: Path) -> None:
     shown = rates if truth is None else truth
     neurons = np.sort(np.argsort(-shown[chosen].var((0, 1)), kind="stable")[:NUM_NEURONS])  # those with most to follow
     x = _array(trials.x)
-    with _figure(path, (13, 2.3 * len(neurons) + 1)) as figure:
+    with figure_to(path, (13, 2.3 * len(neurons) + 1)) as figure:
         axes = figure.subplots(len(neurons), len(chosen), sharex=True, sharey="row", squeeze=False)
         for row, neuron in zip(axes, neurons):
             highest = max(rates[chosen, :, neuron].max(), 0 if truth is None else truth[chosen, :, neuron].max())
@@ -135,7 +135,7 @@ def factors_picture(trials: Trials, path: Path) -> None:
         readout = linear_readout(trials.means.factors, latents)
         shown = _array(readout(trials.means.factors[trial]))
         names = [f"latent {number + 1}" for number in range(min(3, latents.shape[2]))]
-    with _figure(path, (13, 6)) as figure:
+    with figure_to(path, (13, 6)) as figure:
         left, right = figure.subfigures(1, 2)
         axis = left.subplots()
         for colour, number in zip(COLOURS, chosen):
@@ -162,7 +162,7 @@ def inputs_picture(trials: Trials, path: Path) -> None:
     inputs = _array(trials.means.inputs)
     pulse = trials.extras["pulse_bin"].cpu().numpy() if "pulse_bin" in trials.extras else None
     aligned = None if pulse is None else _around(np.linalg.norm(inputs, axis=2), pulse, min(20, inputs.shape[1] // 4))
-    with _figure(path, (13, 4.4 if aligned is None else 7.6)) as figure:
+    with figure_to(path, (13, 4.4 if aligned is None else 7.6)) as figure:
         panels = figure.subfigures(1 if aligned is None else 2, 1, squeeze=False)[:, 0]
         axes = panels[0].subplots(1, len(chosen), sharey=True, squeeze=False)[0]
         for axis, trial in zip(axes, chosen):
@@ -201,7 +201,7 @@ def gaps_picture(numbers: dict[str, float], path: Path) -> None:
     best = max(value for name, value in numbers.items() if name.endswith("_iwae") or name == "log_evidence")
     parts = [("amortisation gap", "amortisation_gap", ORANGE), ("approximation gap", "approximation_gap", BLUE)]
     parts = [part for part in parts if part[1] in numbers]
-    with _figure(path, (9.5, 1.5 + 1.1 * len(parts))) as figure:
+    with figure_to(path, (9.5, 1.5 + 1.1 * len(parts))) as figure:
         axis = figure.subplots()
         for place, (label, name, colour) in enumerate(parts):
             axis.barh(place, numbers[name], color=colour, height=0.6)
@@ -227,7 +227,7 @@ def _legend(figure: Any, axis: Any) -> None:
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float]):
+def figure_to(path: Path, size: tuple[float, float]):
     """A figure in this module's style, written to `path` at the end, byte for byte the same for the same data."""
     from matplotlib.figure import Figure
 

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.ranks import SINGLE, Ranks
-from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked, declared
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.sequences import COUNTS, SERIES
 from lpc_runner.evaluation import kalman, spikes
-from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite
+from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
 from lpc_runner.evaluation.gaps import FreePosterior, fit_free_posterior
 from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
-from lpc_runner.models.latent import EncoderInterface
 
 COLD = 10  # times the learning rate of a free q, in a first fit from the prior
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
@@ -239,7 +238,7 @@ class SequenceEvaluator(Evaluator):
                 numbers |= self._of_reconstruction(found.elbo + q.kl_per_dimension(model.prior).double().sum(1))
         numbers["free_drift"] = float(fitted.drift.mean())
         best = max(numbers[f"{name}_iwae"] for name in proposals)
-        exact = _exact_log_evidence(model, x[..., self.held_in])
+        exact = kalman.exact_log_evidence(model, x[..., self.held_in])
         if exact is not None:
             best = numbers["log_evidence"] = float(exact.mean())
         numbers["approximation_gap"] = best - numbers["free_elbo"]
@@ -373,19 +372,6 @@ class SequenceEvaluator(Evaluator):
                 found |= self._of_spikes(index, rates[index])
         found |= {f"chain_{name}": value for name, value in found.items()}
         return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def is_amortised(encoder: nn.Module | None) -> bool:
-    """Whether an encoder answers for trials that it was not trained on."""
-    return encoder is not None and declared(encoder, EncoderInterface, "amortised")
-
-
-@torch.no_grad()
-def _exact_log_evidence(model: nn.Module, x: Tensor) -> Tensor | None:
-    """log p(x; θ) of held-in neurons in nats, (B,) float64, where it is known in closed form."""
-    if kalman.is_linear_gaussian(model):
-        return kalman.log_likelihood(model, x)
-    return model.log_evidence(x).double() if hasattr(model, "log_evidence") else None
 
 
 def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:

@@ -119,13 +119,3 @@ def _once(learner: Any, batch: Batch, experiment: Any, update: int) -> float:
     bool(gradients.finite)  # waits for the device
     learner.apply(batch, gradients)
     return time.perf_counter() - started
-
-
-def show_duration(seconds: float) -> str:
-    """1 d 02 h, 3 h 05 min, 4 min, 12 s."""
-    days, hours, minutes = int(seconds // 86400), int(seconds // 3600), int(seconds // 60)
-    if days:
-        return f"{days} d {hours % 24:02d} h"
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -24,6 +24,7 @@ from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, re
 from lpc_runner.runner.leases import gpu_slot, visible_gpus
 from lpc_runner.runner.plan import Planned, plan
 from lpc_runner.store.runs import DONE
+from lpc_runner.tracking.progress import show_duration
 from lpc_runner.tracking.tracker import Sink
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def unfinished(planned: list[Planned]) -> list[str]:
 
 def print_plan(planned: list[Planned]) -> None:
     """What a command would do, run by run, what it would download, and how long the rest of it will train."""
-    from lpc_runner.runner.pace import Pace, show_duration
+    from lpc_runner.runner.pace import Pace
 
     console, pace = Console(), Pace()
     shared = set.intersection(*(set(run.cell.overrides) for run in planned))
@@ -190,7 +191,8 @@ def print_results(planned: list[Planned]) -> None:
         )
         link = Path(run.cell.cfg.output_dir) / run.cell.cfg.study / run.directory.name
         link = link if link.is_symlink() else run.directory.path  # no links on this file system: not through a file
-        console.print(f"  samples  {link}/samples/final.png", soft_wrap=True)
+        if (run.directory.samples / "final.png").exists():
+            console.print(f"  samples  {link}/samples/final.png", soft_wrap=True)
         console.print(f"  result   {link}/result.json", soft_wrap=True)
 
 
@@ -208,7 +210,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
-    return (_sequences if facts.get("kind") == "sequences" else _images)(metrics, facts)
+    return (_noted if "notes" in facts else _images)(metrics, facts)
 
 
 def _print_measured(console: Console, name: str, measured: _Measured) -> None:
@@ -236,14 +238,16 @@ def _table(measured: _Measured, noted: bool) -> Table:
     return table
 
 
-def _sequences(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
-    """Every number beside that of the true rates, where there is one, and its unit."""
-    rows = []
+def _noted(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
+    """Every number with its unit, and beside it, where something is known of it, that of the truth."""
+    rows, known = [], facts["ceilings"] or facts["kind"] == "sequences"
     for metric in _ordered(metrics):
         ceiling = facts["ceilings"].get(metric)
-        truth = "" if ceiling is None else f"{ceiling:.4g}"
-        rows.append((metric, f"{metrics[metric]:.4g}", truth, facts["notes"].get(metric, "")))
-    return _Measured(rows, ("model", "true rates"), facts["sources"])
+        truth = "" if ceiling is None else f"{ceiling:.5g}"
+        note = facts["notes"].get(metric, "")
+        rows.append((metric, f"{metrics[metric]:.5g}", *((truth,) if known else ()), note))
+    heading = "true rates" if facts["kind"] == "sequences" else "truth"
+    return _Measured(rows, ("model", heading) if known else ("",), facts["sources"])
 
 
 def _images(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:

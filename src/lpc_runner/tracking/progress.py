@@ -25,15 +25,21 @@ class Progress:
     """Context manager around a training loop; `update` once per update is cheap.
 
     `start` is the number of updates done before this session: speed and ETA are this session's. A terminal
-    gets a bar, anything else a log line every `interval` seconds, `silent=True` nothing at all.
+    gets a bar, anything else a log line every `interval` seconds, `silent=True` nothing at all. unit: what is counted.
     """
 
     def __init__(
-        self, start: int = 0, *, silent: bool = False, interval: float = 10.0, console: Console | None = None
+        self,
+        start: int = 0,
+        *,
+        silent: bool = False,
+        interval: float = 10.0,
+        console: Console | None = None,
+        unit: str = "update",
     ) -> None:
         self._console = console or Console(stderr=True)
         self._silent = silent
-        self._interval = interval
+        self._interval, self._unit = interval, unit
         self._start = start
         self._done, self._total = start, None
         self._values: dict[str, float] = {}
@@ -87,10 +93,10 @@ class Progress:
     def _line(self) -> str:
         speed = self.seconds_per_update()
         epoch = f"epoch {self._values['epoch']:.2f}  " if "epoch" in self._values else ""
-        pace = "-- ms/update  ETA --"
+        pace = f"-- ms/{self._unit}  ETA --"
         if speed is not None:
-            pace = f"{1000 * speed:.3g} ms/update  ETA {_clock(speed * (self._total - self._done))}"
-        return f"{epoch}update {self._done}/{self._total}  {pace}"
+            pace = f"{1000 * speed:.3g} ms/{self._unit}  ETA {_clock(speed * (self._total - self._done))}"
+        return f"{epoch}{self._unit} {self._done}/{self._total}  {pace}"
 
     def _shown(self) -> str:
         parts = [f"{label} {self._values[key]:.4g}" for key, label in _SHOWN.items() if key in self._values]
@@ -132,3 +138,13 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def show_duration(seconds: float) -> str:
+    """1 d 02 h, 3 h 05 min, 4 min, 12 s."""
+    days, hours, minutes = int(seconds // 86400), int(seconds // 3600), int(seconds // 60)
+    if days:
+        return f"{days} d {hours % 24:02d} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -1,0 +1,328 @@
+"""`metrics=posterior`: whether the run's own chain samples p(z|x), how fast it mixes, and what the bounds lose."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import PositiveFloat, PositiveInt, at_least, checked, declared
+from lpc_runner.data.dataset import Data, Dataset
+from lpc_runner.evaluation import diagnostics
+from lpc_runner.evaluation.ais import AnnealedImportance
+from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
+from lpc_runner.evaluation.gaps import fit_free_posterior
+from lpc_runner.evaluation.importance import importance_bound
+from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut, require_examples
+from lpc_runner.evaluation.sequences import COLD
+from lpc_runner.inference.chain import Chain, ChainNoise, run_chain
+from lpc_runner.inference.interfaces import Preconditioner, Sampler
+
+KEPT_NUMBERS = 2**25  # of the states of chains that are kept at once; changes no number but by what couples a batch
+MIN_STATES = 20  # of a chain that is split in two and ranked
+
+
+class PosteriorMetrics(Metrics):
+    """Calibration ranks, R-hat and effective samples per pass of the run's own chain, and both gaps of its encoder.
+
+    num_simulated: examples drawn from the model with their z, whose rank is taken among num_states states of a chain
+    from the run's own start, evenly spaced over the run's T. num_examples: test examples, evenly spaced, for num_chains
+    chains of num_chain_steps steps each, and for the gaps. free_steps, free_samples (even), free_learning_rate: the fit
+    of a free q per example. ais: log p(x), the truth in the gaps. Measured at the end only.
+    """
+
+    data_kinds = ("images", "spike counts", "real-valued series")
+    every_epochs = 0
+
+    @checked
+    def __init__(
+        self,
+        *,
+        num_simulated: Annotated[int, at_least(2)],
+        num_states: PositiveInt,
+        num_examples: PositiveInt,
+        num_chains: Annotated[int, at_least(2)],
+        num_chain_steps: Annotated[int, at_least(MIN_STATES)],
+        free_steps: PositiveInt,
+        free_samples: Annotated[int, at_least(2)],
+        free_learning_rate: PositiveFloat,
+        ais: AnnealedImportance,
+    ) -> None:
+        if free_samples % 2:
+            raise ValueError(f"free_samples must be even, for they are drawn in antithetic pairs, got {free_samples}")
+        self.num_simulated, self.num_states, self.num_examples = num_simulated, num_states, num_examples
+        self.num_chains, self.num_chain_steps, self.ais = num_chains, num_chain_steps, ais
+        self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
+
+    def require(self, dataset: Dataset, cache_dir: Path) -> None:
+        """Nothing to fetch."""
+
+    def evaluator(
+        self,
+        dataset: Dataset,
+        data: Data,
+        cache_dir: Path,
+        device: torch.device | str,
+        seed: int,
+        ranks: Ranks = SINGLE,
+    ) -> Evaluator:
+        require_examples(dataset, data, "posterior")
+        return PosteriorEvaluator(dataset, data, self, device, seed) if ranks.is_main else Idle()
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(NOTES)
+
+    def label(self, facts: dict[str, object]) -> str:
+        return f"posterior-m{facts['num_simulated']}-n{facts['num_examples']}"
+
+
+NOTES = {
+    "calibration_chi2": "χ² of the ranks per degree of freedom, mean over coordinates; 1: calibrated",
+    "calibration_p": "the smallest p-value of a coordinate's ranks, times the number of coordinates",
+    "calibration_spread": "of the ranks, over uniform ones'; under 1: the chain is too wide, over 1: too narrow",
+    "rhat_median": "rank-normalised split R-hat, median over coordinates and examples",
+    "rhat_max": "the largest of them; over 1.01: chains of this length do not agree",
+    "ess_per_pass": "effective samples per decoder pass, median over coordinates and examples",
+    "ess_per_pass_slowest": "the same of each example's slowest coordinate, mean over examples",
+    "log_likelihood": "nats per example, annealed importance sampling",
+    "free_elbo": "nats per example, a free q per example",
+    "free_drift": "nats per example gained in the last fifth of the fit",
+    "encoder_elbo": "nats per example, q of the encoder",
+    "approximation_gap": "nats per example: log_likelihood - ELBO of the free q",
+    "amortisation_gap": "nats per example: ELBO of the free q - of the encoder's",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """z(0) of chains (B, d), and q(z|x), which a preconditioner may read; None without one."""
+
+    z: Tensor
+    q: DiagonalGaussian | None
+
+
+class PosteriorEvaluator(HeldOut):
+    """Measures the run's sampler on simulated and on test examples."""
+
+    def __init__(
+        self, dataset: Dataset, data: Data, settings: PosteriorMetrics, device: torch.device | str, seed: int
+    ) -> None:
+        super().__init__(dataset, data, device, seed, SINGLE)
+        self.settings, self.index = settings, self.chosen(settings.num_examples)
+        self.ranks_found: np.ndarray | None = None  # of the last measurement, for the picture
+        self.num_values = settings.num_states + 1
+
+    def during(self, trained: Trained) -> dict[str, float]:
+        return {}
+
+    def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
+        numbers, facts = {}, {}
+        with self.measuring(trained):
+            found = self._calibration(trained)
+            if found is not None:
+                numbers |= found[0]
+                facts |= found[1]
+            if trained.sampler.num_steps > 0:
+                numbers |= self._mixing(trained)
+            numbers |= self._gaps(trained)
+        numbers = finite(numbers)
+        return numbers, facts | self._facts(trained, numbers)
+
+    def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
+        pictures = super().draw(trained, folder, update)
+        if update is None and self.ranks_found is not None:
+            pictures["calibration"] = folder / "calibration.png"
+            self.draw_measurement(pictures["calibration"])
+        return pictures
+
+    def draw_measurement(self, path: Path) -> None:
+        if self.ranks_found is not None:
+            ranks_picture(self.ranks_found, self.num_values, path)
+
+    # Chains -------------------------------------------------------------------------------------------------
+
+    def _start(self, trained: Trained, x: Tensor, index: Tensor, copies: int, stream: str, number: int) -> Start:
+        """Where the run's chains start on examples it was not trained on, `copies` of each, one after another."""
+        sampler, model = trained.sampler, trained.model
+        q = self.q(trained, x, index, "encoder") if is_amortised(trained.encoder) else None
+        if q is None and declared(getattr(sampler, "preconditioner", None), Preconditioner, "needs_encoder"):
+            q = self._free(model, x, None).q  # a table's rows are of training examples
+        place = declared(sampler, Sampler, "start")
+        place = declared(sampler, Sampler, "first_start") if place == "persistent" else place
+        repeated = None if q is None else DiagonalGaussian(q.mean.repeat(copies, 1), q.variance.repeat(copies, 1))
+        source = generator(self.seed, stream, number, device=x.device)
+        shape, like = (copies * len(x), model.latent_dim), next(model.parameters())
+        noise = torch.randn(shape, generator=source, device=x.device, dtype=like.dtype)
+        at_q = repeated is not None and (place == "encoder" or sampler.num_steps == 0)
+        return Start(repeated.rsample(noise) if at_q else model.prior.scale * noise, repeated)
+
+    def _run(
+        self, model: nn.Module, x: Tensor, start: Start, sampler: Any, name: tuple[str, int], keep: Callable
+    ) -> Chain:
+        stream, number = name
+        noise = ChainNoise(self.seed, number, tuple(start.z.shape), x.device, start.z.dtype, stream=f"{stream} noise")
+        centre = None if start.q is None else start.q.mean
+        observe = lambda state, info: keep(state.z)
+        joint = partial(model.log_joint, x)
+        return run_chain(joint, start.z, sampler, noise, centre=centre, q=start.q, observe=observe)
+
+    def _calibration(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]] | None:
+        """Ranks of z* among thinned states of a chain on x ~ p(x|z*), z* ~ p(z) (Talts et al. 2018)."""
+        ranks, count = [], self.settings.num_simulated
+        for number, first in enumerate(range(0, count, EXAMPLES)):
+            size = min(EXAMPLES, count - first)
+            drawn = self.simulate(trained.model, size, "calibration", number)
+            if drawn is None:
+                return None
+            z, x = drawn
+            states = self._states(trained, x, number)
+            ranks.append((states < z).sum(0).cpu().numpy())
+            self.num_values = len(states) + 1
+        self.ranks_found = np.concatenate(ranks)
+        chi2, p = diagnostics.uniformity(self.ranks_found, self.num_values)
+        spread = diagnostics.rank_spread(self.ranks_found, self.num_values)
+        numbers = {
+            "calibration_chi2": float(chi2.mean()),
+            "calibration_p": float(min(1, p.min() * len(p))),
+            "calibration_spread": float(spread.mean()),
+        }
+        by_coordinate = {"calibration_chi2": chi2.tolist(), "calibration_p": p.tolist()}
+        return numbers, {"num_ranks": self.num_values, "by_coordinate": by_coordinate}
+
+    def _states(self, trained: Trained, x: Tensor, number: int) -> Tensor:
+        """Thinned states (L, B, d) of the run's chain on x; without a chain, draws of q."""
+        sampler, count = trained.sampler, self.settings.num_states
+        index = torch.arange(len(x), device=x.device)
+        if sampler.num_steps == 0:
+            return self._start(trained, x, index, count, "calibration start", number).z.view(count, len(x), -1)
+        wanted = set(np.linspace(sampler.num_steps, 0, min(count, sampler.num_steps), endpoint=False).round().tolist())
+        states, t = [], 0
+
+        def keep(z: Tensor) -> None:
+            nonlocal t
+            t += 1
+            if t in wanted:
+                states.append(z.detach().clone())
+
+        start = self._start(trained, x, index, 1, "calibration start", number)
+        self._run(trained.model, x, start, sampler, ("calibration", number), keep)
+        return torch.stack(states)
+
+    def _mixing(self, trained: Trained) -> dict[str, float]:
+        """R-hat and effective samples per pass of several long chains for each test example."""
+        settings, sampler = self.settings, copy.copy(trained.sampler)
+        sampler.num_steps = settings.num_chain_steps
+        per_example = settings.num_chains * settings.num_chain_steps * trained.model.latent_dim
+        r_hats, sizes, passes = [], [], 0.0
+        for number, index in enumerate(self.index.split(max(1, KEPT_NUMBERS // per_example))):
+            x, states = self.examples(index), []
+            start = self._start(trained, x, index, settings.num_chains, "mixing start", number)
+            x = x.repeat(settings.num_chains, *[1] * (x.ndim - 1))
+            keep = lambda z, states=states: states.append(z.detach().cpu().clone())
+            chain = self._run(trained.model, x, start, sampler, ("mixing", number), keep)
+            passes = chain.num_evaluations / len(x)
+            chains = torch.stack(states, 1).view(settings.num_chains, len(index), len(states), -1)
+            chains = chains.transpose(1, 2).numpy()
+            r_hats.append(diagnostics.r_hat(chains))
+            sizes.append(diagnostics.effective_sample_size(chains))
+        r_hat, size = np.concatenate(r_hats), np.concatenate(sizes) / (settings.num_chains * passes)
+        return {
+            "rhat_median": float(np.median(r_hat)),
+            "rhat_max": float(r_hat.max()),
+            "ess_per_pass": float(np.median(size)),
+            "ess_per_pass_slowest": float(size.min(1).mean()),
+        }
+
+    # Gaps ---------------------------------------------------------------------------------------------------
+
+    def _free(self, model: nn.Module, x: Tensor, start: DiagonalGaussian | None) -> Any:
+        """A free q per example (`FreePosterior`), from `start`, or from the prior by a first fit with larger steps."""
+        settings = self.settings
+        fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}
+        rate = settings.free_learning_rate
+        if start is None:
+            zero = torch.zeros(len(x), model.latent_dim, dtype=next(model.parameters()).dtype, device=x.device)
+            prior = DiagonalGaussian(zero, torch.full_like(zero, model.prior.scale**2))
+            start = fit_free_posterior(model, x, prior, self.seed, learning_rate=COLD * rate, **fit).q
+        return fit_free_posterior(model, x, start, self.seed, learning_rate=rate, **fit)
+
+    def _gaps(self, trained: Trained) -> dict[str, float]:
+        """log p(x) - ELBO of a free q, and what the encoder's loses beside that (Cremer et al. 2018)."""
+        model, rows = trained.model, []
+        for number, index in enumerate(self.index.split(EXAMPLES)):
+            x = self.examples(index)
+            q = self.q(trained, x, index, "encoder") if is_amortised(trained.encoder) else None
+            fitted = self._free(model, x, q)
+            begin = self.q(trained, x, index, self.settings.ais.start)
+            columns = [
+                self.settings.ais.bounds(model, x, begin, self.seed, f"gaps/{number}").lower,
+                importance_bound(model, x, fitted.q, NUM_BOUND_SAMPLES, self.seed).elbo,
+                fitted.drift,
+            ]
+            if q is not None:
+                columns.append(importance_bound(model, x, q, NUM_BOUND_SAMPLES, self.seed).elbo)
+            rows.append(torch.stack(columns, 1))
+        exact, free, drift, *encoder = torch.cat(rows).mean(0).tolist()
+        numbers = {"log_likelihood": exact, "free_elbo": free, "free_drift": drift, "approximation_gap": exact - free}
+        if encoder:
+            numbers |= {"encoder_elbo": encoder[0], "amortisation_gap": free - encoder[0]}
+        return numbers
+
+    def _facts(self, trained: Trained, numbers: dict[str, float]) -> dict[str, object]:
+        settings, ais = self.settings, self.settings.ais
+        steps = trained.sampler.num_steps
+        among = f"{self.num_values - 1} {f'states of a chain of T = {steps}' if steps else 'draws of q'}"
+        mixing = f"R-hat and effective samples of {settings.num_chains} chains of {settings.num_chain_steps:,} steps"
+        gaps = f"free q by {settings.free_steps:,} steps, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
+        sources = f"ranks of z on {settings.num_simulated:,} simulated examples among {among}; on "
+        sources += f"{len(self.index):,} test examples: {f'{mixing}; ' if steps else ''}gaps, {gaps}"
+        return {
+            "kind": "posterior",
+            "split": "test",
+            "num_simulated": settings.num_simulated,
+            "num_examples": len(self.index),
+            "num_chains": settings.num_chains,
+            "num_chain_steps": settings.num_chain_steps,
+            "num_temperatures": ais.num_temperatures,
+            "ceilings": {},
+            "notes": {name: NOTES[name] for name in numbers},
+            "sources": sources,
+        }
+
+
+NUM_BOUND_SAMPLES = 100  # z per example in an ELBO
+
+
+def ranks_picture(ranks: np.ndarray, num_values: int, path: Path) -> None:
+    """How far each coordinate's distribution of ranks is from uniform, in 95 % of which it stays inside the band at any
+    one rank; and all ranks together."""
+    from lpc_runner.evaluation.sequence_pictures import BLUE, DATA, TRUTH, figure_to
+
+    count = len(ranks)
+    values = np.arange(1, num_values + 1)
+    with figure_to(path, (12, 4.6)) as figure:
+        left, right = figure.subplots(1, 2)
+        uniform = values / num_values
+        band = 1.96 * np.sqrt(uniform * (1 - uniform) / count)
+        left.fill_between(values - 1, -band, band, color=DATA, alpha=0.3, linewidth=0)
+        for column in ranks.T:
+            below = np.bincount(column, minlength=num_values).cumsum() / count
+            left.plot(values - 1, below - uniform, color=BLUE, linewidth=1, alpha=max(0.15, min(1, 8 / ranks.shape[1])))
+        left.axhline(0, color=TRUTH, linewidth=1)
+        left.set(xlabel=f"rank of z among {num_values - 1} states", ylabel="distribution - uniform")
+        left.set_title("every coordinate", loc="left")
+        heights = np.bincount(ranks.ravel(), minlength=num_values) * num_values / ranks.size
+        right.bar(values - 1, heights, color=BLUE, width=0.9)
+        right.axhline(1, color=TRUTH, linewidth=1)
+        right.set(xlabel=f"rank of z among {num_values - 1} states", ylabel="share, of what is expected")
+        right.set_title("all coordinates (hill: chain too wide, valley: too narrow)", loc="left")

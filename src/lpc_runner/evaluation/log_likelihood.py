@@ -1,0 +1,398 @@
+"""`metrics=likelihood`: log p(x) of test examples by annealed importance sampling, and how far it may be from it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.files import is_refusal, write_cache
+from lpc_runner.base.likelihoods import draw
+from lpc_runner.base.randomness import generator
+from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
+from lpc_runner.base.tensors import hash_of_tensors
+from lpc_runner.data.dataset import Batch, Data, Dataset
+from lpc_runner.evaluation.ais import AnnealedImportance
+from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite, is_amortised
+from lpc_runner.evaluation.gaps import gradients_through_rnns
+from lpc_runner.evaluation.importance import importance_bound
+from lpc_runner.evaluation.kalman import exact_log_evidence
+from lpc_runner.evaluation.likelihood import is_probability
+from lpc_runner.evaluation.posterior import evaluating
+from lpc_runner.evaluation.samples import draw_image_data, draw_images
+from lpc_runner.tracking.progress import Progress, show_duration
+
+EXAMPLES = 64  # measured at once, and kept when they are done; they share draws of noise, so it is no setting
+VERSION = 1  # of what is kept; raise when what is computed changes
+
+_log = logging.getLogger(__name__)
+
+
+class HeldOut(Evaluator):
+    """An evaluator of any kind of data by its test examples x and the start q of chains, which may simulate its own."""
+
+    def __init__(self, dataset: Dataset, data: Data, device: torch.device | str, seed: int, ranks: Ranks) -> None:
+        self.dataset, self.data, self.device, self.seed, self.ranks = dataset, data, torch.device(device), seed, ranks
+
+    def draw_data(self, folder: Path) -> None:
+        if self.dataset.kind == "images":
+            draw_image_data(self.data, folder)
+        else:
+            from lpc_runner.evaluation.sequence_pictures import data_picture
+
+            data_picture(self.data.train, self.dataset, folder / "data.png")
+
+    def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
+        """Of images, samples, and at the end reconstructions; of sequences nothing."""
+        if self.dataset.kind != "images":
+            return {}
+        return draw_images(trained, self.dataset, self.data, self.seed, folder, update)
+
+    @contextmanager
+    def measuring(self, trained: Trained) -> Iterator[None]:
+        """Evaluation mode, gradients of z alone, through any network."""
+        parameters = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
+        with evaluating(trained.model, trained.encoder), gradients_through_rnns():
+            try:
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+
+    def chosen(self, count: int | None) -> Tensor:
+        """Indices of so many test examples, evenly spaced; None for all."""
+        available = len(self.data.test)
+        return torch.linspace(0, available - 1, available if count is None else min(count, available)).round().long()
+
+    def examples(self, index: Tensor) -> Tensor:
+        """What the model sees of those test examples, held-out neurons as NaN."""
+        return self.hidden(self.dataset.to_model(self.data.test.values[index].to(self.device)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x with its held-out neurons as NaN: whoever reads one will not go unnoticed."""
+        if self.dataset.num_held_out:
+            x = x.clone()
+            x[..., -self.dataset.num_held_out :] = torch.nan
+        return x
+
+    @torch.no_grad()
+    def simulate(self, model: nn.Module, count: int, stream: str, number: int) -> tuple[Tensor, Tensor] | None:
+        """z ~ p(z) and x ~ p(x|z), so that z is an exact draw of p(z|x); None where p(x|z) cannot be sampled."""
+        source = generator(self.seed, stream, number, device=self.device)
+        like = next(model.parameters())
+        z = torch.randn(count, model.latent_dim, generator=source, device=self.device, dtype=like.dtype)
+        z = model.prior.scale * z
+        x = draw(model.likelihood, model.predict(z), source)
+        return None if x is None else (z, self.hidden(x))
+
+    @torch.no_grad()
+    def q(self, trained: Trained, x: Tensor, index: Tensor, start: str) -> DiagonalGaussian:
+        """Of x (B, ...): the encoder's where `start` says so and there is one for new examples, else the prior."""
+        if start == "encoder" and is_amortised(trained.encoder):
+            return trained.encoder(Batch(x, index.to(x.device)))
+        zero = torch.zeros(
+            len(x), trained.model.latent_dim, device=x.device, dtype=next(trained.model.parameters()).dtype
+        )
+        return DiagonalGaussian(zero, torch.full_like(zero, trained.model.prior.scale**2))
+
+
+class LikelihoodMetrics(Metrics):
+    """log p(x) of test examples: annealed importance sampling, its distance from an upper bound, IWAE and ELBO.
+
+    ais: how. num_examples: test examples, evenly spaced; None for all. num_simulated: examples drawn from the model on
+    which lower and upper bound are compared, 0 for none. num_importance_samples: K of IWAE. every_epochs: measure
+    during training too, without the comparison, 0 for only at the end.
+    """
+
+    data_kinds = ("images", "spike counts", "real-valued series")
+
+    @checked
+    def __init__(
+        self,
+        *,
+        ais: AnnealedImportance,
+        num_examples: PositiveInt | None,
+        num_simulated: NonNegativeInt,
+        num_importance_samples: PositiveInt,
+        every_epochs: NonNegativeInt,
+    ) -> None:
+        self.ais, self.num_examples, self.num_simulated = ais, num_examples, num_simulated
+        self.num_importance_samples, self.every_epochs = num_importance_samples, every_epochs
+
+    def require(self, dataset: Dataset, cache_dir: Path) -> None:
+        """Nothing to fetch."""
+
+    def evaluator(
+        self,
+        dataset: Dataset,
+        data: Data,
+        cache_dir: Path,
+        device: torch.device | str,
+        seed: int,
+        ranks: Ranks = SINGLE,
+    ) -> Evaluator:
+        require_examples(dataset, data, "likelihood")
+        return LikelihoodEvaluator(dataset, data, self, Path(cache_dir), device, seed, ranks)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(NOTES)
+
+    def label(self, facts: dict[str, object]) -> str:
+        return f"likelihood-k{facts['num_chains']}-s{facts['num_temperatures']}-n{facts['num_examples']}"
+
+
+def require_examples(dataset: Dataset, data: Data, option: str) -> None:
+    """Raises UserError (one line) where there are too few test examples for a standard error."""
+    if len(data.test) < 2:
+        raise UserError(f"{dataset.name} has {len(data.test)} test example, metrics={option} needs at least 2")
+
+
+NOTES = {
+    "log_likelihood": "nats per example; below log p(x) in expectation",
+    "log_likelihood_error": "its standard error over examples",
+    "log_likelihood_bits_per_dim": "",
+    "bdmc_gap": "nats: upper - lower bound on simulated examples",
+    "bdmc_gap_error": "its standard error over examples",
+    "ais_effective_samples": "of the K weights, median over examples",
+    "ais_acceptance": "of the moves, mean",
+    "iwae": "nats per example, from the encoder's q",
+    "elbo": "nats per example, from the encoder's q",
+    "log_evidence": "nats per example, exact log p(x)",
+}
+
+
+class LikelihoodEvaluator(HeldOut):
+    """Measures log p(x); chunks of examples that are done are kept in `cache_dir`, so that a measurement goes on.
+
+    Of several ranks, each has a share of the examples.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: Data,
+        settings: LikelihoodMetrics,
+        cache_dir: Path,
+        device: torch.device | str,
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(dataset, data, device, seed, ranks)
+        self.settings, self.cache_dir = settings, cache_dir
+        self.index = self.chosen(settings.num_examples)
+
+    def during(self, trained: Trained) -> dict[str, float]:
+        with self.measuring(trained):
+            numbers = self._test_numbers(trained, self._rows(len(self.index), self._test(trained), None, "AIS"))
+        return finite(numbers) if self.ranks.is_main else {}
+
+    def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
+        settings, model = self.settings, trained.model
+        with self.measuring(trained):
+            num_simulated = settings.num_simulated
+            if num_simulated and self.simulate(model, 1, "bdmc", 0) is None:
+                _log.warning("%s draws no samples: no upper bound", type(model.likelihood).__name__)
+                num_simulated = 0
+            self._announce(trained, num_simulated)
+            rows = self._rows(len(self.index), self._test(trained), self._key(trained, "test"), "AIS")
+            numbers = self._test_numbers(trained, rows)
+            if num_simulated:
+                key = self._key(trained, "simulated", num_simulated)
+                gap = self._rows(num_simulated, self._simulated(trained), key, "BDMC")[:, 0]
+                numbers["bdmc_gap"], numbers["bdmc_gap_error"] = mean_and_error(gap)
+        if not self.ranks.is_main:
+            return {}, {}
+        numbers = finite(numbers)
+        return numbers, self._facts(trained, numbers, num_simulated)
+
+    # Chunks -------------------------------------------------------------------------------------------------
+
+    def _test(self, trained: Trained) -> Callable[[int, slice], Tensor]:
+        """Per test example of a chunk: log p(x), effective samples, acceptance, and of the encoder IWAE and ELBO."""
+
+        def rows(number: int, part: slice) -> Tensor:
+            settings, index = self.settings, self.index[part]
+            x = self.examples(index)
+            found = settings.ais.bounds(
+                trained.model, x, self.q(trained, x, index, settings.ais.start), self.seed, f"test/{number}"
+            )
+            columns = [found.lower, found.effective_samples, found.acceptance]
+            if is_amortised(trained.encoder):
+                q = self.q(trained, x, index, "encoder")
+                bound = importance_bound(trained.model, x, q, settings.num_importance_samples, self.seed)
+                columns += [bound.iwae, bound.elbo]
+            return torch.stack(columns, 1)
+
+        return rows
+
+    def _simulated(self, trained: Trained) -> Callable[[int, slice], Tensor]:
+        """Per simulated example of a chunk: upper - lower bound, and the lower one."""
+
+        def rows(number: int, part: slice) -> Tensor:
+            z, x = self.simulate(trained.model, part.stop - part.start, "bdmc", number)
+            q = self.q(trained, x, torch.arange(part.start, part.stop), self.settings.ais.start)
+            found = self.settings.ais.bounds(trained.model, x, q, self.seed, f"simulated/{number}", z)
+            return torch.stack([found.upper - found.lower, found.lower], 1)
+
+        return rows
+
+    def _rows(self, count: int, compute: Callable[[int, slice], Tensor], key: str | None, name: str) -> Tensor:
+        """Rows of `count` examples on rank 0 (count, columns), chunk by chunk; with a key, what is done is kept."""
+        chunks = [slice(start, min(start + EXAMPLES, count)) for start in range(0, count, EXAMPLES)]
+        shares = np.array_split(np.arange(len(chunks)), self.ranks.size)
+        counts = [sum(chunks[i].stop - chunks[i].start for i in share) for share in shares]
+        mine = shares[self.ranks.rank].tolist()
+        path = None if key is None else self.cache_dir / f"likelihood-{key}-{self.ranks.rank}-{self.ranks.size}.npz"
+        done = _read(path)
+        parts, length = [], 0 if done is None else len(done)
+        if length and length == sum(chunks[i].stop - chunks[i].start for i in mine[: -(-length // EXAMPLES)]):
+            parts, mine = [done], mine[-(-length // EXAMPLES) :]
+            _log.info("%s: %d of %d examples were done before", name, length, counts[self.ranks.rank])
+        else:
+            length = 0
+        with Progress(length, silent=not self.ranks.is_main or key is None, unit=f"{name} example") as progress:
+            for number in mine:
+                part = chunks[number]
+                parts.append(compute(number, part).cpu())
+                length += part.stop - part.start
+                if path is not None:
+                    _write(path, torch.cat(parts))
+                progress.update(length, counts[self.ranks.rank], {})
+        width = parts[0].shape[1] if parts else 1
+        rows = torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.float64)
+        if self.ranks.size > 1:
+            width = max(int(width) for width in self.ranks.gather_rows(torch.tensor([width]), [1] * self.ranks.size))
+            rows = self.ranks.gather_rows(rows if len(rows) else rows.new_empty(0, width), counts)
+        return rows
+
+    def _key(self, trained: Trained, *what: object) -> str:
+        """Names everything that rows depend on: weights, data, settings, seed, device; and a value of the model, since
+        the code of a model of one's own may change."""
+        x = self.examples(self.index[:EXAMPLES])
+        q = self.q(trained, x, self.index[:EXAMPLES], "encoder")
+        with torch.no_grad():
+            probe = float(trained.model.log_joint(x, q.mean).double().sum())
+        modules = {"model": trained.model, "encoder": trained.encoder}
+        weights = {
+            f"{name}.{key}": value
+            for name, module in modules.items()
+            if module is not None
+            for key, value in module.state_dict().items()
+        }
+        settings, ais = self.settings, self.settings.ais
+        named = [VERSION, *what, hash_of_tensors(weights), f"{probe:.5g}", self.index.tolist(), self.seed]
+        named += [hash_of_tensors({"values": self.data.test.values[self.index]}), self.device.type]
+        named += [ais.num_chains, ais.num_temperatures, ais.num_leapfrog, ais.start, settings.num_importance_samples]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24]
+
+    # Words and numbers --------------------------------------------------------------------------------------
+
+    def _announce(self, trained: Trained, num_simulated: int) -> None:
+        """How much is to be done and for how long at most, before it starts."""
+        if not self.ranks.is_main:
+            return
+        ais, index = self.settings.ais, self.index[:EXAMPLES]
+        x = self.examples(index)
+        per_move = ais.seconds_per_move(trained.model, x, self.q(trained, x, index, ais.start))
+        chunks = [-(-count // EXAMPLES) for count in (len(self.index), num_simulated)]
+        moves = chunks[0] * ais.num_moves(backward=False) + chunks[1] * ais.num_moves(backward=True)
+        _log.info(
+            "AIS of %s test and %s simulated examples, K = %s chains, S = %s temperatures, %s decoder gradients: "
+            "at most %s on %s at the pace just timed%s",
+            *(f"{value:,}" for value in (len(self.index), num_simulated, ais.num_chains, ais.num_temperatures)),
+            f"{self._passes(num_simulated):,}",
+            show_duration(per_move * moves),
+            self.device,
+            f", shared by {self.ranks.size} ranks" if self.ranks.size > 1 else "",
+        )
+
+    def _passes(self, num_simulated: int) -> int:
+        ais = self.settings.ais
+        return len(self.index) * ais.passes_per_example(False) + num_simulated * ais.passes_per_example(True)
+
+    def _test_numbers(self, trained: Trained, rows: Tensor) -> dict[str, float]:
+        numbers = {}
+        if not self.ranks.is_main:
+            return numbers
+        numbers["log_likelihood"], numbers["log_likelihood_error"] = mean_and_error(rows[:, 0])
+        if is_probability(self.dataset, trained.model):
+            bits = math.prod(self.dataset.shape) * math.log(2)
+            numbers["log_likelihood_bits_per_dim"] = -numbers["log_likelihood"] / bits
+        numbers["ais_effective_samples"] = float(rows[:, 1].median())
+        numbers["ais_acceptance"] = float(rows[:, 2].mean())
+        if rows.shape[1] > 3:
+            numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
+        exact = exact_log_evidence(trained.model, self.examples(self.index))
+        if exact is not None:
+            numbers["log_evidence"] = float(exact.mean())
+        return numbers
+
+    def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:
+        settings, ais = self.settings, self.settings.ais
+        start = ais.start if is_amortised(trained.encoder) else "prior"
+        words = {"encoder": "the encoder's q", "prior": "the prior"}[start]
+        sources = (
+            f"{len(self.index):,} test examples; annealed from {words}: K = {ais.num_chains:,} chains, "
+            f"S = {ais.num_temperatures:,} temperatures, {ais.num_leapfrog} leapfrog steps a move"
+        )
+        sources += f"; gap on {num_simulated:,} simulated examples" if num_simulated else ""
+        sources += f"; IWAE with K = {settings.num_importance_samples:,}" if "iwae" in numbers else ""
+        exact = getattr(self.dataset, "log_evidence", lambda values: None)(self.data.test.values[self.index].numpy())
+        ceilings = {} if exact is None else dict.fromkeys(("log_likelihood", "log_evidence"), float(np.mean(exact)))
+        return {
+            "kind": "likelihood",
+            "split": "test",
+            "num_examples": len(self.index),
+            "num_chains": ais.num_chains,
+            "num_temperatures": ais.num_temperatures,
+            "num_leapfrog": ais.num_leapfrog,
+            "start": start,
+            "num_simulated": num_simulated,
+            "num_importance_samples": settings.num_importance_samples,
+            "num_levels": trained.model.likelihood.num_levels if is_probability(self.dataset, trained.model) else None,
+            "gradient_evaluations": self._passes(num_simulated),
+            "ceilings": {name: value for name, value in ceilings.items() if name in numbers},
+            "notes": {name: NOTES[name] for name in numbers},
+            "sources": sources,
+        }
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error (standard deviation over n - 1, divided by √n) of values (n,)."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def _write(path: Path, rows: Tensor) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, rows=rows.numpy(), seal=hash_of_tensors({"rows": rows}))
+    write_cache(path, buffer.getvalue())
+
+
+def _read(path: Path | None) -> Tensor | None:
+    """What was kept; None where nothing was, and, with a warning, where it is not whole."""
+    if path is None or not path.exists():
+        return None
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            rows, seal = torch.from_numpy(archive["rows"]), str(archive["seal"])
+        if hash_of_tensors({"rows": rows}) != seal:
+            raise ValueError("its hash does not fit its content")
+    except Exception as error:  # zip, header and shape errors alike mean: compute it again
+        what = "cannot be read" if is_refusal(error) else "is damaged"
+        _log.warning("%s %s (%s); computing its examples again", path, what, type(error).__name__)
+        return None
+    return rows
