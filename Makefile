@@ -29,7 +29,7 @@ docs: .venv/.runtime
 bench: .venv/.runtime
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]' || \
 		echo "without the packages of the extra 'bench': their rows will be missing"
-	$(BIN)/python scripts/benchmark.py
+	$(BIN)/python -m benchmarks
 
 mutants: .venv/.development
 	$(BIN)/python scripts/mutants.py

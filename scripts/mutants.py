@@ -53,7 +53,7 @@ def persistent(expression: str) -> tuple[str, str]:
     return "tests/test_persistent.py", expression
 
 
-KEPT, LEARNER, CONTEXT = "inference/persistent.py", "training/learner.py", "inference/context.py"
+KEPT, LEARNER, CONTEXT = "inference/context.py", "training/learner.py", "inference/context.py"
 SIZES, TRAINER = "inference/step_sizes.py", "training/trainer.py"
 SAMPLERS, CHAIN, METRIC = "inference/samplers.py", "inference/chain.py", "inference/preconditioning.py"
 ENGINE = "inference/engine.py"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpc_runner.base.waiting import VARIABLES
+from lpc_runner.base.surroundings import VARIABLES
 
 # A run of seconds: the default's code with small networks, few updates and few samples.
 TINY = (

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lpc_runner.base.distributions import Gaussian
-from lpc_runner.base.emissions import Poisson
+from lpc_runner.base.distributions import Gaussian, Poisson
 from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.evaluation.evaluator import Metrics

@@ -10,7 +10,7 @@ from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.randomness import generator
 from lpc_runner.evaluation import kalman
 from lpc_runner.evaluation.ais import AnnealedImportance, Annealing, schedule
-from lpc_runner.models.linear import Linear
+from lpc_runner.models.dense import Linear
 
 SCALE = 1.5
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("models", "tracking", "study"),
     ("config", "training", "evaluation", "paper"),
     ("runner",),
-    ("benchmark", "testing"),
+    ("testing",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Commands: each a file at the top, so that `python -m lpc_runner.ls` runs it. They put the rooms together.
@@ -131,7 +131,7 @@ def test_only_commands_print(path):
     prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
     if prints:
         name = str(path.relative_to(SOURCE))
-        commands = ("main", "evaluate", "sample", "benchmark/stages", "ls", "report", "publish", "dashboard")
+        commands = ("main", "evaluate", "sample", "ls", "report", "publish", "dashboard")
         assert name.removesuffix(".py") in commands
 
 

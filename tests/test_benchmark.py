@@ -7,8 +7,8 @@ import tarfile
 import pytest
 import torch
 
-from lpc_runner.benchmark import accuracy, deferred, floor, kept, report, rivals, stages, suite, training
-from lpc_runner.benchmark.variants import Variant, Work, build_model, build_variants, images, measure, ratio, rows_of
+from benchmarks import accuracy, deferred, floor, kept, report, rivals, stages, suite, training
+from benchmarks.variants import Variant, Work, build_model, build_variants, images, measure, ratio, rows_of
 from lpc_runner.inference.chain import run_chain
 from lpc_runner.inference.preconditioning import Adam, Identity
 from lpc_runner.inference.samplers import Langevin
@@ -67,8 +67,8 @@ def test_every_variant_runs_and_rows_name_what_is_not_measured(monkeypatch):
     def missing(*_):
         raise ImportError("No module named 'jax'")
 
-    monkeypatch.setattr("lpc_runner.benchmark.variants.jax_chain", missing)
-    monkeypatch.setattr("lpc_runner.benchmark.variants.torchebm_chain", missing)
+    monkeypatch.setattr("benchmarks.variants.jax_chain", missing)
+    monkeypatch.setattr("benchmarks.variants.torchebm_chain", missing)
     variants, skipped = build_variants(TINY, CPU, ("eager",))
     measure(variants, 2, CPU)
     rows = rows_of(variants)

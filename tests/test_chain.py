@@ -11,8 +11,7 @@ from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, FusedPotential, 
 from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
-from lpc_runner.models.linear import Linear
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP, Linear
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
-from lpc_runner.training.optimizers import restore
+from lpc_runner.training.learner import restore
 
 
 class Stop(BaseException):

@@ -138,7 +138,7 @@ def test_yaml_keys_are_the_constructors_parameters(group, option, data, workplac
 
 
 def test_every_shipped_class_has_one_name_for_ever():
-    """What a hash and a config.yaml say must not change when a file is moved: config/classes.py has a row for each."""
+    """What a hash and a config.yaml say must not change when a file is moved: config/identity.py has a row for each."""
     from hydra.utils import get_object
 
     texts = [path.read_text() for path in CONF_DIR.rglob("*.yaml")]
@@ -176,7 +176,7 @@ def test_a_class_that_has_moved_leaves_the_run_what_it_is(tmp_path, workplace, m
 def test_an_option_that_lacks_a_value_is_refused(tmp_path, workplace):
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "half.yaml").write_text(
-        "_target_: lpc_runner.training.optimizers.Adam\nlearning_rate: 1.0e-3\neps: 1.0e-8\n"
+        "_target_: lpc_runner.training.learner.Adam\nlearning_rate: 1.0e-3\neps: 1.0e-8\n"
     )
     cell = cell_of(f"--config-dir={tmp_path}", "optimizer=half")
     with pytest.raises(UserError, match=r"optimizer\.betas has no value"):

@@ -14,8 +14,7 @@ import torch
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.data.arrays import Arrays
-from lpc_runner.data.batches import Batches
-from lpc_runner.data.dataset import Split
+from lpc_runner.data.dataset import Batches, Split
 from lpc_runner.data.digits import Digits
 from lpc_runner.data.images import to_uint8
 

@@ -34,26 +34,24 @@ from conftest import (
 from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.ranks import Ranks, bytes_per_update, numbers_per_update
-from lpc_runner.data.batches import Batches
-from lpc_runner.data.dataset import Split
+from lpc_runner.data.dataset import Batches, Split
 from lpc_runner.data.images import ImageDataset
 from lpc_runner.evaluation.samples import sample_images, share_of
-from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.inference.engine import Blocked
+from lpc_runner.inference.interfaces import require_shareable
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
 from lpc_runner.inference.preconditioning import Fisher, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP
 from lpc_runner.runner.plan import plan
 from lpc_runner.runner.run import execute
 from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.interrupts import Interrupted
-from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.learner import Adam, Learner
 from lpc_runner.training.traces import Traces
 from lpc_runner.training.trainer import Trainer
 

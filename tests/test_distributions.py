@@ -10,14 +10,15 @@ from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal, kl_divergence
 
 from lpc_runner.base.distributions import (
+    Bernoulli,
     DiagonalGaussian,
     DiscretisedGaussian,
     Gaussian,
+    Poisson,
     Prior,
     log_bin_probability,
     log_normal,
 )
-from lpc_runner.base.emissions import Bernoulli, Poisson
 from lpc_runner.base.likelihoods import Likelihood, draw, fault_of, lacking
 
 SCALES = (1e-3, 1e-2, 0.1, 0.3, 1.0, 10.0)

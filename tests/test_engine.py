@@ -6,25 +6,21 @@ import math
 import pytest
 import torch
 
-from lpc_runner.base.distributions import DiscretisedGaussian, Gaussian
-from lpc_runner.base.emissions import Bernoulli
+from lpc_runner.base.distributions import Bernoulli, DiscretisedGaussian, Gaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.tensors import exact_arithmetic
 from lpc_runner.data.dataset import Batch
-from lpc_runner.evaluation.gaps import gradients_through_rnns
-from lpc_runner.inference.capture import Captures
+from lpc_runner.evaluation.bounds import gradients_through_rnns
 from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
-from lpc_runner.inference.engine import Blocked, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
-from lpc_runner.inference.importance import ImportanceWeighted
-from lpc_runner.inference.objectives import WeightedKL
+from lpc_runner.inference.engine import Blocked, Captures, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
+from lpc_runner.inference.objectives import ImportanceWeighted, WeightedKL
 from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.conv import Conv
-from lpc_runner.models.linear import Linear
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP, Linear
+from lpc_runner.training.learner import Adam as Optimizer
 from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam as Optimizer
 
 
 def fisher():

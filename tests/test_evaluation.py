@@ -10,18 +10,23 @@ import scipy.linalg
 import torch
 from torch.nn import functional
 
-from lpc_runner.base.distributions import DiscretisedGaussian
-from lpc_runner.base.emissions import Bernoulli
+from lpc_runner.base.distributions import Bernoulli, DiscretisedGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.digits import Digits
-from lpc_runner.evaluation import neighbours
-from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
-from lpc_runner.evaluation.kernel import kernel_distance
-from lpc_runner.evaluation.likelihood import encoder_bound
-from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling, squared_radii
-from lpc_runner.models.mlp import MLP
+from lpc_runner.evaluation import distances
+from lpc_runner.evaluation.bounds import encoder_bound
+from lpc_runner.evaluation.distances import (
+    Moments,
+    compare_neighbours,
+    coverage_ceiling,
+    frechet_distance,
+    kernel_distance,
+    moments,
+    squared_radii,
+)
+from lpc_runner.models.dense import MLP
 
 K = 5
 ROW = 48 * 300  # bytes of working memory for one row of distances to 300 points
@@ -117,8 +122,8 @@ def test_pairs_that_float32_cannot_decide_are_decided_in_float64(monkeypatch, sp
     real, fake = ((centres.repeat(75, 1) + spread * normal(300, 40, counter=n)).float() for n in range(2))
     fake[:copied] = fake[0]
     asked = []
-    exact = neighbours._Pairs.exact
-    monkeypatch.setattr(neighbours._Pairs, "exact", lambda self, i, j: asked.append(len(i)) or exact(self, i, j))
+    exact = distances._Pairs.exact
+    monkeypatch.setattr(distances._Pairs, "exact", lambda self, i, j: asked.append(len(i)) or exact(self, i, j))
     assert compare_neighbours(real, fake, K, budget=50 * ROW) == pytest.approx(brute_force(real, fake, K), abs=1e-12)
     assert spread < 1 or sum(asked) < 0.2 * 3 * 300 * 300  # and mostly float32 is enough
 
@@ -126,7 +131,7 @@ def test_pairs_that_float32_cannot_decide_are_decided_in_float64(monkeypatch, sp
 def test_memory_is_bounded_by_the_budget():
     """Rows of a block and pairs computed again follow from the bytes allowed, at the sizes of the paper too."""
     points = torch.zeros(1, 2048).expand(50_000, 2048)[:10]
-    pairs = neighbours._Pairs(points, points, points.mean(0).double(), 2**29)
+    pairs = distances._Pairs(points, points, points.mean(0).double(), 2**29)
     assert 24 * pairs.num_rows * 50_000 < 2**33 and 4 * 8 * 2048 * pairs.num_pairs <= 2**29
 
 

@@ -16,8 +16,8 @@ from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.evaluation import features, quality
 from lpc_runner.evaluation.classifier import Classifier
+from lpc_runner.evaluation.distances import coverage_ceiling
 from lpc_runner.evaluation.features import Inception, RandomConv, make_extractor
-from lpc_runner.evaluation.neighbours import coverage_ceiling
 from lpc_runner.evaluation.quality import SampleQuality
 
 IDENTITY = {"name": "digits"}

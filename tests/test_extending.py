@@ -24,17 +24,15 @@ from lpc_runner.config.options import options_of
 from lpc_runner.data.dataset import Batch
 from lpc_runner.evaluate import main as evaluate
 from lpc_runner.inference.context import Context
-from lpc_runner.inference.importance import ImportanceWeighted
 from lpc_runner.inference.interfaces import Part
-from lpc_runner.inference.objectives import WeightedKL
+from lpc_runner.inference.objectives import ImportanceWeighted, WeightedKL
 from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP
 from lpc_runner.runner.plan import plan
 from lpc_runner.sample import main as sample
-from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.learner import Adam, Learner
 from lpc_runner.training.update import UpdateNoise
 
 OWN = ("dataset", "model", "model.likelihood", "step_size", "objective")
@@ -339,7 +337,7 @@ def test_a_tracker_of_ones_own_works_whatever_its_file_says_of_partial(partial, 
 
 
 PARTS = """
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP
 from lpc_runner.inference.interfaces import Preconditioner
 
 class Deep(MLP):

@@ -16,9 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mistakes import words
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, masked
 from lpc_runner.base.files import plain_name
-from lpc_runner.base.masking import masked
 from lpc_runner.config.build import build
 from lpc_runner.config.identity import run_name
 from lpc_runner.data.arrays import Arrays
@@ -251,7 +250,7 @@ def test_a_study_cannot_leave_the_output_folder(study, workplace):
 @pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "builtins.eval", "pathlib.Path", "os.nothing"])
 def test_a_configuration_cannot_call_the_system(target, finished):
     text = (finished.path / "config.yaml").read_text()
-    text = text.replace("lpc_runner.training.optimizers.Adam", target)
+    text = text.replace("lpc_runner.training.learner.Adam", target)
     (finished.path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=f"_target_={target}"):
         load(finished.path)

@@ -9,11 +9,11 @@ import sys
 import pytest
 from conftest import environment
 
-from lpc_runner.base.memory import _VARIABLES
+from lpc_runner.base.tensors import _VARIABLES
 
 CHAIN = """
 import resource, sys, torch
-from lpc_runner.base.memory import keep_freed_memory
+from lpc_runner.base.tensors import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory() == (len(sys.argv) == 2)
 def size():  # bytes that the process has from the system; not page faults, which some systems do not count

@@ -11,13 +11,12 @@ from lpc_runner.base.distributions import DiagonalGaussian, DiscretisedGaussian,
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.chain import Moments
 from lpc_runner.inference.context import Context
-from lpc_runner.inference.importance import ImportanceWeighted, importance_gradients
 from lpc_runner.inference.literal import literal_gradients
-from lpc_runner.inference.objectives import WeightedKL, forward_kl, reverse_kl
+from lpc_runner.inference.objectives import ImportanceWeighted, WeightedKL, forward_kl, importance_gradients, reverse_kl
 from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP
 from lpc_runner.training.update import UpdateNoise, compute_gradients
 
 OBJECTIVES = {"forward": (1.0, 0.0), "reverse": (0.0, 1.0), "jeffreys": (0.5, 0.5), "prior": (0.0, 0.0)}

@@ -8,18 +8,16 @@ import torch
 from lpc_runner.base.distributions import Gaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.randomness import generator
-from lpc_runner.data.batches import Batches
-from lpc_runner.data.dataset import Batch, Split
+from lpc_runner.data.dataset import Batch, Batches, Split
 from lpc_runner.inference.chain import ChainNoise, run_chain
+from lpc_runner.inference.context import PersistentStates
 from lpc_runner.inference.engine import Blocked, Eager
 from lpc_runner.inference.objectives import WeightedKL
-from lpc_runner.inference.persistent import PersistentStates
 from lpc_runner.inference.preconditioning import Fisher, Identity
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Annealed, Constant
-from lpc_runner.models.linear import Linear
-from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.models.dense import Linear
+from lpc_runner.training.learner import Adam, Learner
 
 DATA_DIM, LATENT_DIM = 5, 2
 

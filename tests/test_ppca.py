@@ -12,9 +12,8 @@ from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Fisher, Identity
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Annealed, Constant
-from lpc_runner.models.linear import Linear
-from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.models.dense import Linear
+from lpc_runner.training.learner import Adam, Learner
 
 DATA_DIM, LATENT_DIM, NUM_EXAMPLES, NUM_UPDATES = 8, 2, 1000, 700
 

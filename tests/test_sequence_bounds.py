@@ -11,10 +11,9 @@ from series import lds
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.evaluation import kalman
-from lpc_runner.evaluation.gaps import fit_free_posterior
-from lpc_runner.evaluation.importance import importance_bound
-from lpc_runner.evaluation.sequences import SequenceEvaluator
-from lpc_runner.models.linear import Linear
+from lpc_runner.evaluation.bounds import fit_free_posterior, importance_bound
+from lpc_runner.evaluation.sequence_metrics import SequenceEvaluator
+from lpc_runner.models.dense import Linear
 
 FIT = {"num_steps": 600, "num_samples": 8, "learning_rate": 0.05}
 

@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.data.chaotic_rnn import ChaoticRNN, network_states
-from lpc_runner.data.linear_system import LinearSystem, SampledLinearSystem, random_system
-from lpc_runner.data.lorenz import Lorenz, lorenz_states
+from lpc_runner.data.simulated import (
+    ChaoticRNN,
+    LinearSystem,
+    Lorenz,
+    SampledLinearSystem,
+    lorenz_states,
+    network_states,
+    random_system,
+)
 from lpc_runner.evaluation.kalman import LinearGaussian, kalman_filter
 
 

@@ -16,8 +16,7 @@ from lpc_runner.inference.objectives import VariationalEM
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.learner import Adam, Learner
 
 F64 = {"dtype": torch.float64}
 

@@ -8,8 +8,7 @@ from series import NUM_NEURONS, NUM_STEPS, NUM_TRAIN, counts, factor_analysis, l
 from torch.distributions import Normal, kl_divergence
 from torch.distributions import Poisson as TorchPoisson
 
-from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
-from lpc_runner.base.emissions import Poisson
+from lpc_runner.base.distributions import DiagonalGaussian, Gaussian, Poisson
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.objectives import reverse_kl

@@ -15,8 +15,7 @@ from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.config.build import build
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.acceptance import ShadowMetropolis, log_acceptance
-from lpc_runner.inference.chain import ChainNoise, run_chain
+from lpc_runner.inference.chain import ChainNoise, ShadowMetropolis, log_acceptance, run_chain
 from lpc_runner.inference.context import Context
 from lpc_runner.inference.literal import literal_gradients
 from lpc_runner.inference.objectives import VariationalEM, WeightedKL
@@ -26,8 +25,7 @@ from lpc_runner.inference.samplers import Info, Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Blocks, Constant, Polynomial
 from lpc_runner.models.sequential import LFADS
 from lpc_runner.runner.plan import build_learner
-from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam, RowAdam
+from lpc_runner.training.learner import Adam, Learner, RowAdam
 from lpc_runner.training.update import UpdateNoise, compute_gradients
 
 F64 = {"dtype": torch.float64}

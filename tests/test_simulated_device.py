@@ -210,12 +210,12 @@ from simulated import DEVICE, launches, waits
 from lpc_runner.data.dataset import Batch
 from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.inference.engine import Blocked
-from lpc_runner.inference.importance import ImportanceWeighted
+from lpc_runner.inference.objectives import ImportanceWeighted
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.samplers import NoSteps
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP
 from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.learner import Adam
 
 inside = []
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import TELLING, TINY, environment, only_run, result_of, spin_counts
 
-from lpc_runner.base.waiting import VARIABLES, wait_passively
+from lpc_runner.base.surroundings import VARIABLES, wait_passively
 
 # As a user's own scripts are called; an import of one of them ends the process.
 NAMESAKES = ("random", "logging", "queue", "yaml", "torch", "data")

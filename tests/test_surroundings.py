@@ -35,7 +35,7 @@ from lpc_runner.data.archives import damage_named
 from lpc_runner.evaluation.references import Reference
 from lpc_runner.runner import planning
 from lpc_runner.store.runs import Occupied, RunDirectory, follow
-from lpc_runner.tracking.publish import runs_of
+from lpc_runner.tracking.uploads import runs_of
 
 
 def shell(line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:

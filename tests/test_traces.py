@@ -12,7 +12,7 @@ from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.models.linear import Linear
+from lpc_runner.models.dense import Linear
 from lpc_runner.training.traces import Trace, Traces, trajectory
 
 GRID = 5

@@ -12,9 +12,8 @@ import pytest
 from wandb_server import forget_wandb, make_run, running_server
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.tracking.dashboards import build_sections, save_dashboard
-from lpc_runner.tracking.publish import publish
-from lpc_runner.tracking.study_facts import study_facts
+from lpc_runner.tracking.dashboards import build_sections, save_dashboard, study_facts
+from lpc_runner.tracking.uploads import publish
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "dashboard.py"
 NESTED = ("config",)  # beside the flat keys, in W&B's config

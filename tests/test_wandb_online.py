@@ -16,8 +16,8 @@ from wandb_server import ENTITY, KEY, StoredSweep, make_run, running_server
 
 from lpc_runner.ls import list_runs
 from lpc_runner.store.log import MetricLog
-from lpc_runner.tracking.publish import publish
 from lpc_runner.tracking.tracker import Tracker
+from lpc_runner.tracking.uploads import publish
 from lpc_runner.tracking.wandb_run import WandbTracker
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -13,8 +13,8 @@ from conftest import TINY, only_run
 from wandb_server import KEY, forget_wandb, make_run, running_server
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.tracking import publish as publishing
-from lpc_runner.tracking.publish import publish
+from lpc_runner.tracking import uploads
+from lpc_runner.tracking.uploads import publish
 
 CLOCKS = ("time/", "_timestamp", "_runtime", "_wandb")
 
@@ -89,7 +89,7 @@ def test_a_run_that_another_study_shares_is_tagged_with_it(server, tmp_path):
 
 def test_an_upload_interrupted_anywhere_is_completed_by_the_next(server, tmp_path, monkeypatch):
     run = make_run(tmp_path / "outputs", "digits-lpc-s0-1a2b")
-    real = publishing._Replay.row
+    real = uploads._Replay.row
 
     def dies(self, update, row):
         if update == 20:
@@ -98,7 +98,7 @@ def test_an_upload_interrupted_anywhere_is_completed_by_the_next(server, tmp_pat
         return real(self, update, row)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(publishing._Replay, "row", dies)
+        patch.setattr(uploads._Replay, "row", dies)
         list(publish(run.path))
     (stored,) = server.runs.values()
     assert [row["_step"] for row in stored.history] == [1, 10]
@@ -112,7 +112,7 @@ def test_an_upload_interrupted_anywhere_is_completed_by_the_next(server, tmp_pat
 
 def test_a_server_that_loses_data_is_not_believed(server, tmp_path, monkeypatch):
     run = make_run(tmp_path / "outputs", "digits-lpc-s0-1a2b")
-    monkeypatch.setattr(publishing, "_PATIENCE", 0)
+    monkeypatch.setattr(uploads, "_PATIENCE", 0)
     monkeypatch.setattr(type(server), "upload", lambda *arguments: None)
     with pytest.raises(UserError, match="does not show all of digits-lpc-s0-1a2b yet: run this again"):
         list(publish(run.path))

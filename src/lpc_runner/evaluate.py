@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.waiting import wait_passively
+from lpc_runner.base.surroundings import wait_passively
 from lpc_runner.main import one_line_errors
 
 

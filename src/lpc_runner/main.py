@@ -16,10 +16,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lpc_runner.base.errors import UserError
-from lpc_runner.base.masking import mask_logs
-from lpc_runner.base.surroundings import one_line_errors, said, settle
-from lpc_runner.base.waiting import wait_passively
+from lpc_runner.base.errors import UserError, mask_logs
+from lpc_runner.base.surroundings import one_line_errors, said, settle, wait_passively
 from lpc_runner.runner.commands import main_process, told_to_workers
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from lpc_runner.base.surroundings import one_line_errors
-from lpc_runner.tracking.publish import publish
+from lpc_runner.tracking.uploads import publish
 
 
 def main() -> None:

@@ -26,7 +26,6 @@ from lpc_runner.paper.tuning import tuning_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings
 from lpc_runner.study.page import html_page
 from lpc_runner.study.pairs import paired_table
-from lpc_runner.study.spreadsheet import study_csv
 from lpc_runner.study.study import Study, read_study
 from lpc_runner.study.style import png
 from lpc_runner.study.tables import (
@@ -36,6 +35,7 @@ from lpc_runner.study.tables import (
     likelihood_table,
     settings_of,
     state_notes,
+    study_csv,
 )
 
 WIDTH, NARROW = 100, 40  # what is narrower breaks the lines itself: no number is cut

@@ -10,7 +10,7 @@ import numpy as np
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
-from lpc_runner.base.waiting import wait_passively
+from lpc_runner.base.surroundings import wait_passively
 from lpc_runner.main import one_line_errors
 
 

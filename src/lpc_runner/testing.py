@@ -23,13 +23,12 @@ from lpc_runner.base.schema import accepted, declared, missing
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.context import Context, Gradients
-from lpc_runner.inference.coupling import require_shareable
 from lpc_runner.inference.engine import Blocked
-from lpc_runner.inference.interfaces import Objective, Preconditioner, Sampler, StepSize
+from lpc_runner.inference.interfaces import Objective, Preconditioner, Sampler, StepSize, require_shareable
 from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.models.mlp import MLP
+from lpc_runner.models.dense import MLP
 from lpc_runner.tracking.tracker import Sink
 from lpc_runner.training.update import UpdateNoise
 

@@ -1,4 +1,4 @@
-"""Densities: the discretised Gaussian of pixels, the Gaussian, the prior of z and the encoder's q(z|x)."""
+"""Densities: likelihoods of pixels, values, spike counts and binary pixels; the prior of z; the encoder's q(z|x)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lpc_runner.base.likelihoods import Independent
-from lpc_runner.base.schema import PositiveFloat, between, checked
+from lpc_runner.base.schema import PositiveFloat, at_least, between, checked
 
 LOG_2PI = math.log(2 * math.pi)
 BIN_HALF_WIDTH = 1 / 255  # 256 levels on [-1, 1]: bins of width 2/255
@@ -212,3 +213,126 @@ class DiagonalGaussian:
     def detach(self) -> DiagonalGaussian:
         """The same distribution, cut from the encoder's graph."""
         return DiagonalGaussian(self.mean.detach(), self.variance.detach())
+
+
+@dataclass(frozen=True)
+class BlockGaussian:
+    """N(mean, L Lᵀ), L block-diagonal: mean (B, d); every factor holds n lower triangular blocks of it, (B, n, k, k).
+
+    It answers as DiagonalGaussian does wherever an update needs no forward KL.
+    """
+
+    mean: Tensor
+    factors: tuple[Tensor, ...]
+
+    @property
+    def variance(self) -> Tensor:
+        """Diagonal of the covariance, (B, d)."""
+        return torch.cat([factor.square().sum(-1).flatten(1) for factor in self.factors], 1)
+
+    @property
+    def _scales(self) -> Tensor:
+        """Diagonal of L, (B, d)."""
+        return torch.cat([factor.diagonal(dim1=-2, dim2=-1).flatten(1) for factor in self.factors], 1)
+
+    def _blocks(self, vector: Tensor) -> list[Tensor]:
+        """(B, d) as one (B, n, k, 1) per factor."""
+        sizes = [factor.shape[1] * factor.shape[2] for factor in self.factors]
+        parts = zip(vector.split(sizes, 1), self.factors)
+        return [part.unflatten(1, factor.shape[1:3])[..., None] for part, factor in parts]
+
+    def rsample(self, noise: Tensor) -> Tensor:
+        """mean + L noise, (B, d), differentiable; noise ~ N(0, I) of shape (B, d)."""
+        products = [factor @ part for factor, part in zip(self.factors, self._blocks(noise))]
+        return self.mean + torch.cat([product.flatten(1) for product in products], 1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z|x) in nats, (B,)."""
+        parts = zip(self.factors, self._blocks(z - self.mean))
+        white = [torch.linalg.solve_triangular(factor, part, upper=False).flatten(1) for factor, part in parts]
+        return -(0.5 * (torch.cat(white, 1).square() + LOG_2PI) + self._scales.log()).sum(1)
+
+    def kl_per_dimension(self, prior: Prior) -> Tensor:
+        """Terms (B, d) whose sum over a block is its KL(q ‖ p) in nats: of trace, mean and log-determinant."""
+        ratio = self.variance / prior.scale**2
+        log_ratio = 2 * (self._scales / prior.scale).log()
+        return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - log_ratio)
+
+    def kl(self, prior: Prior) -> Tensor:
+        """KL(q(z|x) ‖ p(z)) in nats, (B,)."""
+        return self.kl_per_dimension(prior).sum(1)
+
+    def detach(self) -> BlockGaussian:
+        """The same distribution, cut from the encoder's graph."""
+        return BlockGaussian(self.mean.detach(), tuple(factor.detach() for factor in self.factors))
+
+
+SERIES_START = -15.0  # below it log softplus(η) = η - exp(η)/2 to float64's rounding of exp(2η)
+
+
+class Poisson(Independent):
+    """p(x | η) = Poisson(x; rate(η)) of counts per bin, with its normaliser log x!.
+
+    link `exp`: rate = exp(η), from tail_start = c on continued by its tangent exp(c) (1 + η - c): once continuously
+    differentiable and without a bound, so that no gradient vanishes as under a clamp. link `softplus`: log(1 + exp(η)).
+    tail_start: in log counts per bin, for exp alone. initial_rate: counts per bin at which every neuron starts.
+    """
+
+    data_kinds: ClassVar[tuple[str, ...]] = ("spike counts",)
+
+    @checked
+    def __init__(
+        self,
+        link: Literal["exp", "softplus"],
+        tail_start: Annotated[float, at_least(0)],
+        initial_rate: PositiveFloat,
+    ) -> None:
+        super().__init__()
+        self.link, self.tail_start = link, tail_start
+        self.initial_predictor = math.log(initial_rate if link == "exp" else math.expm1(initial_rate))
+
+    def log_rate(self, predictor: Tensor) -> Tensor:
+        """log rate(η), elementwise, finite wherever η is."""
+        if self.link == "exp":
+            excess = F.relu(predictor - self.tail_start)
+            return torch.where(predictor > self.tail_start, self.tail_start + torch.log1p(excess), predictor)
+        is_low = predictor < SERIES_START
+        low = torch.where(is_low, predictor, SERIES_START)  # the branch not taken must stay finite for its gradient
+        high = torch.where(is_low, SERIES_START, predictor)
+        return torch.where(is_low, low - low.exp() / 2, F.softplus(high).log())
+
+    def mean(self, predictor: Tensor) -> Tensor:
+        """Expected counts per bin, elementwise."""
+        return self.log_rate(predictor).exp()
+
+    def density(self, x: Tensor, predictor: Tensor) -> Tensor:
+        """log p(x | η) = x log rate - rate - log x!, elementwise, nats; x: counts in a floating dtype."""
+        log_rate = self.log_rate(predictor.to(x.dtype))  # where the network's arithmetic is bfloat16, this is not
+        return x * log_rate - log_rate.exp() - torch.lgamma(x + 1)
+
+    def sample(self, predictor: Tensor, source: torch.Generator) -> Tensor:
+        """Counts, in the dtype of η."""
+        return torch.poisson(self.mean(predictor), generator=source)
+
+
+class Bernoulli(Independent):
+    """p(x | η) of pixels in [-1, 1]: t log s(η) + (1 - t) log s(-η), t = (x + 1)/2, s the logistic function.
+
+    The exact log-probability of binary pixels, x = -1 or 1. Of grey ones, which it reads as probabilities t, it is the
+    expected log-probability of a binary draw: no probability of the grey levels.
+    """
+
+    num_levels = 2
+
+    def mean(self, predictor: Tensor) -> Tensor:
+        """2 s(η) - 1, elementwise, in [-1, 1]."""
+        return 2 * torch.sigmoid(predictor) - 1
+
+    def density(self, x: Tensor, predictor: Tensor) -> Tensor:
+        """log p(x | η), elementwise, nats."""
+        white = (x + 1) / 2
+        return -F.binary_cross_entropy_with_logits(predictor.to(x.dtype), white, reduction="none")
+
+    def sample(self, predictor: Tensor, source: torch.Generator) -> Tensor:
+        """Binary pixels, -1 or 1."""
+        return 2 * torch.bernoulli(torch.sigmoid(predictor), generator=source) - 1

@@ -1,5 +1,43 @@
-"""The one exception that means: the user can mend this, and one line says how."""
+"""The one exception that means: the user can mend this; and secrets, which stay out of logs and run folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
 
 
 class UserError(ValueError):
     """Bad input, missing data or an impossible request; its text is one line and names the remedy."""
+
+
+# num_tokens and its like count words of a text.
+_NAMED = r"[\w.]*(?:api_?key|(?<!num_)(?<!max_)(?<!min_)token|secret|passw(?:or)?d|credential)\w*"
+_ASSIGNED = re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*)(['\"]?)[^\s'\",;&]+")
+_SHORTEST = 8  # characters; shorter values of such variables ('true', '1') would mask ordinary words
+
+
+def masked(text: str) -> str:
+    """`text` without secrets: what is assigned to a name like api_key, and the values of such variables."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and re.fullmatch(rf"(?i){_NAMED}", name):
+            text = text.replace(value, "***")
+    return _ASSIGNED.sub(r"\1***", text)
+
+
+class Masking(logging.Filter):
+    """A handler's filter: every line goes through `masked`, tracebacks too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = masked(record.getMessage()), ()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = masked(logging.Formatter().formatException(record.exc_info))
+        return True
+
+
+def mask_logs() -> None:
+    """Put the filter on every handler that writes a run's log."""
+    for name in (None, "lpc_runner"):
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(entry, Masking) for entry in handler.filters):
+                handler.addFilter(Masking())

@@ -1,4 +1,4 @@
-"""What a shell, a notebook or a batch system hands over: streams, environment; and how a command ends in one line."""
+"""What a shell, a notebook or a batch system hands over: streams, environment, threads; how commands end in a line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lpc_runner.base.errors import UserError
-from lpc_runner.base.masking import masked
+from lpc_runner.base.errors import UserError, masked
 
 _NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # `| head` has ended, a terminal was closed
 
@@ -148,3 +147,20 @@ def _leave_with(error: Exception, text: str) -> NoReturn:
     sys.stderr.write(f"lpc_runner: {masked(text)}\n")
     sys.stderr.flush()
     raise SystemExit(1) from None
+
+
+# By which a user tells the OpenMP of GNU or of LLVM and Intel the same.
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def wait_passively() -> bool:
+    """Have torch's threads sleep between two parallel loops; returns whether they will.
+
+    OpenMP reads its variables when torch is loaded, so that a command has to call this before; workers inherit them.
+    Later, or where the user has set one of these variables, nothing changes. What it saves and costs:
+    docs/benchmarks.md.
+    """
+    if "torch" in sys.modules or any(name in os.environ for name in VARIABLES):
+        return False
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    return True

@@ -1,10 +1,13 @@
-"""Arithmetic that repeats, weights that never change, hashes of both."""
+"""Arithmetic that repeats, weights that never change, hashes of both, and memory that is kept once it was freed."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import math
+import os
+import platform
 from collections.abc import Iterator
 from typing import Literal
 
@@ -66,3 +69,23 @@ def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"features are taken of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
     return images.to(device).float() / 127.5 - 1
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as mallopt(3) numbers them
+# By which a user tells glibc the same.
+_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+LARGEST_BLOCK = 32 * 2**20  # bytes: the most that every glibc takes; a dataset is larger, and does go back
+KEPT = 2**30  # bytes of free memory at the heap's end
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep freed blocks of up to 32 MiB in this process; returns whether it does.
+
+    Every step of a chain frees and takes the same megabytes. Given back to the system, they come again page by page:
+    1,000 to 2,500 page faults a step at 32 pixels and batch 64 (docs/benchmarks.md). The largest resident set is the
+    same. Other allocators, and whoever has set glibc's own variables, are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _VARIABLES):
+        return False
+    malloc = ctypes.CDLL(None).mallopt
+    return bool(malloc(_MMAP_THRESHOLD, LARGEST_BLOCK) and malloc(_TRIM_THRESHOLD, KEPT))

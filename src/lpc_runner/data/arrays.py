@@ -10,8 +10,7 @@ import numpy as np
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.data.archives import Header, damage_named, no_npz, npz_header
-from lpc_runner.data.binarise import Binarisation, Binarise
-from lpc_runner.data.dataset import Data
+from lpc_runner.data.dataset import Binarisation, Binarise, Data
 from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
 from lpc_runner.data.stored import content_hash, file_state
 

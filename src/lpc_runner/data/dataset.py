@@ -1,12 +1,54 @@
-"""What every dataset offers: a name, a shape, an identity, and its examples as two splits."""
+"""What every dataset offers: name, shape, identity, two splits; grey images made binary; batches on the device."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
+
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.randomness import generator
+
+Binarise = Literal["none", "static", "dynamic"]
+CHUNK = 1000  # images drawn at once; part of which draw it is, so it is no setting
+
+
+def binary_draw(grey: Tensor, source: torch.Generator) -> Tensor:
+    """uint8 levels (B, ...) to draws of 0 or 255 of the same shape; P(255) = level/255, exact at 0 and 255."""
+    uniform = torch.rand(grey.shape, generator=source, device=grey.device)
+    return (255 * uniform < grey).to(torch.uint8) * 255
+
+
+@dataclass(frozen=True)
+class Binarisation:
+    """How a set of images is binarised: `none`; `static`, drawn once; `dynamic`, drawn anew at every visit in training.
+
+    seed: which static draw. Whatever is measured of a dynamic set is measured on its static draw.
+    """
+
+    mode: Binarise = "none"
+    seed: int = 0
+
+    def identity(self) -> dict[str, object]:
+        """Its part of `Dataset.identity`; of `none`, nothing."""
+        return {} if self.mode == "none" else {"binarise": self.mode, "binarise_seed": self.seed}
+
+    def applied(self, data: Data) -> Data:
+        """Both splits with values of 0 and 255, the grey images beside them; for `none` the data as they are."""
+        if self.mode == "none":
+            return data
+        train = replace(self._drawn(data.train, "train"), redrawn=self.mode == "dynamic")
+        return Data(train, self._drawn(data.test, "test"))
+
+    def _drawn(self, split: Split, name: str) -> Split:
+        parts = [
+            binary_draw(grey, generator(self.seed, f"binarise/{name}", number))
+            for number, grey in enumerate(split.values.split(CHUNK))
+        ]
+        return replace(split, values=torch.cat(parts), grey=split.values)
 
 
 @dataclass(frozen=True)
@@ -93,3 +135,64 @@ class Dataset(ABC):
     @abstractmethod
     def to_model(self, values: Tensor) -> Tensor:
         """Stored values (B, ...) to what the model sees, float32 (B, ...)."""
+
+
+class Batches:
+    """Random access to batch (epoch, position); nothing to save, for the same arguments give the same bits.
+
+    values: the split as stored (N, ...), in its own dtype, moved to `device` once; of a `redrawn` split its grey images
+    are too, and a batch draws its values from them by (seed, epoch, position), alike for any rows. The incomplete last
+    batch of an epoch is dropped. rows: the part of every batch that this process works on. Raises UserError if the
+    split is smaller than one batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rows: slice = slice(None),
+    ) -> None:
+        if len(split) < batch_size:
+            raise UserError(
+                f"{dataset.name} has {len(split)} training examples, fewer than one batch: "
+                f"batch_size must be at most {len(split)}, got {batch_size}"
+            )
+        self.values = split.values.to(device)
+        self._grey = split.grey.to(device) if split.redrawn else None
+        self.batch_size = batch_size
+        self.num_batches = len(split) // batch_size
+        self._dataset = dataset
+        self._seed = seed
+        self._rows = rows
+        self._epoch: int | None = None
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def batch(self, epoch: int, position: int) -> Batch:
+        """Batch `position` (0 to num_batches - 1) of an epoch: x float32 (B, ...), index int64 (B,)."""
+        assert 0 <= position < self.num_batches, f"position {position} of {self.num_batches}"
+        start = position * self.batch_size
+        index = self.order(epoch)[start : start + self.batch_size]
+        if self._grey is None:
+            return self._take(index[self._rows])
+        source = generator(self._seed, "binarise", epoch, position, device=self.values.device)
+        drawn = binary_draw(self._grey.index_select(0, index), source)
+        return Batch(x=self._dataset.to_model(drawn[self._rows]), index=index[self._rows])
+
+    def fixed(self, count: int) -> Batch:
+        """The first `count` examples in stored order, for pictures. Raises UserError if there are fewer."""
+        if count > len(self.values):
+            raise UserError(f"{self._dataset.name} has {len(self.values)} examples, {count} were asked for")
+        return self._take(torch.arange(count, device=self.values.device))
+
+    def order(self, epoch: int) -> Tensor:
+        """perm(seed, epoch), int64 (N,) on the device; drawn on the CPU, so all devices see one order."""
+        if epoch != self._epoch:
+            order = torch.randperm(len(self.values), generator=generator(self._seed, "batches", epoch))
+            self._order, self._epoch = order.to(self.values.device), epoch
+        return self._order
+
+    def _take(self, index: Tensor) -> Batch:
+        return Batch(x=self._dataset.to_model(self.values.index_select(0, index)), index=index)

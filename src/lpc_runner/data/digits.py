@@ -7,8 +7,7 @@ import torch
 
 from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import NonNegativeInt, checked
-from lpc_runner.data.binarise import Binarisation, Binarise
-from lpc_runner.data.dataset import Data
+from lpc_runner.data.dataset import Binarisation, Binarise, Data
 from lpc_runner.data.images import ImageDataset, decode_all, image_split
 
 _VERSION = 1  # of resizing and split: raise it when either changes, for runs then see other data

@@ -13,8 +13,7 @@ import numpy as np
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
-from lpc_runner.data.binarise import Binarisation, Binarise
-from lpc_runner.data.dataset import Data, Split
+from lpc_runner.data.dataset import Binarisation, Binarise, Data, Split
 from lpc_runner.data.image_files import (
     SUFFIXES,
     Found,

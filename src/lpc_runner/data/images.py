@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.randomness import generator
-from lpc_runner.data.binarise import Binarisation
-from lpc_runner.data.dataset import Dataset, Split
+from lpc_runner.data.dataset import Binarisation, Dataset, Split
 
 
 class ImageDataset(Dataset):

@@ -20,11 +20,9 @@ from lpc_runner.base.schema import PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.evaluation import diagnostics
 from lpc_runner.evaluation.ais import AnnealedImportance
+from lpc_runner.evaluation.bounds import COLD, fit_free_posterior, importance_bound
 from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
-from lpc_runner.evaluation.gaps import fit_free_posterior
-from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut, require_examples
-from lpc_runner.evaluation.sequences import COLD
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
 

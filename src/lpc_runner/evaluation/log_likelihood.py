@@ -25,11 +25,9 @@ from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.evaluation.ais import AnnealedImportance
+from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite, is_amortised
-from lpc_runner.evaluation.gaps import gradients_through_rnns
-from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.kalman import exact_log_evidence
-from lpc_runner.evaluation.likelihood import is_probability
 from lpc_runner.evaluation.posterior import evaluating
 from lpc_runner.evaluation.samples import draw_image_data, draw_images
 from lpc_runner.tracking.progress import Progress, show_duration

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.randomness import generator
-from lpc_runner.evaluation.gaps import gradients_through_rnns
+from lpc_runner.evaluation.bounds import gradients_through_rnns
 from lpc_runner.inference.chain import ChainNoise, run_chain
 
 

@@ -22,12 +22,16 @@ from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.data.dataset import Data, Dataset, Split
+from lpc_runner.evaluation.bounds import encoder_bound
+from lpc_runner.evaluation.distances import (
+    compare_neighbours,
+    coverage_ceiling,
+    frechet_distance,
+    kernel_distance,
+    moments,
+)
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor
-from lpc_runner.evaluation.frechet import frechet_distance, moments
-from lpc_runner.evaluation.kernel import kernel_distance
-from lpc_runner.evaluation.likelihood import encoder_bound
-from lpc_runner.evaluation.neighbours import compare_neighbours, coverage_ceiling
 from lpc_runner.evaluation.references import VERSION, Reference
 from lpc_runner.evaluation.samples import draw_image_data, draw_images, sample_images, share_of
 

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from lpc_runner.base.files import is_refusal, write_cache
 from lpc_runner.base.tensors import hash_of_tensors
+from lpc_runner.evaluation.distances import Moments, frechet_distance, moments, squared_radii, within_term
 from lpc_runner.evaluation.features import Extractor, extract
-from lpc_runner.evaluation.frechet import Moments, frechet_distance, moments
-from lpc_runner.evaluation.kernel import within_term
-from lpc_runner.evaluation.neighbours import squared_radii
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
 

@@ -16,7 +16,7 @@ from lpc_runner.base.surroundings import picture_style
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.sequences import COUNTS, SequenceDataset
 from lpc_runner.evaluation.posterior import Means
-from lpc_runner.evaluation.spikes import linear_readout
+from lpc_runner.evaluation.spike_metrics import linear_readout
 
 if TYPE_CHECKING:
     pass

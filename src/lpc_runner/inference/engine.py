@@ -1,10 +1,4 @@
-"""Ways to run one and the same chain: step by step, compiled, or as a captured CUDA graph.
-
-Every engine makes the steps of `sampler.step` on the potential of `chain.FusedPotential`; they differ in who launches
-the kernels. All but the first work on fixed tensors, a block of steps at a time: noise and times are copied in, states
-and diagnostics come out, and nothing inside a block asks the device for an answer. Results agree to rounding, and
-the random numbers are the same (tests/test_engine.py holds every engine against `run_chain`).
-"""
+"""Ways to run one and the same chain: step by step, compiled, or as a captured CUDA graph."""
 
 from __future__ import annotations
 
@@ -21,7 +15,6 @@ from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import declared
 from lpc_runner.base.tensors import products_in
-from lpc_runner.inference.capture import Captures
 from lpc_runner.inference.chain import (
     NOISE_BLOCK,
     Chain,
@@ -37,6 +30,51 @@ from lpc_runner.inference.chain import (
 )
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.inference.samplers import Info, State
+
+
+class Captures:
+    """Graphs of one device that never run at the same time, and so share their memory."""
+
+    WARM_UPS = 3  # runs before a capture, in which libraries choose algorithms and allocate what they keep
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._pool = device, None
+        self._stream = None  # its own: torch's capture stream stays on the first device that a process captured on
+
+    def __call__(self, work: Callable[[], None], warm: bool = True) -> Callable[[], None]:
+        """What replays `work`, after WARM_UPS runs of it where it is to be warmed up; raises what it raises."""
+        with torch.cuda.device(self.device):
+            self._stream = self._stream or torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(self.WARM_UPS if warm else 0):
+                    work()
+            current.wait_stream(self._stream)
+            return self.captured(work, current).replay
+
+    def captured(self, work: Callable[[], None], current: Any) -> Any:
+        """The graph of one run; current: the stream that is current outside.
+
+        Raises what the work raised: ending a broken capture raises another error over it and, before torch 2.15,
+        leaves the capture's stream current.
+        """
+        graph, first = torch.cuda.CUDAGraph(), None
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                try:
+                    work()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception:
+            torch.cuda.set_stream(current)
+            if first is not None:
+                raise first from None
+            raise
+        self._pool = graph.pool()
+        return graph
+
 
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
 Precision = Literal["fp32", "tf32", "bf16"]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpc_runner.base.block_gaussian import BlockGaussian
-from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.distributions import BlockGaussian, DiagonalGaussian
 from lpc_runner.data.dataset import Batch
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lpc_runner.base.surroundings import picture_style
-from lpc_runner.paper.bar_figures import objective_pictures
-from lpc_runner.paper.chain_figures import chain_pictures
-from lpc_runner.paper.grid_figures import grid_pictures
+from lpc_runner.paper.chain_figures import chain_pictures, trajectory_pictures
+from lpc_runner.paper.quality_figures import grid_pictures, objective_pictures
 from lpc_runner.paper.sweep_figures import sweep_pictures
-from lpc_runner.paper.trajectory_figures import trajectory_pictures
 from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.curve_figures import compute_pictures, curve_pictures, metric_names
 from lpc_runner.study.sequence_figures import sequence_pictures

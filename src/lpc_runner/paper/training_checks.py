@@ -27,9 +27,9 @@ from lpc_runner.paper.evidence import (
 )
 from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.grouping import Group
+from lpc_runner.study.recorded_chains import LOG_JOINT, read_trace, steps_gained, traced_updates
 from lpc_runner.study.runs import Point, Run
 from lpc_runner.study.tables import base_name, show
-from lpc_runner.study.traces import LOG_JOINT, read_trace, steps_gained, traced_updates
 
 JEFFREYS, REVERSE, FORWARD = "LPC jeffreys", "LPC reverse", "LPC forward"
 SETTLED = 1.0  # nats: a chain whose median step changes less is near the mode

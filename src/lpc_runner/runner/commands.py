@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lpc_runner.base.masking import masked
+from lpc_runner.base.errors import masked
 
 _WORDS, _PROCESS = "LPC_RUNNER_COMMAND", "LPC_RUNNER_MAIN"
 

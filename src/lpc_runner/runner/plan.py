@@ -15,11 +15,9 @@ from lpc_runner.base.schema import declared
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import run_hash, run_name
-from lpc_runner.data.batches import Batches
-from lpc_runner.data.dataset import Data
+from lpc_runner.data.dataset import Batches, Data
 from lpc_runner.evaluation.evaluator import Evaluator
-from lpc_runner.inference.coupling import require_shareable
-from lpc_runner.inference.interfaces import Objective
+from lpc_runner.inference.interfaces import Objective, require_shareable
 from lpc_runner.store.runs import RunDirectory
 from lpc_runner.tracking.tracker import Sink
 from lpc_runner.training.learner import Learner

@@ -13,22 +13,19 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, masked
 from lpc_runner.base.files import write_atomically
-from lpc_runner.base.masking import masked
-from lpc_runner.base.memory import keep_freed_memory
 from lpc_runner.base.schema import accepted, declared
-from lpc_runner.base.tensors import exact_arithmetic
+from lpc_runner.base.tensors import exact_arithmetic, keep_freed_memory
 from lpc_runner.config.build import Experiment
 from lpc_runner.config.identity import flat_keys
-from lpc_runner.data.batches import Batches
+from lpc_runner.data.dataset import Batches
 from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.runner.commands import command_words
 from lpc_runner.runner.plan import Planned, batches_of, build_learner, evaluator_of
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.environment import describe_environment, warn_of_another_device, warn_of_other_code
-from lpc_runner.store.log import MetricLog
-from lpc_runner.store.rows import final_numbers, rows_of
+from lpc_runner.store.log import MetricLog, final_numbers, rows_of
 from lpc_runner.store.runs import RunDirectory, checkpoint_files
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Sink, Tracker

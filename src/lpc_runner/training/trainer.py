@@ -13,7 +13,7 @@ import torch
 
 from lpc_runner.base.ranks import Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
-from lpc_runner.data.batches import Batches
+from lpc_runner.data.dataset import Batches
 from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.training.interrupts import Interrupts
 from lpc_runner.training.learner import Learner

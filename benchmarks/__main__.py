@@ -1,13 +1,13 @@
 """Time Algorithm 1 as written, ours by engine and precision, other packages, a VAE and the floor, side by side.
 
-python scripts/benchmark.py --side 32 --steps 50 --batch 64    one table
-python scripts/benchmark.py --growth                           memory against T; time against T, batch and side
-python scripts/benchmark.py --profile                          where an update's time goes, by kernel class
-python scripts/benchmark.py --accuracy                         error of each precision; what deferring could save
-python scripts/benchmark.py --kept-memory                      what it saves to keep freed memory
-python scripts/benchmark.py --waits 0,4                        threads that sleep or spin, beside 0 and 4 busy processes
-python scripts/benchmark.py --throughput 1,2                   runs per hour with so many runs at once
-python scripts/benchmark.py --cuda-suite FOLDER --seconds 290 --stages smoke,compare-32,tests
+python -m benchmarks --side 32 --steps 50 --batch 64    one table
+python -m benchmarks --growth                           memory against T; time against T, batch and side
+python -m benchmarks --profile                          where an update's time goes, by kernel class
+python -m benchmarks --accuracy                         error of each precision; what deferring could save
+python -m benchmarks --kept-memory                      what it saves to keep freed memory
+python -m benchmarks --waits 0,4                        threads that sleep or spin, beside 0 and 4 busy processes
+python -m benchmarks --throughput 1,2                   runs per hour with so many runs at once
+python -m benchmarks --cuda-suite FOLDER --seconds 290 --stages smoke,compare-32,tests
                                                                checks and all of this on a CUDA device, each stage
                                                                in a process with a limit; the stages: --help
 """
@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from lpc_runner.base.memory import keep_freed_memory
-from lpc_runner.benchmark import report
-from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
-from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
-from lpc_runner.benchmark.kept import kept_memory, markdown_of_kept
-from lpc_runner.benchmark.scaling import profile
-from lpc_runner.benchmark.suite import LIMITS, failed, run_suite
-from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
-from lpc_runner.benchmark.variants import Work
-from lpc_runner.benchmark.waits import markdown_of_waits, waits
+from benchmarks import report
+from benchmarks.accuracy import drift_errors, markdown_of_errors
+from benchmarks.deferred import deferred_bound, markdown_of_deferred
+from benchmarks.kept import kept_memory, markdown_of_kept
+from benchmarks.scaling import profile
+from benchmarks.suite import LIMITS, failed, run_suite
+from benchmarks.throughput import markdown_of_throughput, throughput
+from benchmarks.variants import Work
+from benchmarks.waits import markdown_of_waits, waits
+from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.models.conv import SIDES
 
 

@@ -36,7 +36,7 @@ def run_suite(
 ) -> dict[str, Any]:
     """Run the stages, all where none is named, and return what results.json holds.
 
-    seconds: of the whole call. more: words for every stage (`benchmark.stages`). A stage's results are its numbers,
+    seconds: of the whole call. more: words for every stage (`benchmarks.stages`). A stage's results are its numbers,
     its exit code and its seconds; ended: it reached its limit.
     """
     started = time.monotonic()
@@ -51,7 +51,7 @@ def run_suite(
             else:
                 path = Path(kept) / f"{stage}.json"
                 words = [stage, str(path), f"{limit:.1f}", device, str(folder.absolute()), *more]
-                results[stage] = _one([sys.executable, "-m", "lpc_runner.benchmark.stages", *words], limit, log)
+                results[stage] = _one([sys.executable, "-m", "benchmarks.stages", *words], limit, log)
                 if path.exists():
                     results[stage] |= json.loads(path.read_text(encoding="utf-8"))
             write_atomically(folder / "results.json", json.dumps(results, indent=1).encode())
@@ -62,7 +62,13 @@ def run_suite(
 def _one(command: list[str], limit: float, log: Any) -> dict[str, Any]:
     """Run a stage, its lines to the terminal and the log; at its limit the whole group of processes is ended."""
     begun, ended = time.monotonic(), threading.Event()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    places = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": places,
+        "PYTHONUNBUFFERED": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 

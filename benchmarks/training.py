@@ -32,7 +32,7 @@ def pack(runs: Path, out: Path) -> list[Path]:
 
 
 def train(stage: Any) -> None:
-    """METHODS one after the other on the stage's settings, as long as there is time; stage: `benchmark.stages.Stage`.
+    """METHODS one after the other on the stage's settings, as long as there is time; stage: `benchmarks.stages.Stage`.
 
     A run that is cut is told to save, and its archive goes on elsewhere by the same command.
     """

@@ -1,7 +1,8 @@
-"""Weak and strong scaling of one run over ranks: time per update, and what the ranks send one another."""
+"""Weak and strong scaling of a run over gloo ranks on one machine: python -m benchmarks.ranks --ranks 1 2 --batch 32"""
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import socket
@@ -10,11 +11,13 @@ import time
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
-from lpc_runner.base.memory import keep_freed_memory
+from benchmarks.report import processor
+from benchmarks.variants import LATENT_DIM, Work, build_learner, images, ours
 from lpc_runner.base.ranks import Ranks, bytes_per_update
-from lpc_runner.benchmark.variants import LATENT_DIM, Work, build_learner, images, ours
+from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam, SharedAdam
@@ -83,3 +86,21 @@ def tabulate(sizes: list[int], side: int, num_steps: int, batch: int, rounds: in
             numbers = (f"{1e3 * seconds:.0f}", f"{speed:.1f}", f"{speed / size / first[name]:.2f}", f"{sent:.1f}")
             table.add_row(name, str(size), str(total), *numbers)
     return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
+    parser.add_argument("--side", type=int, default=32, help="pixels (default: 32)")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the chain, T (default: 50)")
+    parser.add_argument("--batch", type=int, default=32, help="images per rank (weak) or in all (strong; default: 32)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed updates (default: 5)")
+    parser.add_argument("--shared", action="store_true", help="preconditioning=adam_shared, which talks at every step")
+    given = parser.parse_args()
+    console = Console(width=110)
+    console.print(f"CPU {processor()}; torch {torch.__version__}; one thread per rank; conv, T = {given.steps}")
+    console.print(tabulate(given.ranks, given.side, given.steps, given.batch, given.rounds, given.shared))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpc_runner.benchmark.variants import WAYS, Work, build_model, images
+from benchmarks.variants import WAYS, Work, build_model, images
 from lpc_runner.inference.chain import FusedPotential
 from lpc_runner.inference.engine import make_engine
 from lpc_runner.models.conv import Conv

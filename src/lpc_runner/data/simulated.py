@@ -1,4 +1,4 @@
-"""Trials of a known linear dynamical system, whose parameters are kept: the truth is exact."""
+"""Simulated trials: a linear system with known parameters, spikes of a Lorenz attractor and of a chaotic network."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
-from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, random_source, smallest_counts
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
+from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, random_source, smallest_counts, split_trials
 
 _SYSTEM = "system_"
 _NOISE = 0.3  # standard deviation of the process noise in every direction
@@ -151,3 +151,155 @@ def random_system(draw: np.random.Generator, dim: int, num_neurons: int, emissio
     loadings = scale * draw.standard_normal((num_neurons, dim)) / np.sqrt(dim)
     offsets = np.zeros(num_neurons) if emission == "gaussian" else np.full(num_neurons, np.log(_BASE))
     return LinearSystem(transition, np.zeros(dim), noise, np.zeros(dim), stationary, loadings, offsets, 0.5)
+
+
+_STEP = 0.006  # time of the attractor per millisecond
+_MILLISECONDS = 1000
+_BIN = 20  # milliseconds
+
+
+class Lorenz(SimulatedDataset):
+    """Poisson counts whose log rates are linear in a Lorenz state (Sussillo et al. 2016, Pandarinath et al. 2018).
+
+    The state starts at N(0, I) per condition and follows Euler steps of 1 ms for 1 s; each of its three dimensions is
+    divided by its largest |.| over all conditions; log rate = W x + log base_rate, |W| ~ 1 + U[0, 1] with random
+    signs; counts are Poisson in bins of 20 ms. num_trials per condition, the last fifth of them is the test split.
+    """
+
+    name = "lorenz"
+    bin_seconds = _BIN / 1000
+
+    @checked
+    def __init__(
+        self,
+        data_dir: str,
+        seed: NonNegativeInt,
+        num_conditions: PositiveInt,
+        num_trials: PositiveInt,
+        num_neurons: PositiveInt,
+        base_rate: PositiveFloat,
+        num_held_out: NonNegativeInt,
+    ) -> None:
+        if num_trials < 5:
+            raise ValueError(
+                f"num_trials must be at least 5 per condition (a fifth is the test split), got {num_trials}"
+            )
+        self.seed, self.base_rate = seed, base_rate
+        self.num_conditions, self.num_trials, self.num_neurons = num_conditions, num_trials, num_neurons
+        names = ("seed", "num_conditions", "num_trials", "num_neurons", "base_rate")
+        super().__init__(data_dir, num_held_out, {name: getattr(self, name) for name in names})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, N), 50 bins."""
+        return (_MILLISECONDS // _BIN, self.num_neurons)
+
+    @property
+    def num_train(self) -> int:
+        """Four fifths of the trials of every condition."""
+        return self.num_conditions * (self.num_trials - self.num_trials // 5)
+
+    def simulate(self) -> dict[str, np.ndarray]:
+        """values (trials, 50, N), rates in expected counts per bin, latents: the scaled state, averaged over a bin."""
+        draw = random_source(self.seed, "lorenz")
+        state = lorenz_states(draw.standard_normal((self.num_conditions, 3)), _MILLISECONDS)
+        state /= np.abs(state).max((0, 1))
+        signs = draw.choice([-1.0, 1.0], (3, self.num_neurons))
+        weights = (1 + draw.random((3, self.num_neurons))) * signs
+        binned = lambda x: x.reshape(self.num_conditions, *self.shape[:1], _BIN, -1)
+        rates = binned(self.base_rate / 1000 * np.exp(state @ weights)).sum(2)  # Hz are thousandths per millisecond
+        repeated = lambda x: np.repeat(x, self.num_trials, axis=0)
+        arrays = {
+            "values": smallest_counts(draw.poisson(repeated(rates))),
+            "rates": repeated(rates).astype(np.float32),
+            "latents": repeated(binned(state).mean(2)).astype(np.float32),
+        }
+        return split_trials(arrays, self.num_conditions, self.num_trials, self.num_trials // 5)
+
+
+def lorenz_states(start: np.ndarray, num_steps: int) -> np.ndarray:
+    """Euler steps of σ = 10, ρ = 28, β = 8/3 from start (B, 3): the states after each, (B, num_steps, 3)."""
+    states, state = np.empty((len(start), num_steps, 3)), start
+    for step in range(num_steps):
+        x, y, z = state.T
+        state = state + _STEP * np.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], axis=1)
+        states[:, step] = state
+    return states
+
+
+_STEP, _TIME_CONSTANT = 0.010, 0.025  # seconds
+_NUM_BINS = 100
+_PULSE_BINS = (25, 75)
+_PULSE = 20.0
+_MAX_RATE = 30.0  # Hz
+
+
+class ChaoticRNN(SimulatedDataset):
+    """Poisson counts of a random network (Sussillo et al. 2016): τ dy/dt = -y + J tanh(y) + B u, J ~ g N(0, 1/N).
+
+    τ = 25 ms, Euler steps and bins of 10 ms, 100 of them; y starts at N(0, I) per condition; rates are
+    15 Hz (1 + tanh(y)). pulses: u is 20 at one bin per trial, uniform in [25, 75), B ~ N(0, I); without them u = 0.
+    The input of bin t drives the state of bin t. num_trials per condition, the last fifth of them is the test split.
+    """
+
+    name = "chaotic_rnn"
+    bin_seconds = _STEP
+
+    @checked
+    def __init__(
+        self,
+        data_dir: str,
+        seed: NonNegativeInt,
+        pulses: bool,
+        gain: PositiveFloat,
+        num_conditions: PositiveInt,
+        num_trials: PositiveInt,
+        num_neurons: PositiveInt,
+        num_held_out: NonNegativeInt,
+    ) -> None:
+        if num_trials < 5:
+            raise ValueError(
+                f"num_trials must be at least 5 per condition (a fifth is the test split), got {num_trials}"
+            )
+        self.seed, self.pulses, self.gain = seed, pulses, gain
+        self.num_conditions, self.num_trials, self.num_neurons = num_conditions, num_trials, num_neurons
+        names = ("seed", "pulses", "gain", "num_conditions", "num_trials", "num_neurons")
+        super().__init__(data_dir, num_held_out, {name: getattr(self, name) for name in names})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, N), 100 bins."""
+        return (_NUM_BINS, self.num_neurons)
+
+    @property
+    def num_train(self) -> int:
+        """Four fifths of the trials of every condition."""
+        return self.num_conditions * (self.num_trials - self.num_trials // 5)
+
+    def simulate(self) -> dict[str, np.ndarray]:
+        """values (trials, 100, N), rates in expected counts per bin; with pulses also inputs and pulse_bin."""
+        draw = random_source(self.seed, "chaotic_rnn")
+        size, count = self.num_neurons, self.num_conditions * self.num_trials
+        recurrent = self.gain * draw.standard_normal((size, size)) / np.sqrt(size)
+        into = draw.standard_normal(size)
+        start = np.repeat(draw.standard_normal((self.num_conditions, size)), self.num_trials, axis=0)
+        inputs = np.zeros((count, _NUM_BINS))
+        pulse_bin = draw.integers(*_PULSE_BINS, count)
+        if self.pulses:
+            inputs[np.arange(count), pulse_bin] = _PULSE
+        states = network_states(recurrent, into, start, inputs)
+        rates = _MAX_RATE * _STEP * (1 + np.tanh(states)) / 2
+        arrays = {"values": smallest_counts(draw.poisson(rates)), "rates": rates.astype(np.float32)}
+        if self.pulses:
+            arrays |= {"inputs": inputs[..., None].astype(np.float32), "pulse_bin": pulse_bin}
+        return split_trials(arrays, self.num_conditions, self.num_trials, self.num_trials // 5)
+
+
+def network_states(recurrent: np.ndarray, into: np.ndarray, start: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """y(t) = y(t-1) + dt/τ (-y(t-1) + J tanh(y(t-1)) + B u(t)) from start (B, N), inputs (B, T): (B, T, N)."""
+    states, state = np.empty((*inputs.shape, len(into))), start
+    for step in range(inputs.shape[1]):
+        drive = -state + np.tanh(state) @ recurrent.T + inputs[:, step, None] * into
+        state = state + _STEP / _TIME_CONSTANT * drive
+        states[:, step] = state
+    return states

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lpc_runner.benchmark.floor import median_seconds
-from lpc_runner.benchmark.variants import Work, build_model, images
+from benchmarks.floor import median_seconds
+from benchmarks.variants import Work, build_model, images
 from lpc_runner.models.conv import Conv, FromPoint
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lpc_runner.base.memory import keep_freed_memory
-from lpc_runner.benchmark.floor import median_seconds, wait
-from lpc_runner.benchmark.variants import Work, build_learner, chain, images, ours
+from benchmarks.floor import median_seconds, wait
+from benchmarks.variants import Work, build_learner, chain, images, ours
+from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
 

@@ -17,13 +17,11 @@ from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.sequences import COUNTS, SERIES
-from lpc_runner.evaluation import kalman, spikes
+from lpc_runner.evaluation import kalman, spike_metrics
+from lpc_runner.evaluation.bounds import COLD, FreePosterior, fit_free_posterior, importance_bound
 from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
-from lpc_runner.evaluation.gaps import FreePosterior, fit_free_posterior
-from lpc_runner.evaluation.importance import importance_bound
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
 
-COLD = 10  # times the learning rate of a free q, in a first fit from the prior
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
 PER_TRIAL = "nats per trial"
 
@@ -141,7 +139,7 @@ class SequenceEvaluator(Evaluator):
             numbers["elbo"] = float(importance_bound(trained.model, self.x, q, 1, self.seed).elbo.mean())
             if "rates" in self.extras:
                 means = self._means(trained, q, min(8, self.settings.num_posterior_samples))
-                numbers["rates_r2"] = spikes.r_squared(means.rates, self.extras["rates"])
+                numbers["rates_r2"] = spike_metrics.r_squared(means.rates, self.extras["rates"])
             return numbers
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
@@ -280,7 +278,9 @@ class SequenceEvaluator(Evaluator):
 
     def _true_log_likelihood(self) -> Tensor:
         """log-likelihood of held-in spikes under the true rates, nats per trial, (B,) float64."""
-        return spikes.poisson_log_likelihood(self.values[..., self.held_in], self.extras["rates"][..., self.held_in])
+        return spike_metrics.poisson_log_likelihood(
+            self.values[..., self.held_in], self.extras["rates"][..., self.held_in]
+        )
 
     def _divergences(self, model: nn.Module, q: DiagonalGaussian) -> dict[str, float]:
         """KL(q ‖ p) in all and of every named block, means over trials."""
@@ -292,27 +292,29 @@ class SequenceEvaluator(Evaluator):
         """What posterior means say of rates, spikes, latents, pulses and behaviour of these trials."""
         numbers, extras = {}, {name: values[index] for name, values in self.extras.items()}
         if "rates" in extras:
-            numbers["rates_r2"] = spikes.r_squared(means.rates, extras["rates"])
+            numbers["rates_r2"] = spike_metrics.r_squared(means.rates, extras["rates"])
         if self.dataset.kind == COUNTS:
             numbers |= self._of_spikes(index, means.rates)
         if "latents" in extras:
-            numbers["latents_r2"] = spikes.linear_r_squared(means.factors, extras["latents"])
+            numbers["latents_r2"] = spike_metrics.linear_r_squared(means.factors, extras["latents"])
         if "behaviour" in extras:
-            numbers["behaviour_r2"] = spikes.linear_r_squared(means.factors, extras["behaviour"])
+            numbers["behaviour_r2"] = spike_metrics.linear_r_squared(means.factors, extras["behaviour"])
         if "pulse_bin" in extras and means.inputs is not None:
-            numbers["pulse_timing"] = spikes.pulse_timing(means.inputs, extras["pulse_bin"])
+            numbers["pulse_timing"] = spike_metrics.pulse_timing(means.inputs, extras["pulse_bin"])
         return numbers
 
     def _of_spikes(self, index: Tensor, rates: Tensor) -> dict[str, float]:
         """Bits per spike and log-likelihood of held-in spikes, and bits per spike of held-out ones, under rates."""
         counts, held_in, held_out = self.values[index], self.held_in, slice(self.held_in.stop, None)
-        likelihood = spikes.poisson_log_likelihood(counts[..., held_in], rates[..., held_in])
+        likelihood = spike_metrics.poisson_log_likelihood(counts[..., held_in], rates[..., held_in])
         numbers = {
-            "bits_per_spike": spikes.bits_per_spike(counts[..., held_in], rates[..., held_in]),
+            "bits_per_spike": spike_metrics.bits_per_spike(counts[..., held_in], rates[..., held_in]),
             "spike_log_likelihood": float(likelihood.mean()),
         }
         if self.held_out:
-            numbers["cosmoothing_bits_per_spike"] = spikes.bits_per_spike(counts[..., held_out], rates[..., held_out])
+            numbers["cosmoothing_bits_per_spike"] = spike_metrics.bits_per_spike(
+                counts[..., held_out], rates[..., held_out]
+            )
         return numbers
 
     def _of_chain(self, trained: Trained, inferred: Inferred) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What it saves and costs to let threads sleep while they wait (`base/waiting.py`), with and without other work."""
+"""What it saves and costs to let threads sleep while they wait, with and without other work."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from lpc_runner.base.memory import keep_freed_memory
-from lpc_runner.base.waiting import VARIABLES
-from lpc_runner.benchmark.floor import median_seconds
-from lpc_runner.benchmark.scaling import update_of
-from lpc_runner.benchmark.variants import Work
+from benchmarks.floor import median_seconds
+from benchmarks.scaling import update_of
+from benchmarks.variants import Work
+from lpc_runner.base.surroundings import VARIABLES
+from lpc_runner.base.tensors import keep_freed_memory
 
 POLICIES = {"spinning": {}, "asleep": {"OMP_WAIT_POLICY": "PASSIVE"}}
 

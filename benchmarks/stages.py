@@ -1,4 +1,4 @@
-"""`python -m lpc_runner.benchmark.stages STAGE FILE SECONDS DEVICE OUT [quick] [SETTINGS]`: one stage of the suite.
+"""`python -m benchmarks.stages STAGE FILE SECONDS DEVICE OUT [quick] [SETTINGS]`: one stage of the suite.
 
 Each number is printed and kept in FILE as soon as it is there; a failure is a result like any other. After a failed
 capture a process is not to be trusted, so it ends there. quick: the smallest sizes, for a test of the suite itself.
@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 
-from lpc_runner.base.memory import keep_freed_memory
-from lpc_runner.benchmark import report
-from lpc_runner.benchmark.accuracy import drift_errors, markdown_of_errors
-from lpc_runner.benchmark.deferred import deferred_bound, markdown_of_deferred
-from lpc_runner.benchmark.floor import measured_rates, wait
-from lpc_runner.benchmark.rivals import jax_chain
-from lpc_runner.benchmark.scaling import profile
-from lpc_runner.benchmark.throughput import markdown_of_throughput, throughput
-from lpc_runner.benchmark.training import train
-from lpc_runner.benchmark.variants import WAYS, Work, build_learner, build_model, build_variants, chain, images, rows_of
-from lpc_runner.benchmark.variants import ours as one_update
+from benchmarks import report
+from benchmarks.accuracy import drift_errors, markdown_of_errors
+from benchmarks.deferred import deferred_bound, markdown_of_deferred
+from benchmarks.floor import measured_rates, wait
+from benchmarks.rivals import jax_chain
+from benchmarks.scaling import profile
+from benchmarks.throughput import markdown_of_throughput, throughput
+from benchmarks.training import train
+from benchmarks.variants import WAYS, Work, build_learner, build_model, build_variants, chain, images, rows_of
+from benchmarks.variants import ours as one_update
+from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
 
@@ -234,7 +234,7 @@ def layouts(stage: Stage) -> None:
 
 def branches(stage: Stage) -> None:
     """R learners' chains as parallel branches of one graph: what one device gives when a batch leaves it idle."""
-    from lpc_runner.benchmark.branches import branched
+    from benchmarks.branches import branched
 
     for side, precision, number in (
         (32, "tf32", 1), (32, "tf32", 4), (32, "tf32", 8), (32, "fp32", 1), (32, "fp32", 4), (64, "tf32", 1),

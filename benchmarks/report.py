@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lpc_runner.benchmark.floor import floor_seconds, measured_rates, work_of_a_step
-from lpc_runner.benchmark.scaling import peak_memory, time_of
-from lpc_runner.benchmark.variants import Work, build_model, build_variants, images, measure, rows_of
+from benchmarks.floor import floor_seconds, measured_rates, work_of_a_step
+from benchmarks.scaling import peak_memory, time_of
+from benchmarks.variants import Work, build_model, build_variants, images, measure, rows_of
 from lpc_runner.store.environment import git_commit
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What it saves to keep freed memory (`base/memory.py`): an update in a process of its own, with and without."""
+"""What it saves to keep freed memory (`base/tensors.py`): an update in a process of its own, with and without."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from lpc_runner.base.memory import keep_freed_memory
-from lpc_runner.benchmark.floor import median_seconds
-from lpc_runner.benchmark.scaling import update_of
-from lpc_runner.benchmark.variants import Work, literally, ours
+from benchmarks.floor import median_seconds
+from benchmarks.scaling import update_of
+from benchmarks.variants import Work, literally, ours
+from lpc_runner.base.tensors import keep_freed_memory
 
 _UPDATES = {"literal": literally, "ours": ours}
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.floor import torchs_layers, wait
+from benchmarks.rivals import BETA, EPS, STEP_SIZE, jax_chain, torchebm_chain
 from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.base.ranks import SINGLE, Ranks
-from lpc_runner.benchmark.floor import torchs_layers, wait
-from lpc_runner.benchmark.rivals import BETA, EPS, STEP_SIZE, jax_chain, torchebm_chain
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.engine import make_engine
 from lpc_runner.inference.literal import literal_gradients
@@ -24,8 +24,7 @@ from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.conv import Conv
-from lpc_runner.training.learner import Learner
-from lpc_runner.training.optimizers import Adam
+from lpc_runner.training.learner import Adam, Learner
 from lpc_runner.training.update import UpdateNoise
 
 VAE = "VAE batch"

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from lpc_runner.benchmark.variants import Work, build_learner, chain, images
-from lpc_runner.inference.capture import Captures
-from lpc_runner.inference.engine import Blocked, Precision, _Program
+from benchmarks.variants import Work, build_learner, chain, images
+from lpc_runner.inference.engine import Blocked, Captures, Precision, _Program
 from lpc_runner.inference.objectives import WeightedKL
 
 

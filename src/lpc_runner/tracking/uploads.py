@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import sha256_of
+from lpc_runner.store.log import Row, final_numbers, rows_of
 from lpc_runner.store.published import destination, note_published, read_published
-from lpc_runner.store.rows import Row, final_numbers, rows_of
 from lpc_runner.store.runs import DONE, RunDirectory, follow
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
 from lpc_runner.tracking.wandb_service import one_line, online, tear_down, under_agent

@@ -1,0 +1,169 @@
+"""Bounds on log p(x): any proposal's (Burda et al. 2016), a free q's per example (Cremer et al. 2018), an encoder's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.randomness import generator
+from lpc_runner.data.dataset import Batch, Dataset, Split
+from lpc_runner.models.latent import LatentVariableModel
+
+COLD = 10  # times the learning rate of a free q, in a first fit from the prior
+ROWS = 4096  # examples decoded at once; changes no number
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What K weights w_k = p(x, z_k) / q(z_k|x), z_k ~ q, say of every example, each (B,) float64, in nats.
+
+    iwae: log (1/K) Σ w_k, in expectation below log p(x) and non-decreasing in K. elbo: (1/K) Σ log w_k.
+    effective_samples: (Σ w_k)² / Σ w_k², between 1 and K; near 1 the bound hangs on one sample.
+    """
+
+    iwae: Tensor
+    elbo: Tensor
+    effective_samples: Tensor
+
+
+@torch.no_grad()
+def importance_bound(
+    model: LatentVariableModel, x: Tensor, q: DiagonalGaussian, num_samples: int, seed: int, rows: int = ROWS
+) -> Importance:
+    """IWAE-K with K = num_samples of x (B, ...), proposal q over (B, d).
+
+    seed names the noise, which is the same for every q of that shape: differences between two proposals are then those
+    of common random numbers. rows: decoded at once.
+    """
+    source = generator(seed, "importance", device=x.device)
+    weights = torch.empty(num_samples, len(x), dtype=torch.float64, device=x.device)
+    at_once = max(1, rows // len(x))
+    for start in range(0, num_samples, at_once):
+        count = min(at_once, num_samples - start)
+        # One draw per sample, so that its noise does not depend on how many are decoded at once.
+        noise = [torch.randn(q.mean.shape, generator=source, device=x.device, dtype=x.dtype) for _ in range(count)]
+        repeated = repeat(q, count)
+        z = repeated.rsample(torch.cat(noise))
+        log_weight = model.log_joint(x.repeat(count, *[1] * (x.ndim - 1)), z).double() - repeated.log_prob(z).double()
+        weights[start : start + count] = log_weight.view(count, len(x))
+    iwae = torch.logsumexp(weights, 0) - math.log(num_samples)
+    effective = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
+    return Importance(iwae, weights.mean(0), effective)
+
+
+def repeat(q: DiagonalGaussian, count: int) -> DiagonalGaussian:
+    """q of `count` copies of the batch, one after another: (count B, d)."""
+    return DiagonalGaussian(q.mean.repeat(count, 1), q.variance.repeat(count, 1))
+
+
+_LATE = 0.8  # the part of the steps after which convergence is asked about
+_LOG_VARIANCE_RATE = 2.0  # learning rate of log variances, in units of that of the means
+
+
+@dataclass(frozen=True)
+class FreePosterior:
+    """q: the fitted diagonal Gaussian over (B, d). drift: what the ELBO still gained in the last fifth of the steps,
+    nats per example, (B,) float64. A large one says that the fit has not converged; since the steps shrink to 0, a
+    small one does not say that it has."""
+
+    q: DiagonalGaussian
+    drift: Tensor
+
+
+def fit_free_posterior(
+    model: LatentVariableModel,
+    x: Tensor,
+    start: DiagonalGaussian,
+    seed: int,
+    *,
+    num_steps: int,
+    num_samples: int,
+    learning_rate: float,
+    num_drift_samples: int = 200,
+) -> FreePosterior:
+    """About max_q ELBO(q) over N(mean, diag(variance)) of every example of x (B, ...), from `start`: never above it.
+
+    Adam on mean and log variance with a cosine decay to 0; num_samples z per step (even: in antithetic pairs). The
+    gradient goes through z alone (Roeder et al. 2017): where q is the posterior it has no variance. Examples do not
+    interact, but every step visits all of them.
+    """
+    assert num_samples % 2 == 0
+    mean = start.mean.detach().clone().requires_grad_()
+    log_variance = start.variance.detach().log().clone().requires_grad_()
+    rates = {id(mean): learning_rate, id(log_variance): _LOG_VARIANCE_RATE * learning_rate}
+    optimizer = torch.optim.Adam([{"params": [part], "lr": rates[id(part)]} for part in (mean, log_variance)])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    source = generator(seed, "free posterior", device=x.device)
+    repeated = x.repeat(num_samples, *[1] * (x.ndim - 1))
+    current = lambda: DiagonalGaussian(mean.detach().clone(), log_variance.detach().exp())
+    late = current()
+    with gradients_through_rnns():
+        for step in range(num_steps):
+            if step == math.floor(_LATE * num_steps):
+                late = current()
+            half = torch.randn(num_samples // 2, *mean.shape, generator=source, device=x.device, dtype=mean.dtype)
+            noise = torch.cat([half, -half]).flatten(0, 1)
+            q = repeat(DiagonalGaussian(mean, log_variance.exp()), num_samples)
+            z = q.rsample(noise)
+            loss = -(model.log_joint(repeated, z) - q.detach().log_prob(z)).sum() / num_samples
+            mean.grad, log_variance.grad = torch.autograd.grad(loss, [mean, log_variance])
+            optimizer.step()
+            schedule.step()
+    fitted = current()
+    bounds = [importance_bound(model, x, q, num_drift_samples, seed).elbo for q in (late, fitted)]
+    return FreePosterior(fitted, bounds[1] - bounds[0])
+
+
+@contextmanager
+def gradients_through_rnns() -> Iterator[None]:
+    """cuDNN's recurrent networks have a backward pass in training mode only; torch's own have one always."""
+    before = torch.backends.cudnn.enabled
+    try:
+        torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+ACTIVE = 0.01  # variance over x of E_q[z|x] above which a latent counts as used (Burda et al. 2016)
+
+
+@torch.no_grad()
+def encoder_bound(
+    model: LatentVariableModel, encoder: nn.Module, dataset: Dataset, split: Split, seed: int, chunk: int = 500
+) -> dict[str, float]:
+    """ELBO and KL in nats per example (one z ~ q each), active units; bits per dimension where p(x|z) is a probability.
+
+    The KL is analytic; every example of the split is used.
+    """
+    device = next(model.parameters()).device
+    elbo, kl, means = 0.0, 0.0, []
+    for number, start in enumerate(range(0, len(split), chunk)):
+        values = split.values[start : start + chunk].to(device)
+        index = torch.arange(start, start + len(values), device=device)
+        batch = Batch(dataset.to_model(values), index)
+        q = encoder(batch)
+        source = generator(seed, "bound", number, device=device)
+        z = q.rsample(torch.randn(q.mean.shape, generator=source, device=device))
+        divergence = q.kl(model.prior)
+        log_likelihood = model.log_joint(batch.x, z) - model.prior.log_prob(z)
+        elbo += float((log_likelihood - divergence).double().sum())
+        kl += float(divergence.double().sum())
+        means.append(q.mean)
+    numbers = {"elbo": elbo / len(split), "kl": kl / len(split)}
+    numbers["active_units"] = float((torch.cat(means).var(0) > ACTIVE).sum())
+    if is_probability(dataset, model):
+        dimensions = math.prod(split.values.shape[1:])
+        numbers["bits_per_dim"] = -numbers["elbo"] / (dimensions * math.log(2))
+    return numbers
+
+
+def is_probability(dataset: Dataset, model: LatentVariableModel) -> bool:
+    """Whether p(x|z) is a probability of this dataset's values, so that bits per dimension have a meaning."""
+    return bool(dataset.num_levels and dataset.num_levels <= (model.likelihood.num_levels or 0))
