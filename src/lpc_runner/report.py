@@ -24,6 +24,7 @@ from lpc_runner.paper.figures import study_pictures
 from lpc_runner.paper.table1 import paper_table, quality_table
 from lpc_runner.paper.tuning import tuning_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings
+from lpc_runner.study.estimates import estimate_tables
 from lpc_runner.study.page import html_page
 from lpc_runner.study.pairs import paired_table
 from lpc_runner.study.study import Study, read_study
@@ -70,7 +71,7 @@ def study_tables(study: Study) -> list[Table]:
         tables += [quality_table(dataset, groups, setting) for setting in settings_of(groups)]
         tables += [paper_table(dataset)] if dataset in paper.DATASETS else []
         tables += [*tuning_tables(dataset, groups), time_table(dataset, groups), likelihood_table(dataset, groups)]
-        tables += [paired_table(dataset, groups)]
+        tables += [paired_table(dataset, groups), *estimate_tables(dataset, groups)]
         for setting in curve_settings(groups):
             tables += [budget_table(dataset, groups, setting, budget) for budget in BUDGETS]
     return [table for table in tables if table is not None]

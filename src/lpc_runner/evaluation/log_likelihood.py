@@ -334,9 +334,9 @@ class LikelihoodEvaluator(HeldOut):
         numbers["ais_acceptance"] = float(rows[:, 2].mean())
         if rows.shape[1] > 3:
             numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
-        exact = exact_log_evidence(trained.model, self.examples(self.index))
-        if exact is not None:
-            numbers["log_evidence"] = float(exact.mean())
+        if math.isfinite(numbers["log_likelihood"]):  # else the parameters are not, and closed forms raise
+            exact = exact_log_evidence(trained.model, self.examples(self.index))
+            numbers |= {} if exact is None else {"log_evidence": float(exact.mean())}
         return numbers
 
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:

@@ -17,6 +17,12 @@ QUALITY = re.compile(r"(fid|fd|kid|precision|recall|density|coverage)(?:_(\w+))?
 NOT_FINITE = ("nan", "inf", "-inf")
 STATUSES = ("finished", "diverged", "failed", "unfinished", "damaged")
 
+_AIS = ("num_chains", "num_temperatures")
+ESTIMATES = {
+    "likelihood": ("split", "num_examples", "num_levels", *_AIS, "num_leapfrog"),
+    "posterior": ("split", "num_examples", "num_simulated", *_AIS, "num_chain_steps"),
+}
+
 
 class Setting(NamedTuple):
     """How sample quality was measured: one column holds numbers of one setting; None: not recorded."""
@@ -43,6 +49,21 @@ class Measurement:
     values: dict[str, float]
     facts: dict[str, Any]
     source: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers of metrics=likelihood or posterior (`kind`), and what stands beside them; source: the file."""
+
+    kind: str
+    values: dict[str, float]
+    facts: dict[str, Any]
+    source: str
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What has to be the same where two are compared."""
+        return (self.kind, *(self.facts.get(name) for name in ESTIMATES[self.kind]))
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,7 @@ class Run:
     status: str = "unfinished"
     result: dict[str, Any] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
+    estimates: list[Estimate] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
     number_facts: dict[str, Any] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
@@ -99,6 +121,10 @@ class Run:
                 epoch = self.cost("num_epochs")
                 points[int(updates)] = Point(int(updates), *spent, found.setting, found.values, epoch)
         return [points[update] for update in sorted(points)]
+
+    def estimate(self, setting: tuple[Any, ...]) -> Estimate | None:
+        """The first in exactly this setting."""
+        return next((found for found in self.estimates if found.setting == setting), None)
 
     def measured(self, setting: Setting) -> Measurement | None:
         """The first measurement in exactly this setting: result.json's before later evaluations."""
@@ -229,10 +255,13 @@ def by_extractor(values: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _add_measurement(run: Run, content: dict[str, Any], source: str) -> None:
-    """Quality goes to one measurement per extractor, everything else (bounds, likelihood) to `numbers`."""
+    """Quality goes to one measurement per extractor, a kind of ESTIMATES to `estimates`, all else to `numbers`."""
     values = _numbers(content.get("metrics"))
     facts = content.get("measurement")
     facts = facts if isinstance(facts, dict) else {}
+    if facts.get("kind") in ESTIMATES:
+        run.estimates.append(Estimate(facts["kind"], values, facts, source))
+        return
     for extractor, quality in by_extractor(values).items():
         own = facts if facts.get("extractor", extractor) == extractor else {}
         setting = Setting(extractor, *(own.get(name) for name in Setting._fields[1:]))

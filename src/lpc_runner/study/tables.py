@@ -239,10 +239,11 @@ def study_csv(study: Study) -> str:
         record |= {f"diverged_at.{key}": value for key, value in place.items()} if isinstance(place, dict) else {}
         record |= {"error": run.result.get("error")}
         record |= {f"metric.{name}": value for name, value in run.numbers.items()}
-        for found in run.measurements:
+        for found in (*run.measurements, *run.estimates):
             prefix = "" if found.source == "result.json" else f"{found.source}:"
             record |= {f"{prefix}metric.{name}": value for name, value in found.values.items()}
-            record |= {f"{prefix}measurement.{name}": value for name, value in found.facts.items()}
+            facts = {name: value for name, value in found.facts.items() if not isinstance(value, dict)}
+            record |= {f"{prefix}measurement.{name}": value for name, value in facts.items()}
         records.append(record)
     buffer = io.StringIO()
     columns = list(dict.fromkeys(key for record in records for key in record))

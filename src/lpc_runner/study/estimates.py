@@ -1,0 +1,117 @@
+"""Tables of metrics=likelihood and metrics=posterior: log p(x) with what is known of its error, chains and gaps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from lpc_runner.study.grouping import Group
+from lpc_runner.study.pairs import Difference
+from lpc_runner.study.tables import DASH, DIVERGED, Table, show, spread
+
+COLUMNS = {
+    "likelihood": (
+        "log_likelihood",
+        "bdmc_gap",
+        "ais_effective_samples",
+        "iwae",
+        "elbo",
+        "log_evidence",
+        "log_likelihood_bits_per_dim",
+        "ais_acceptance",
+    ),
+    "posterior": (
+        "calibration_chi2",
+        "calibration_spread",
+        "rhat_median",
+        "rhat_max",
+        "ess_per_pass",
+        "ess_per_pass_slowest",
+        "amortisation_gap",
+        "approximation_gap",
+        "log_likelihood",
+    ),
+}
+TITLES = {"likelihood": "log p(x)", "posterior": "chains and posteriors"}
+NOTES = {
+    "likelihood": (
+        "log_likelihood: annealed importance sampling, nats per example, below log p(x) in expectation; ± standard "
+        "deviation over seeds. Error: of one run's mean over its examples, mean over seeds.",
+        "bdmc_gap: upper - lower bound on examples simulated from the model. Where it is of the size of a difference "
+        "between methods, more temperatures are wanted: metrics.ais.num_temperatures.",
+    ),
+    "posterior": (
+        "calibration_chi2: of the ranks of z in the run's chain, per degree of freedom; 1: it samples the posterior. "
+        "calibration_spread under 1: the chain is too wide, over 1: too narrow.",
+        "ess_per_pass: effective samples per decoder gradient of long chains, median over coordinates and examples. "
+        "Gaps in nats per example, log_likelihood being the truth.",
+    ),
+}
+
+
+def estimate_tables(dataset: str, groups: Sequence[Group]) -> list[Table]:
+    """One table for each way in which these runs' log p(x) or chains were measured."""
+    found = {estimate.setting for group in groups for run in group.counted for estimate in run.estimates}
+    return [_table(dataset, groups, setting) for setting in sorted(found, key=str)]
+
+
+def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> Table:
+    kind = setting[0]
+    shown = [group for group in groups if any(run.estimate(setting) for run in group.counted)]
+    runs = [run for group in shown for run in group.counted if run.estimate(setting)]
+    present = {name for run in runs for name in run.estimate(setting).values}
+    names = [name for name in COLUMNS[kind] if name in present]
+    columns, rows = ["method", "seeds"], []
+    for name in names:
+        columns += [name, *(["error", "difference"] if _is_main(kind, name) else [])]
+    for group in shown:
+        cells = []
+        for name in names:
+            cells.append(spread(_values(group, setting, name).values(), len(group.counted)))
+            if _is_main(kind, name):
+                errors = _values(group, setting, f"{name}_error").values()
+                cells += [
+                    show(statistics.fmean(errors)) if errors else DASH,
+                    _difference(group, shown[0], setting, name),
+                ]
+        rows.append([group.marked_label, str(len(group.counted)), *cells])
+    facts = runs[0].estimate(setting).facts
+    notes = [*NOTES[kind]]
+    if kind == "likelihood":
+        starts = {run.estimate(setting).facts.get("start"): group.label for group in shown for run in group.counted}
+        if len(starts) > 1:
+            priors = [group.label for group in shown if _start(group, setting) == "prior"]
+            notes.append(f"Annealed from the encoder's q, and from the prior without one: {', '.join(priors)}.")
+        notes.append(f"Difference: to {shown[0].label}, seed by seed, ± standard error of the mean.")
+    notes += [DIVERGED] * any(group.diverged for group in shown)
+    title = f"{dataset}: {TITLES[kind]}, {facts.get('num_examples')} {facts.get('split')} examples"
+    if kind == "likelihood":
+        title += f", AIS K = {facts.get('num_chains')}, S = {facts.get('num_temperatures')}"
+        title += f", {facts['num_levels']} levels" if facts.get("num_levels") else ""
+    else:
+        title += f", {facts.get('num_simulated')} simulated"
+    return Table(title, columns, rows, notes, frozenset(names[-2:]))
+
+
+def _is_main(kind: str, name: str) -> bool:
+    return kind == "likelihood" and name == "log_likelihood"
+
+
+def _start(group: Group, setting: tuple[Any, ...]) -> Any:
+    return next(run.estimate(setting).facts.get("start") for run in group.counted if run.estimate(setting))
+
+
+def _values(group: Group, setting: tuple[Any, ...], name: str) -> dict[Any, float]:
+    """One number of the group's runs by seed."""
+    read = lambda run: (run.estimate(setting).values if run.estimate(setting) else {}).get(name)
+    return {run.seed: value for run in group.counted if (value := read(run)) is not None}
+
+
+def _difference(group: Group, base: Group, setting: tuple[Any, ...], name: str) -> str:
+    """group - base over the seeds that both have; nothing of diverged runs, and of the base itself."""
+    mine, theirs = (_values(of, setting, name) for of in (group, base))
+    by_seed = {seed: value - theirs[seed] for seed, value in mine.items() if seed in theirs}
+    if group is base or not by_seed or group.diverged or base.diverged:
+        return DASH
+    return Difference(by_seed).text()
