@@ -53,6 +53,10 @@ def persistent(expression: str) -> tuple[str, str]:
     return "tests/test_persistent.py", expression
 
 
+def ais(expression: str) -> tuple[str, str]:
+    return "tests/test_ais.py", expression
+
+
 KEPT, LEARNER, CONTEXT = "inference/context.py", "training/learner.py", "inference/context.py"
 SIZES, TRAINER = "inference/step_sizes.py", "training/trainer.py"
 SAMPLERS, CHAIN, METRIC = "inference/samplers.py", "inference/chain.py", "inference/preconditioning.py"
@@ -166,6 +170,15 @@ MUTANTS = [
            "addcmul_(near, near, value=-1)", "addcmul_(near, near, value=0)", distributions("far_tail")),
     Mutant("a device's tail is its core", DENSITY,
            "tail, log_twice), torch", "log_twice, log_twice), torch", ("tests/test_simulated_device.py", "likelihood")),
+    # Likelihoods
+    Mutant("moves of AIS without a Metropolis test", "evaluation/ais.py",
+           "self.uniform(count, source) < acceptance", "acceptance >= 0", ais("unbiased")),
+    Mutant("a leapfrog that ends with a full kick", "evaluation/ais.py",
+           "(size if move < num_leapfrog else 0.5 * size)", "size", ais("unbiased")),
+    Mutant("the way back at the temperatures of the way there", "evaluation/ais.py",
+           "at = s - 1 if backward else s ", "at = min(s, num_increments - 1) ", ais("unbiased")),
+    Mutant("an upper bound that is a lower one", "evaluation/ais.py",
+           "math.log(self.num_chains) - inverse", "inverse - math.log(self.num_chains)", ais("enclose")),
     # Layers
     Mutant("columns of a doubling by its rows' weights", "models/conv.py",
            "i::2, j::2", "i::2, i::2", ("tests/test_models.py", "doubling")),

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, only_run, result_of
+from conftest import TINY, cells_of, only_run, result_of
 from PIL import Image
 from series import Series, lds
 from torch import nn
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.config.build import build
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.evaluation import log_likelihood
 from lpc_runner.evaluation.ais import AnnealedImportance
@@ -217,3 +218,17 @@ def test_a_mistake_is_one_line(command):
     answer = command("metrics=likelihood", "metrics.ais.num_chains=0", "check=true", "tracker=none")
     assert answer.code == 1
     assert answer.lines == ["lpc_runner: metrics.ais.num_chains must be an integer of at least 1, got 0"]
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("dataset.binarise=static", "model/likelihood=bernoulli"), ("dataset=lds", "model=lds")]
+)
+def test_the_experiment_pairs_its_seeds_and_measures_alike(words, workplace):
+    cells = cells_of("experiment=likelihood_small", *words, "tracker=none", "device=cpu")
+    assert {(cell.choices["method"], cell.cfg.seed) for cell in cells} == {
+        (method, seed) for method in ("vae", "iwae", "pc", "lpc_jeffreys", "lpc_persistent") for seed in (0, 1)
+    }
+    assert {cell.choices["metrics"] for cell in cells} == {"likelihood"}
+    assert all(cell.cfg.metrics == cells[0].cfg.metrics and cell.cfg.dataset == cells[0].cfg.dataset for cell in cells)
+    for cell in cells[::2]:
+        build(cell.cfg, cell.choices)
