@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,9 @@ class HeldOut(Evaluator):
     @torch.no_grad()
     def simulate(self, model: nn.Module, count: int, stream: str, number: int) -> tuple[Tensor, Tensor] | None:
         """z ~ p(z) and x ~ p(x|z), so that z is an exact draw of p(z|x); None where p(x|z) cannot be sampled."""
-        source = generator(self.seed, stream, number, device=self.device)
         like = next(model.parameters())
-        z = torch.randn(count, model.latent_dim, generator=source, device=self.device, dtype=like.dtype)
+        source = generator(self.seed, stream, number, device=like.device)
+        z = torch.randn(count, model.latent_dim, generator=source, device=like.device, dtype=like.dtype)
         z = model.prior.scale * z
         x = draw(model.likelihood, model.predict(z), source)
         return None if x is None else (z, self.hidden(x))
@@ -335,8 +336,9 @@ class LikelihoodEvaluator(HeldOut):
         if rows.shape[1] > 3:
             numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
         if math.isfinite(numbers["log_likelihood"]):  # else the parameters are not, and closed forms raise
-            exact = exact_log_evidence(trained.model, self.examples(self.index))
-            numbers |= {} if exact is None else {"log_evidence": float(exact.mean())}
+            parts = (exact_log_evidence(trained.model, self.examples(part)) for part in self.index.split(EXAMPLES))
+            exact = [part for part in takewhile(lambda part: part is not None, parts)]
+            numbers |= {"log_evidence": float(torch.cat(exact).mean())} if exact else {}
         return numbers
 
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:

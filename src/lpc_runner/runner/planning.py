@@ -241,11 +241,12 @@ def _table(measured: _Measured, noted: bool) -> Table:
 def _noted(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Every number with its unit, and beside it, where something is known of it, that of the truth."""
     rows, known = [], facts["ceilings"] or facts["kind"] == "sequences"
+    number = "{:.4g}" if facts["kind"] == "sequences" else "{:.6g}"  # of log p(x), hundredths count
     for metric in _ordered(metrics):
         ceiling = facts["ceilings"].get(metric)
-        truth = "" if ceiling is None else f"{ceiling:.5g}"
+        truth = "" if ceiling is None else number.format(ceiling)
         note = facts["notes"].get(metric, "")
-        rows.append((metric, f"{metrics[metric]:.5g}", *((truth,) if known else ()), note))
+        rows.append((metric, number.format(metrics[metric]), *((truth,) if known else ()), note))
     heading = "true rates" if facts["kind"] == "sequences" else "truth"
     return _Measured(rows, ("model", heading) if known else ("",), facts["sources"])
 
