@@ -1,4 +1,4 @@
-"""Modules that parts of one's own import, under the names that they had before: found, with a warning of the new name."""
+"""Modules that parts of one's own import, under the names they had before: found, with a warning of the new name."""
 
 from __future__ import annotations
 
