@@ -87,7 +87,7 @@ def test_commands_alone_change_how_threads_wait():
                 inner = (node for node in ast.walk(function) if isinstance(node, ast.Call))
                 named = {node.func.id for node in inner if isinstance(node.func, ast.Name)}
                 calls |= {f"{name}:{function.name}"} if "wait_passively" in named else set()
-    assert calls == {"main.py:main", "main.py:job", "evaluate.py:main", "sample.py:main"}
+    assert calls == {"main.py:main", "main.py:_run", "main.py:job", "evaluate.py:main", "sample.py:main"}
 
 
 def test_run_directories_need_no_torch():

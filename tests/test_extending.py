@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from lpc_runner import testing
 from lpc_runner.base.distributions import Gaussian
 from lpc_runner.base.errors import UserError
+from lpc_runner.base.moved import MOVED
 from lpc_runner.base.ranks import Ranks
 from lpc_runner.base.schema import declared
 from lpc_runner.config.build import build, instantiate
@@ -551,3 +553,12 @@ def test_an_option_of_the_package_is_not_replaced_in_silence(workplace):
 def test_the_folder_s_own_name_may_have_any_characters(folder, workplace):
     own_file("experiment/mine", HEADER + b"seed: 3\n").parents[1].rename(folder)
     assert cell_of("--config-dir", folder, "experiment=mine").cfg.seed == 3
+
+
+@pytest.mark.parametrize("old, new", MOVED.items())
+def test_a_module_that_moved_is_found_under_its_old_name(old, new, monkeypatch):
+    """One module under both names, so that classes are the same and `isinstance` holds."""
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{old} is {new} now"):
+        found = importlib.import_module(old)
+    assert found is importlib.import_module(new) and found.__name__ == new

@@ -2,14 +2,15 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 
 import pytest
-from conftest import TELLING, TINY, environment, only_run, result_of, spin_counts
+from conftest import TINY, environment, only_run, result_of
 
-from lpc_runner.base.surroundings import VARIABLES, wait_passively
+from lpc_runner.base.surroundings import VARIABLES, load_average, wait_passively
 
 # As a user's own scripts are called; an import of one of them ends the process.
 NAMESAKES = ("random", "logging", "queue", "yaml", "torch", "data")
@@ -35,35 +36,56 @@ main()
 )
 def test_answers_that_need_no_torch_do_not_import_it(tmp_path, arguments, allowed, says):
     """Errors of composition load nothing heavy; a range is checked by the class it belongs to, which may import torch,
-    but not torchvision or torch-fidelity. Where torch is loaded, its threads sleep when they wait."""
+    but not torchvision or torch-fidelity."""
     command = [sys.executable, "-c", CODE, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment() | TELLING, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
     loaded = next(line for line in done.stderr.splitlines() if line.startswith("loaded:")).removeprefix("loaded: ")
     assert set(json.loads(loaded.replace("'", '"'))) <= set(allowed)
     assert says in done.stdout + done.stderr
-    if platform.system() == "Linux":
-        assert set(spin_counts(done.stderr)) == ({0} if "torch" in loaded else set())
 
 
-@pytest.mark.parametrize("variable", [None, *VARIABLES])
-def test_threads_sleep_unless_the_user_says_otherwise(monkeypatch, variable):
-    for name in VARIABLES:
+@pytest.mark.parametrize(
+    "load, given, shared, sleeps",
+    [
+        (0.0, {}, False, False),
+        (1.9, {}, False, False),
+        (2.0, {}, False, True),  # of four cores
+        (0.0, {}, True, True),
+        (0.0, {"LOCAL_WORLD_SIZE": "2"}, False, True),
+        (0.0, {"LOCAL_WORLD_SIZE": "1"}, False, False),
+        *((9.0, {name: "1"}, True, False) for name in VARIABLES),
+    ],
+)
+def test_threads_sleep_beside_other_work_unless_the_user_says_otherwise(monkeypatch, load, given, shared, sleeps):
+    for name in (*VARIABLES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "torch")
-    if variable is not None:
-        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("lpc_runner.base.surroundings.load_average", lambda: load)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    assert wait_passively() == (variable is None)
-    assert dict(os.environ) == before | ({} if variable else {"OMP_WAIT_POLICY": "PASSIVE"})
+    assert wait_passively(shared) == sleeps
+    assert dict(os.environ) == before | ({"OMP_WAIT_POLICY": "PASSIVE"} if sleeps else {})
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="only Linux tells what runs at this moment")
+def test_work_that_began_a_moment_ago_counts(monkeypatch):
+    """The average over a minute does not know it yet."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    with ExitStack() as stack:
+        for _ in range(3):
+            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(busy.wait)
+            stack.callback(busy.kill)
+        assert any(load_average() >= 2 for _ in range(200) if time.sleep(0.02) is None)
 
 
 def test_where_torch_is_loaded_already_the_environment_is_the_caller_s(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
-    assert not wait_passively() and dict(os.environ) == before
+    assert not wait_passively(shared=True) and dict(os.environ) == before
 
 
 @pytest.fixture

@@ -9,8 +9,11 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # python -m puts the wor
 
 from typing import Any
 
+from lpc_runner.base.moved import find_moved_modules
+
 __version__ = "0.1.0"
 __all__ = ["load"]
+find_moved_modules()
 
 
 def load(run_dir: Any, *overrides: str, device: str = "auto") -> Any:

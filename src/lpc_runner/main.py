@@ -69,6 +69,7 @@ def _run() -> None:
             _hydra(args)
             return
         cells = composed.cells
+        wait_passively(shared=not composed.launcher.endswith(".BasicLauncher"))
         from lpc_runner.runner.planning import check_plan, frozen, print_plan, print_results, unfinished
         from lpc_runner.runner.sweepers import proposed_runs, proposing
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,14 +153,29 @@ def _leave_with(error: Exception, text: str) -> NoReturn:
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-def wait_passively() -> bool:
-    """Have torch's threads sleep between two parallel loops; returns whether they will.
+def load_average() -> float:
+    """Processes that want a core: over the last minute, or other ones at this moment, whichever are more."""
+    now = 0
+    with suppress(OSError):  # Linux alone tells how many there are now; an average is late to know of a new one
+        now = int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].split("/")[0]) - 1
+    return max(os.getloadavg()[0], float(now))
 
-    OpenMP reads its variables when torch is loaded, so that a command has to call this before; workers inherit them.
-    Later, or where the user has set one of these variables, nothing changes. What it saves and costs:
-    docs/benchmarks.md.
+
+def is_busy(load: float) -> bool:
+    """Whether this load average is other work for half of the machine's cores or more."""
+    return load >= (os.cpu_count() or 1) / 2
+
+
+def wait_passively(shared: bool = False) -> bool:
+    """Have torch's threads sleep between two parallel loops where others want the cores; returns whether they will.
+
+    shared: others will, whatever the load says now: a launcher's or torchrun's other processes. OpenMP reads its
+    variables when torch is loaded, so that a command has to call this before; workers inherit them. Later, or where the
+    user has set one of these variables, nothing changes. What it saves and costs: docs/benchmarks.md.
     """
     if "torch" in sys.modules or any(name in os.environ for name in VARIABLES):
+        return False
+    if not (shared or os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" or is_busy(load_average())):
         return False
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     return True

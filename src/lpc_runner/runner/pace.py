@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lpc_runner.base.schema import declared
+from lpc_runner.base.surroundings import is_busy, load_average
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.runner.plan import Planned, build_learner
@@ -26,22 +27,21 @@ _SLOWING = ("model", "objective", "sampler", "preconditioning", "optimizer")
 class Pace:
     """Seconds of training left, run by run; runs that cost the same per update are timed once.
 
-    load: processes that wanted a core during the minute before, which slow down what is timed on a CPU.
+    load: processes that wanted a core before, which slow down what is timed on a CPU.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[float, float]] = {}
         self._timed_on_cpu = False
-        self.load = os.getloadavg()[0]
+        self.load = load_average()
 
     def caution(self) -> str | None:
         """A line where other work shared the cores with what was timed; None where nothing was, or they were free."""
-        cores = os.cpu_count() or 1
-        if not self._timed_on_cpu or self.load < cores / 2:
+        if not self._timed_on_cpu or not is_busy(self.load):
             return None
         return (
-            f"timed beside other work (load average {self.load:.1f} on {cores} cores): where the cores are free, "
-            "training takes less than this"
+            f"timed beside other work (load average {self.load:.1f} on {os.cpu_count()} cores): where the cores are "
+            "free, training takes less than this"
         )
 
     def seconds_left(self, run: Planned) -> float:
