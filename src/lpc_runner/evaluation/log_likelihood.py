@@ -337,7 +337,7 @@ class LikelihoodEvaluator(HeldOut):
             numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
         if math.isfinite(numbers["log_likelihood"]):  # else the parameters are not, and closed forms raise
             parts = (exact_log_evidence(trained.model, self.examples(part)) for part in self.index.split(EXAMPLES))
-            exact = [part for part in takewhile(lambda part: part is not None, parts)]
+            exact = list(takewhile(lambda part: part is not None, parts))
             numbers |= {"log_evidence": float(torch.cat(exact).mean())} if exact else {}
         return numbers
 

@@ -24,7 +24,7 @@ from lpc_runner.runner.plan import Planned, plan
 _FOLDER = "LPC_RUNNER_PROPOSED"  # environment variable with the folder that jobs note their cells in, for launchers
 # Metrics that are better when higher; every other one counts as a loss.
 _HIGHER = re.compile(
-    r"(precision|recall|density|coverage)(_.*)?|.*(elbo|iwae|log_evidence|log_likelihood|_r2|per_spike)"
+    r"(precision|recall|density|coverage)(_.*)?|.*(elbo|iwae|log_evidence|log_likelihood|_r2|per_spike|effective_samples|ess_per_pass(_slowest)?)"
 )
 
 
