@@ -167,7 +167,7 @@ MUTANTS = [
     Mutant("a device's tail is its core", DENSITY,
            "tail, log_twice), torch", "log_twice, log_twice), torch", ("tests/test_simulated_device.py", "likelihood")),
     # Layers
-    Mutant("columns of a doubling by its rows' weights", "models/conv.py",
+    Mutant("columns of a doubling by its rows' weights", "models/upsampling.py",
            "i::2, j::2", "i::2, i::2", ("tests/test_models.py", "doubling")),
 ]  # fmt: skip
 
