@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.floor import median_seconds
 from benchmarks.variants import Work, build_model, images
-from lpc_runner.models.conv import Conv, FromPoint
+from lpc_runner.models.conv import Conv
+from lpc_runner.models.upsampling import FromPoint
 
 
 @dataclass

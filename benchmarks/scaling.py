@@ -46,7 +46,8 @@ def _peak_on_cpu(work: Work, num_threads: int) -> float:
     torch.set_num_threads(num_threads)
     keep_freed_memory()
     update = update_of(work, torch.device("cpu"), ("eager", "fp32"))
-    update(0), update(1)
+    update(0)
+    update(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -57,7 +58,8 @@ def peak_memory(work: Work, device: torch.device, way: tuple[str, str]) -> float
         before = torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
         update = update_of(work, device, way)
-        update(0), update(1)
+        update(0)
+        update(1)
         wait(device)
         return (torch.cuda.max_memory_reserved(device) - before) / 2**20
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

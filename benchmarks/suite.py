@@ -85,8 +85,10 @@ def _one(command: list[str], limit: float, log: Any) -> dict[str, Any]:
     try:
         with process:
             for line in process.stdout:
-                log.write(line), log.flush()
-                sys.stdout.write(line[:300]), sys.stdout.flush()
+                log.write(line)
+                log.flush()
+                sys.stdout.write(line[:300])
+                sys.stdout.flush()
     finally:
         timer.cancel()
     found = {"exit_code": process.returncode, "seconds": round(time.monotonic() - begun, 1)}

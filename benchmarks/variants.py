@@ -24,7 +24,7 @@ from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.conv import Conv
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 from lpc_runner.training.update import UpdateNoise
 
 VAE = "VAE batch"
@@ -94,7 +94,7 @@ def build_learner(
 ) -> Learner:
     """Fresh weights and optimisers; way: engine and precision."""
     model = build_model(work.side, device)
-    encoder, optimizer = model.build_encoder().to(device), Adam(1e-4, [0.9, 0.999], 1e-8)
+    encoder, optimizer = model.build_encoder().to(device), AdamOptimizer(1e-4, [0.9, 0.999], 1e-8)
     return Learner(model, encoder, sampler, objective, optimizer, ranks, make_engine(*way, device))
 
 

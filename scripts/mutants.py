@@ -180,7 +180,7 @@ MUTANTS = [
     Mutant("an upper bound that is a lower one", "evaluation/ais.py",
            "math.log(self.num_chains) - inverse", "inverse - math.log(self.num_chains)", ais("enclose")),
     # Layers
-    Mutant("columns of a doubling by its rows' weights", "models/conv.py",
+    Mutant("columns of a doubling by its rows' weights", "models/upsampling.py",
            "i::2, j::2", "i::2, i::2", ("tests/test_models.py", "doubling")),
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from series import config_dir
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import hints_of
 from lpc_runner.config import classes
-from lpc_runner.config.build import LATER, build
+from lpc_runner.config.build import GIVEN_LATER, build
 from lpc_runner.config.identity import flat_keys, run_hash
 from lpc_runner.config.options import CONF_DIR
 
@@ -125,7 +125,7 @@ def test_yaml_keys_are_the_constructors_parameters(group, option, data, workplac
     (cell,) = cells_with(group, option, data)
 
     def compare(node, path):
-        later = LATER.get(path, set()) | RUNTIME if node.get("_partial_") else set()
+        later = GIVEN_LATER.get(path, set()) | RUNTIME if node.get("_partial_") else set()
         given = set(node) - {"_target_", "_partial_"}
         hints = set(hints_of(get_object(classes.place_of(node["_target_"]))))
         assert given <= hints and hints - given <= later
@@ -176,7 +176,7 @@ def test_a_class_that_has_moved_leaves_the_run_what_it_is(tmp_path, workplace, m
 def test_an_option_that_lacks_a_value_is_refused(tmp_path, workplace):
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "half.yaml").write_text(
-        "_target_: lpc_runner.training.learner.Adam\nlearning_rate: 1.0e-3\neps: 1.0e-8\n"
+        "_target_: lpc_runner.training.learner.AdamOptimizer\nlearning_rate: 1.0e-3\neps: 1.0e-8\n"
     )
     cell = cell_of(f"--config-dir={tmp_path}", "optimizer=half")
     with pytest.raises(UserError, match=r"optimizer\.betas has no value"):

@@ -51,7 +51,7 @@ from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
 from lpc_runner.training.interrupts import Interrupted
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 from lpc_runner.training.traces import Traces
 from lpc_runner.training.trainer import Trainer
 
@@ -116,7 +116,7 @@ def train(ranks: Ranks, case: str, dtype: torch.dtype, num_updates: int) -> dict
     encoder = model.build_encoder().to(dtype) if objective.uses_encoder else None
     start = "persistent" if case == "forward, persistent" else "encoder"
     sampler = Langevin(5, "all", Constant(1e-3), metric(0.25, 1e-8, None), start=start)
-    learner = Learner(model, encoder, sampler, objective, Adam(1e-4, [0.9, 0.999], 1e-8), ranks, num_train=40)
+    learner = Learner(model, encoder, sampler, objective, AdamOptimizer(1e-4, [0.9, 0.999], 1e-8), ranks, num_train=40)
     learner.load_state_dict(ranks.share(learner.state_dict()))
     source = torch.Generator().manual_seed(0)
     split = Split(torch.randint(256, (40, *SHAPE), dtype=torch.uint8, generator=source))
@@ -243,7 +243,7 @@ def fit_with_trace(ranks: Ranks, engine: Blocked, folder: Path) -> list:
     torch.manual_seed(0)
     model = MLP(SHAPE, 3, 1.0, DiscretisedGaussian("learned", 0.3, 0.9), 0.3, [16])
     sampler = Langevin(5, "all", Constant(1e-3), PerSample(0.25, 1e-8, None))
-    optimizer = Adam(1e-4, [0.9, 0.999], 1e-8)
+    optimizer = AdamOptimizer(1e-4, [0.9, 0.999], 1e-8)
     learner = Learner(model, model.build_encoder(), sampler, WeightedKL(0.5, 0.5), optimizer, ranks, engine)
     split = Split(torch.randint(256, (40, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     tracker = Tracker(MetricLog(folder / "metrics.jsonl") if ranks.is_main else None)

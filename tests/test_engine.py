@@ -19,7 +19,7 @@ from lpc_runner.inference.samplers import Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.conv import Conv
 from lpc_runner.models.dense import MLP, Linear
-from lpc_runner.training.learner import Adam as Optimizer
+from lpc_runner.training.learner import AdamOptimizer as Optimizer
 from lpc_runner.training.learner import Learner
 
 

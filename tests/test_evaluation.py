@@ -18,7 +18,7 @@ from lpc_runner.data.digits import Digits
 from lpc_runner.evaluation import distances
 from lpc_runner.evaluation.bounds import encoder_bound
 from lpc_runner.evaluation.distances import (
-    Moments,
+    FeatureMoments,
     compare_neighbours,
     coverage_ceiling,
     frechet_distance,
@@ -42,7 +42,9 @@ def normal(*shape, stream="features", counter=0):
 def test_frechet_of_diagonal_gaussians_is_the_closed_form():
     first, second = torch.rand(2, 30, generator=generator(0, "test/scales"), dtype=torch.float64) + 0.1
     means = normal(2, 30).double()
-    distance = frechet_distance(Moments(means[0], torch.diag(first**2)), Moments(means[1], torch.diag(second**2)))
+    distance = frechet_distance(
+        FeatureMoments(means[0], torch.diag(first**2)), FeatureMoments(means[1], torch.diag(second**2))
+    )
     expected = ((means[0] - means[1]) ** 2).sum() + ((first - second) ** 2).sum()
     assert distance == pytest.approx(expected.item(), rel=1e-10)
 

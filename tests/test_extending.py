@@ -34,7 +34,7 @@ from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.dense import MLP
 from lpc_runner.runner.plan import plan
 from lpc_runner.sample import main as sample
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 from lpc_runner.training.update import UpdateNoise
 
 OWN = ("dataset", "model", "model.likelihood", "step_size", "objective")
@@ -455,7 +455,7 @@ def test_a_part_of_the_chain_learns_between_updates_once_each():
 
 def learner_of(sampler):
     model = MLP((1, 2, 3), 4, 1.0, Gaussian("learned", 0.5, 0.9), 0.3, [5])
-    return Learner(model, None, sampler, WeightedKL(0.0, 0.0), Adam(1e-3, [0.9, 0.999], 1e-8))
+    return Learner(model, None, sampler, WeightedKL(0.0, 0.0), AdamOptimizer(1e-3, [0.9, 0.999], 1e-8))
 
 
 class Learning(NoSteps):

@@ -11,9 +11,10 @@ from torch.distributions import MultivariateNormal
 
 from lpc_runner.base.distributions import Bernoulli, DiscretisedGaussian, Gaussian
 from lpc_runner.data.dataset import Batch
-from lpc_runner.models.conv import Conv, Doubling, FromPoint
+from lpc_runner.models.conv import Conv
 from lpc_runner.models.dense import MLP, Linear
 from lpc_runner.models.latent import Encoder
+from lpc_runner.models.upsampling import Doubling, FromPoint
 
 # Side of the feature maps after every layer of Table 2.
 DECODER_SIDES = {64: [1, 4, 8, 16, 32, 64], 32: [1, 4, 8, 16, 16, 32], 28: [1, 4, 8, 16, 14, 28]}

@@ -17,7 +17,7 @@ from lpc_runner.inference.preconditioning import Fisher, Identity
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Annealed, Constant
 from lpc_runner.models.dense import Linear
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 
 DATA_DIM, LATENT_DIM = 5, 2
 
@@ -31,7 +31,7 @@ def learner_of(sampler, num_train, weights=(0.0, 0.0), engine=None, fixed=False)
     torch.manual_seed(0)
     model = Linear((DATA_DIM,), LATENT_DIM, 1.3, Gaussian("fixed", 0.5, 0.9), 0.3)
     encoder = model.build_encoder().double() if any(weights) else None
-    optimizer = Adam(1e-2, [0.9, 0.999], 1e-8)
+    optimizer = AdamOptimizer(1e-2, [0.9, 0.999], 1e-8)
     engine = engine or Eager()
     learner = Learner(
         model.double(), encoder, sampler, WeightedKL(*weights), optimizer, engine=engine, num_train=num_train

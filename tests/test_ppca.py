@@ -13,7 +13,7 @@ from lpc_runner.inference.preconditioning import Fisher, Identity
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Annealed, Constant
 from lpc_runner.models.dense import Linear
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 
 DATA_DIM, LATENT_DIM, NUM_EXAMPLES, NUM_UPDATES = 8, 2, 1000, 700
 
@@ -36,7 +36,7 @@ def test_persistent_chains_of_one_step_recover_probabilistic_pca():
     best = PCA(LATENT_DIM, svd_solver="full").fit(x.numpy()).score(x.numpy())
     model = Linear((DATA_DIM,), LATENT_DIM, 1.0, Gaussian("learned", 1.5, 0.9), 0.3)
     sampler = Langevin(1, "all", Annealed(1.0, 0.1, 400), Fisher(0.99, 1.0), start="persistent")
-    optimizer = Adam(2e-2, [0.9, 0.999], 1e-8)
+    optimizer = AdamOptimizer(2e-2, [0.9, 0.999], 1e-8)
     learner = Learner(model, None, sampler, WeightedKL(0.0, 0.0), optimizer, num_train=NUM_EXAMPLES)
     start = model.log_evidence(x).mean().item()
     for update in range(900):
@@ -68,7 +68,7 @@ def test_lpc_recovers_probabilistic_pca(forward, reverse):
     model = Linear((DATA_DIM,), LATENT_DIM, 1.0, Gaussian("learned", 1.5, 0.9), 0.3)
     sampler = Langevin(20, "all", Constant(0.03), Identity())
     learner = Learner(
-        model, model.build_encoder(), sampler, WeightedKL(forward, reverse), Adam(2e-2, [0.9, 0.999], 1e-8)
+        model, model.build_encoder(), sampler, WeightedKL(forward, reverse), AdamOptimizer(2e-2, [0.9, 0.999], 1e-8)
     )
     start = model.log_evidence(x).mean().item()
     for update in range(NUM_UPDATES):

@@ -16,7 +16,7 @@ from lpc_runner.inference.objectives import VariationalEM
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 
 F64 = {"dtype": torch.float64}
 
@@ -187,7 +187,7 @@ def test_free_q_reaches_the_best_factorised_q_on_every_trial():
     x = series(model, 4)
     batch = Batch(x, torch.arange(4))
     table = model.build_encoder().double()
-    learner = Learner(model, table, NoSteps(None, None), VariationalEM(60, 4), Adam(1e-3, [0.9, 0.999], 1e-8))
+    learner = Learner(model, table, NoSteps(None, None), VariationalEM(60, 4), AdamOptimizer(1e-3, [0.9, 0.999], 1e-8))
     before = [parameter.clone() for parameter in model.parameters()]
     for update, rate in enumerate([0.05] * 5 + [0.01] * 5 + [0.001] * 5):
         learner.phi_optimizer.param_groups[0]["lr"] = rate
@@ -199,7 +199,9 @@ def test_free_q_reaches_the_best_factorised_q_on_every_trial():
     assert (free <= best + 1e-9).all() and (free > best - 0.02).all()
 
     amortised = lds().build_encoder().double()
-    learner = Learner(model, amortised, NoSteps(None, None), VariationalEM(20, 1), Adam(1e-2, [0.9, 0.999], 1e-8))
+    learner = Learner(
+        model, amortised, NoSteps(None, None), VariationalEM(20, 1), AdamOptimizer(1e-2, [0.9, 0.999], 1e-8)
+    )
     for update in range(5):
         learner.gradients(batch, 1, update, False)
     with torch.no_grad():
@@ -213,7 +215,7 @@ def test_a_table_with_block_covariances_reaches_the_best_of_its_family():
         model.readout.weight.mul_(2)[:, 1] = 0.8 * model.readout.weight[:, 0]
     x = series(model, 4)
     batch, table = Batch(x, torch.arange(4)), model.build_encoder().double()
-    learner = Learner(model, table, NoSteps(None, None), VariationalEM(60, 4), Adam(1e-3, [0.9, 0.999], 1e-8))
+    learner = Learner(model, table, NoSteps(None, None), VariationalEM(60, 4), AdamOptimizer(1e-3, [0.9, 0.999], 1e-8))
     for update, rate in enumerate([0.05] * 5 + [0.01] * 5 + [0.001] * 5):
         learner.phi_optimizer.param_groups[0]["lr"] = rate
         learner.gradients(batch, 0, update, False)

@@ -25,11 +25,11 @@ from lpc_runner.inference.samplers import Info, Langevin, NoSteps
 from lpc_runner.inference.step_sizes import Blocks, Constant, Polynomial
 from lpc_runner.models.sequential import LFADS
 from lpc_runner.runner.plan import build_learner
-from lpc_runner.training.learner import Adam, Learner, RowAdam
+from lpc_runner.training.learner import AdamOptimizer, Learner, RowAdam
 from lpc_runner.training.update import UpdateNoise, compute_gradients
 
 F64 = {"dtype": torch.float64}
-OPTIMIZER = Adam(1e-2, [0.9, 0.999], 1e-8)
+OPTIMIZER = AdamOptimizer(1e-2, [0.9, 0.999], 1e-8)
 
 
 @pytest.fixture(autouse=True)

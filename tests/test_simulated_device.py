@@ -215,7 +215,7 @@ from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.samplers import NoSteps
 from lpc_runner.models.dense import MLP
 from lpc_runner.training.learner import Learner
-from lpc_runner.training.learner import Adam
+from lpc_runner.training.learner import AdamOptimizer
 
 inside = []
 
@@ -231,7 +231,7 @@ for objective in (WeightedKL(0.0, 1.0), ImportanceWeighted(5)):
     model = MLP((1, 8, 8), 4, 1.0, DiscretisedGaussian("learned", 1.0, 0.9), 0.3, [16]).to(DEVICE)
     encoder = model.build_encoder().to(DEVICE)
     parts, engine = (model, encoder, NoSteps(None, None), objective), Counting("fp32", DEVICE)
-    learner = Learner(*parts, Adam(1e-3, [0.9, 0.999], 1e-8), engine=engine)
+    learner = Learner(*parts, AdamOptimizer(1e-3, [0.9, 0.999], 1e-8), engine=engine)
     batch = Batch(torch.zeros(3, 1, 8, 8).to(DEVICE), torch.arange(3).to(DEVICE))
     for update in range(4):
         inside.clear(), launches.clear(), waits.clear()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.errors import UserError, mask_logs
 from lpc_runner.base.surroundings import one_line_errors, said, settle, wait_passively
-from lpc_runner.runner.commands import main_process, told_to_workers
+from lpc_runner.runner.commands import main_process, words_for_workers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -143,7 +143,7 @@ def _hydra(args: argparse.Namespace) -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account and leaves
     try:
-        with told_to_workers():
+        with words_for_workers():
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
     except UserError:
         raise

@@ -99,16 +99,6 @@ def _name_user() -> None:
 
 
 @contextmanager
-def picture_style(settings: dict[str, Any]) -> Iterator[None]:
-    """Matplotlib's own defaults with `settings` on top, whatever a user's matplotlibrc says of fonts or LaTeX."""
-    import matplotlib
-
-    defaults = {name: matplotlib.rcParamsDefault[name] for name in matplotlib.rcParamsDefault if "backend" not in name}
-    with matplotlib.rc_context(defaults | settings):
-        yield
-
-
-@contextmanager
 def one_line_errors() -> Iterator[None]:
     """A UserError, or a refusal of the system, becomes one line on standard error and exit code 1.
 

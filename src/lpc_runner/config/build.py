@@ -59,7 +59,7 @@ GROUPS = (
 )
 # What some groups are given later, by the objects beside them, and never by a file: these are kept as
 # functools.partial until then, whatever `_partial_` in the file says.
-LATER = {
+GIVEN_LATER = {
     "model": {"data_shape", "num_train", "num_held_out"},
     "sampler": {"step_size", "preconditioner"},
     "tracker": {"run_id", "name", "group", "config", "folder", "resume_step", "more_tags"},
@@ -96,7 +96,7 @@ class Experiment:
         from lpc_runner.inference.interfaces import Part
 
         for group in ("step_size", "preconditioning", "sampler", "objective"):
-            _naming(group, declared(getattr(self, group), Part, "bind"), self.model, device)
+            _call_for_key(group, declared(getattr(self, group), Part, "bind"), self.model, device)
 
 
 def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None = None) -> Experiment:
@@ -123,7 +123,7 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
     beside = {"step_size": parts["step_size"], "preconditioner": parts["preconditioning"]}
     if len(accepted(parts["sampler"].func, beside)) < len(beside):
         raise UserError(f"sampler={choices['sampler']}: its constructor must take {' and '.join(beside)}")
-    sampler = _naming("sampler", parts["sampler"], **beside)
+    sampler = _call_for_key("sampler", parts["sampler"], **beside)
     target = parts["model"].func
     users = {"model": target, "metrics": parts["metrics"]}
     if (likelihood := parts["model"].keywords.get("likelihood")) is not None:
@@ -143,9 +143,9 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
         raise UserError(f"objective={choices['objective']} has no chain: it goes with sampler=none only")
     device = resolve_device(values["device"])
     facts = facts if facts is not None else _facts(dataset)
-    asked = {name: facts[name] for name in LATER["model"] & hints_of(target).keys()}
+    asked = {name: facts[name] for name in GIVEN_LATER["model"] & hints_of(target).keys()}
     with seeded_layers(values["seed"], "initialisation"):
-        model = _naming("model", parts["model"], **asked)
+        model = _call_for_key("model", parts["model"], **asked)
     _require_likelihood(model.likelihood, choices, lacking(model.likelihood))
     _require_likelihood(model.likelihood, choices, fault_of(model.likelihood, tuple(facts["data_shape"])))
     if declared(parts["preconditioning"], Preconditioner, "needs_encoder") and not asks("uses_encoder"):
@@ -193,7 +193,7 @@ def _require_methods(parts: dict[str, Any], choices: dict[str, str]) -> None:
         "tracker": Sink,
     }
     for group, protocol in protocols.items():
-        part = parts[group].func if group in LATER else parts[group]
+        part = parts[group].func if group in GIVEN_LATER else parts[group]
         if lacking := missing(part, protocol):
             raise UserError(
                 f"{group}={choices[group]} has no {' and no '.join(lacking)}, "
@@ -226,7 +226,7 @@ def _facts(dataset: Any) -> dict[str, Any]:
 
 
 def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
-    """The object (of a group in LATER, the functools.partial that waits for the rest) that a YAML node describes.
+    """The object (of a group in GIVEN_LATER, the functools.partial that waits for the rest) that a YAML node describes.
 
     known: all keys of the configuration, to name the nearest when one is wrong. Raises UserError (one line).
     """
@@ -236,7 +236,7 @@ def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
     target = _locate(node["_target_"], path)
     hints = hints_of(target)
     given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
-    later = LATER.get(path, set())
+    later = GIVEN_LATER.get(path, set())
     for key in given:
         if key in later:
             raise UserError(f"{path}.{key} is given when a run is built: the option's YAML file must not give it")
@@ -247,15 +247,15 @@ def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:
     }
     for key, value in arguments.items():
         if not _is_object(given[key]):
-            _naming(path, check_value, key, value, hints[key])
+            _call_for_key(path, check_value, key, value, hints[key])
     for name in required_by(target):
         if name not in arguments and name not in later:
             raise UserError(f"{path}.{name} has no value: the option's YAML file must give one")
     if abstract := sorted(getattr(target, "__abstractmethods__", ())):
         raise UserError(f"{path}._target_={node['_target_']} lacks what its base class asks for: {', '.join(abstract)}")
-    if path in LATER:
+    if path in GIVEN_LATER:
         return partial(target, **arguments)
-    return _naming(path, target, **arguments)
+    return _call_for_key(path, target, **arguments)
 
 
 def _is_object(value: Any) -> bool:
@@ -278,7 +278,7 @@ def _locate(target: str, path: str) -> Any:
     return found
 
 
-def _naming(path: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _call_for_key(path: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call, and put the group's name before what a constructor says of its own argument."""
     try:
         return function(*args, **kwargs)

@@ -52,7 +52,7 @@ PLACES = {
     "lpc_runner.models.sequential.LFADS": "lpc_runner.models.sequential.LFADS",
     "lpc_runner.tracking.tracker.NoTracker": "lpc_runner.tracking.tracker.NoTracker",
     "lpc_runner.tracking.wandb_run.WandbTracker": "lpc_runner.tracking.wandb_run.WandbTracker",
-    "lpc_runner.training.optimizers.Adam": "lpc_runner.training.learner.Adam",
+    "lpc_runner.training.optimizers.Adam": "lpc_runner.training.learner.AdamOptimizer",
     "lpc_runner.training.traces.Traces": "lpc_runner.training.traces.Traces",
     "lpc_runner.training.trainer.Trainer": "lpc_runner.training.trainer.Trainer",
 }

@@ -72,7 +72,7 @@ def compose_command(args: argparse.Namespace) -> Composed:
     folder = None if args.config_dir is None else Path(args.config_dir).absolute()
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir: {folder} is not a folder")
-    with _initialised(folder), _naming_the_key():
+    with _initialised(folder), _errors_with_key():
         cells, launcher, sweeper = _expand(args)
         composed = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])])
         for cell in composed if folder else []:
@@ -93,7 +93,7 @@ def _initialised(own: Path | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _naming_the_key() -> Iterator[None]:
+def _errors_with_key() -> Iterator[None]:
     """What OmegaConf says of a value, when it is read, as one line with the key."""
     try:
         yield

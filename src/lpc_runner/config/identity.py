@@ -26,7 +26,8 @@ def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:
         values.pop(key)
     values["dataset"] = dataset_identity
     if "num_steps" not in values["sampler"]:  # without a chain, the settings of its steps change nothing
-        values.pop("step_size"), values.pop("preconditioning")
+        values.pop("step_size")
+        values.pop("preconditioning")
     values["trainer"].pop("checkpoint_seconds", None)
     values["metrics"].pop("weights", None)  # verified by their own hash
     if values["trainer"].get("init_from"):

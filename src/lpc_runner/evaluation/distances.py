@@ -18,18 +18,18 @@ from lpc_runner.base.tensors import exact_arithmetic
 
 
 @dataclass(frozen=True)
-class Moments:
+class FeatureMoments:
     """mean: (d,) float64. covariance: (d, d) float64, unbiased (divided by N - 1)."""
 
     mean: Tensor
     covariance: Tensor
 
-    def to(self, device: torch.device | str) -> Moments:
+    def to(self, device: torch.device | str) -> FeatureMoments:
         """The same moments on another device."""
-        return Moments(self.mean.to(device), self.covariance.to(device))
+        return FeatureMoments(self.mean.to(device), self.covariance.to(device))
 
 
-def moments(features: Tensor, *, chunk: int = 4096) -> Moments:
+def moments(features: Tensor, *, chunk: int = 4096) -> FeatureMoments:
     """Mean and covariance of features (N, d), accumulated in float64 over chunks; UserError when N < 2."""
     num_examples, dimension = features.shape
     if num_examples < 2:
@@ -42,10 +42,10 @@ def moments(features: Tensor, *, chunk: int = 4096) -> Moments:
     for part in features.split(chunk):
         centred = part.double() - mean
         scatter.addmm_(centred.T, centred)
-    return Moments(mean, scatter / (num_examples - 1))
+    return FeatureMoments(mean, scatter / (num_examples - 1))
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
+def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
     """|m₁ - m₂|² + tr(S₁ + S₂ - 2 (S₁S₂)^½), in squared feature units.
 
     With any F Fᵀ = S₁ the product S₁S₂ has the non-zero eigenvalues of the symmetric FᵀS₂F, so its root needs

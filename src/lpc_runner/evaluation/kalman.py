@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal
 from torch.func import jacrev
 
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
-from lpc_runner.models.generators import Linear
+from lpc_runner.models.generators import LinearDynamics
 from lpc_runner.models.sequential import LFADS
 
 
@@ -48,7 +48,7 @@ class Filtered(NamedTuple):
 
 def is_linear_gaussian(model: torch.nn.Module) -> bool:
     """Whether the functions below have an answer for this model."""
-    if not (isinstance(model, LFADS) and isinstance(model.generator, Linear)):
+    if not (isinstance(model, LFADS) and isinstance(model.generator, LinearDynamics)):
         return False
     return model.likelihood.gaussian_variance() is not None and model.input_prior is None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpc_runner.base.files import is_refusal, write_cache
 from lpc_runner.base.tensors import hash_of_tensors
-from lpc_runner.evaluation.distances import Moments, frechet_distance, moments, squared_radii, within_term
+from lpc_runner.evaluation.distances import FeatureMoments, frechet_distance, moments, squared_radii, within_term
 from lpc_runner.evaluation.features import Extractor, extract
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
@@ -33,7 +33,7 @@ class Reference:
 
     features: Tensor
     radii: Tensor
-    moments: Moments
+    moments: FeatureMoments
     within: float
     floor: float | None
     num_floor: int
@@ -67,7 +67,7 @@ class Reference:
         return cls(
             stored["features"],
             stored["radii"],
-            Moments(stored["mean"], stored["covariance"]),
+            FeatureMoments(stored["mean"], stored["covariance"]),
             within,
             None if num_floor < 2 else floor,
             int(num_floor),

@@ -6,35 +6,21 @@ import io
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lpc_runner.base.files import write_atomically
-from lpc_runner.base.surroundings import picture_style
+from lpc_runner.base.pictures import COLOURS, picture_style
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.sequences import COUNTS, SequenceDataset
 from lpc_runner.evaluation.posterior import Means
 from lpc_runner.evaluation.spike_metrics import linear_readout
 
-if TYPE_CHECKING:
-    pass
-
-# Okabe and Ito's colours, told apart by colour-blind eyes and in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-BLUE, ORANGE = COLOURS[:2]
-TRUTH, DATA = "#000000", "#8c8c8c"
+*LINES, TRUTH, DATA = COLOURS
+BLUE, ORANGE = LINES[:2]
 DPI = 130
-STYLE = {
-    "font.size": 14,
-    "axes.labelsize": 14,
-    "axes.titlesize": 14,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 2.2,
-}
 NUM_TRIALS, NUM_NEURONS, NUM_PATHS = 3, 4, 3
 
 
@@ -138,7 +124,7 @@ def factors_picture(trials: Trials, path: Path) -> None:
     with figure_to(path, (13, 6)) as figure:
         left, right = figure.subfigures(1, 2)
         axis = left.subplots()
-        for colour, number in zip(COLOURS, chosen):
+        for colour, number in zip(LINES, chosen):
             x, y = paths[number, :, 0], paths[number, :, 1] if paths.shape[2] > 1 else trials.seconds
             axis.plot(x, y, color=colour, linewidth=1.4)
             axis.plot(x[0], y[0], "o", color=colour, markersize=9)
@@ -166,7 +152,7 @@ def inputs_picture(trials: Trials, path: Path) -> None:
         panels = figure.subfigures(1 if aligned is None else 2, 1, squeeze=False)[:, 0]
         axes = panels[0].subplots(1, len(chosen), sharey=True, squeeze=False)[0]
         for axis, trial in zip(axes, chosen):
-            for dimension, colour in zip(range(inputs.shape[2]), COLOURS):
+            for dimension, colour in zip(range(inputs.shape[2]), LINES):
                 axis.plot(trials.seconds, inputs[trial, :, dimension], color=colour, label=f"input {dimension + 1}")
             if pulse is not None:
                 axis.axvline(trials.seconds[pulse[trial]], color=TRUTH, linestyle="--", label="pulse")
@@ -231,7 +217,7 @@ def figure_to(path: Path, size: tuple[float, float]):
     """A figure in this module's style, written to `path` at the end, byte for byte the same for the same data."""
     from matplotlib.figure import Figure
 
-    with picture_style(STYLE):
+    with picture_style(**{"axes.grid": False}):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         buffer = io.BytesIO()

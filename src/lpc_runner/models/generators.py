@@ -27,7 +27,7 @@ def recursion(first: Tensor, drive: Tensor, transition: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
-class Linear(nn.Module):
+class LinearDynamics(nn.Module):
     """x_t = A x_{t-1} + b + L u_t: a linear dynamical system where u_t is N(0, I) and its noise has variance L Lᵀ."""
 
     def __init__(self, state_dim: int, input_dim: int) -> None:
@@ -135,7 +135,7 @@ class Recurrent(nn.Module):
 def build_generator(kind: str, state_dim: int, input_dim: int, hidden_dim: int, nonlinearity: str) -> nn.Module:
     """The generator of that name: linear, additive, vanilla, gru or lstm."""
     if kind == "linear":
-        return Linear(state_dim, input_dim)
+        return LinearDynamics(state_dim, input_dim)
     if kind == "additive":
         return Additive(state_dim, input_dim, hidden_dim, nonlinearity)
     return Recurrent(kind, state_dim, input_dim, nonlinearity)

@@ -22,7 +22,7 @@ from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.models.sequence_encoders import BiRNN, BlockTable, FreeTable, PerBin, RawVariance
 
 
-class Run(NamedTuple):
+class Rollout(NamedTuple):
     """States x_1 .. x_T (B, T, Dx), factors (B, T, F) and inputs u_1 .. u_T (B, T, Du), or None, of one z."""
 
     states: Tensor
@@ -64,7 +64,7 @@ class SequentialModel(LatentVariableModel):
         nn.init.constant_(self.readout.bias, likelihood.initial_predictor)
 
     @abstractmethod
-    def run(self, z: Tensor) -> Run:
+    def run(self, z: Tensor) -> Rollout:
         """States, factors and inputs from z (B, latent_dim)."""
 
     def named(self, z: Tensor) -> dict[str, Tensor]:
@@ -131,9 +131,9 @@ class FactorAnalysis(SequentialModel):
         self.factorised_q = encoder != "free_block"
         self.variance, self.table_learning_rate = RawVariance(variance_beta, initial_variance), table_learning_rate
 
-    def run(self, z: Tensor) -> Run:
+    def run(self, z: Tensor) -> Rollout:
         states = self.named(z)["states"]
-        return Run(states, self.features(states), None)
+        return Rollout(states, self.features(states), None)
 
     def build_encoder(self) -> nn.Module:
         if self.encoder == "mlp":
@@ -200,10 +200,10 @@ class LFADS(SequentialModel):
             inputs = self.input_prior(inputs)
         return self.initial_map(parts["initial_condition"]), inputs
 
-    def run(self, z: Tensor) -> Run:
+    def run(self, z: Tensor) -> Rollout:
         initial, inputs = self.initial_and_inputs(z)
         states = self.generator(initial, inputs, self.num_steps)
-        return Run(states, self.factor_map(states), inputs)
+        return Rollout(states, self.factor_map(states), inputs)
 
     def build_encoder(self) -> nn.Module:
         return _encoder(self)

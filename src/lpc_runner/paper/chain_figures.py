@@ -7,29 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lpc_runner.base.pictures import COLOURS
 from lpc_runner.study.curve_figures import legend
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.recorded_chains import (
     DRIFT_NORM,
     LOG_JOINT,
-    Curve,
+    ChainCurve,
     chain_curve,
     read_trajectories,
     traced_runs,
     traced_updates,
 )
 from lpc_runner.study.runs import Run
-from lpc_runner.study.style import (
-    COLOURS,
-    MANY,
-    Picture,
-    file_name,
-    label_decades,
-    legend_below,
-    new_figure,
-    pages,
-    plain,
-)
+from lpc_runner.study.style import MANY, Picture, file_name, label_decades, legend_below, new_figure, pages, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +57,7 @@ def chain_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) -
                 yield Picture(file_name(dataset, f"{short}{suffix}"), caption, _chain_figure(dataset, curves, name))
 
 
-def _chain_figure(dataset: str, curves: dict[int, list[tuple[Group, Curve]]], name: str) -> Figure:
+def _chain_figure(dataset: str, curves: dict[int, list[tuple[Group, ChainCurve]]], name: str) -> Figure:
     labels = list(dict.fromkeys(group.label for lines in curves.values() for group, _ in lines))
     columns = min(2, len(curves))
     rows = -(-len(curves) // columns)
@@ -97,7 +88,7 @@ def _chain_figure(dataset: str, curves: dict[int, list[tuple[Group, Curve]]], na
     return figure
 
 
-def _scale(panels: Any, curves: Sequence[Curve], name: str) -> None:
+def _scale(panels: Any, curves: Sequence[ChainCurve], name: str) -> None:
     """Logarithmic for norms; for gains linear within the spread of settled chains, logarithmic beyond it."""
     low = min(float(np.min(curve.low)) for curve in curves)
     high = max(float(np.max(curve.high)) for curve in curves)

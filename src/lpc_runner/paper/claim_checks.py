@@ -12,13 +12,13 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from lpc_runner.base.vocabulary import FRECHET
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.costs import ms_per_batch
 from lpc_runner.paper.evidence import (
     CHANCE,
     EPOCHS,
     FAILS,
-    FRECHET,
     HOLDS,
     METHOD,
     UNMEASURED,

@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lpc_runner.base.vocabulary import FRECHET, SYMBOLS, base_name
 from lpc_runner.paper import numbers as paper
-from lpc_runner.study.grouping import SYMBOLS, Group, compared_config, show_value
+from lpc_runner.study.grouping import Group, compared_config, show_value
 from lpc_runner.study.runs import Run, Setting
-from lpc_runner.study.tables import base_name, describe_setting, mean_and_spread, show
+from lpc_runner.study.tables import describe_setting, mean_and_spread, show
 
 HOLDS, FAILS, CHANCE, UNMEASURED = "holds", "does not hold", "within chance", "not measured"
-FRECHET = ("fid", "fd")
 ENDED = ("finished", "diverged")
 LPC_EPOCHS, VAE_EPOCHS = 15, 50
 # A method's own settings, and those that the paper tunes for each method by itself.

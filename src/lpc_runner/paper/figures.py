@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lpc_runner.base.surroundings import picture_style
+from lpc_runner.base.pictures import picture_style
 from lpc_runner.paper.chain_figures import chain_pictures, trajectory_pictures
 from lpc_runner.paper.quality_figures import grid_pictures, objective_pictures
 from lpc_runner.paper.sweep_figures import sweep_pictures
@@ -12,12 +12,12 @@ from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.curve_figures import compute_pictures, curve_pictures, metric_names
 from lpc_runner.study.sequence_figures import sequence_pictures
 from lpc_runner.study.study import Study
-from lpc_runner.study.style import STYLE, Picture
+from lpc_runner.study.style import Picture
 
 
 def study_pictures(study: Study, warnings: list[str]) -> Iterator[Picture]:
     """One by one, dataset by dataset; a figure whose data are not there is left out, damaged files are named."""
-    with picture_style(STYLE):
+    with picture_style():
         for dataset in study.datasets:
             groups = study.of(dataset)
             yield from trajectory_pictures(dataset, groups, warnings)

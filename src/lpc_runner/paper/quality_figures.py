@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.files import is_refusal
+from lpc_runner.base.pictures import COLOURS
+from lpc_runner.base.vocabulary import FRECHET, base_name
 from lpc_runner.paper.evidence import as_planned
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Measurement, Run, Setting
 from lpc_runner.study.style import (
-    COLOURS,
-    FRECHET,
     MANY,
     OBJECTIVES,
     SHOWN,
@@ -27,7 +27,7 @@ from lpc_runner.study.style import (
     short_labels,
     wrapped,
 )
-from lpc_runner.study.tables import base_name, metric_order, settings_of, show
+from lpc_runner.study.tables import metric_order, settings_of, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lpc_runner.base.pictures import COLOURS
+from lpc_runner.base.vocabulary import FRECHET, base_name
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Setting
 from lpc_runner.study.style import (
-    COLOURS,
-    FRECHET,
     MARKERS,
     Picture,
     axis_name,
@@ -23,7 +23,7 @@ from lpc_runner.study.style import (
     pages,
     plain,
 )
-from lpc_runner.study.tables import base_name, settings_of
+from lpc_runner.study.tables import settings_of
 
 VARIED = ("step_size", "preconditioning", "beta")
 Cells = dict[float, Group]

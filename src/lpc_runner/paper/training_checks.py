@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lpc_runner.base.vocabulary import FRECHET, base_name
 from lpc_runner.paper.evidence import (
     ENDED,
     EPOCHS,
-    FRECHET,
     METHOD,
     Evidence,
     Finding,
@@ -29,7 +29,7 @@ from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.recorded_chains import LOG_JOINT, read_trace, steps_gained, traced_updates
 from lpc_runner.study.runs import Point, Run
-from lpc_runner.study.tables import base_name, show
+from lpc_runner.study.tables import show
 
 JEFFREYS, REVERSE, FORWARD = "LPC jeffreys", "LPC reverse", "LPC forward"
 SETTLED = 1.0  # nats: a chain whose median step changes less is near the mode

@@ -14,7 +14,7 @@ _WORDS, _PROCESS = "LPC_RUNNER_COMMAND", "LPC_RUNNER_MAIN"
 
 
 @contextmanager
-def told_to_workers() -> Iterator[None]:
+def words_for_workers() -> Iterator[None]:
     """Whatever is started within it knows this command."""
     os.environ |= {_WORDS: json.dumps([masked(word) for word in sys.argv]), _PROCESS: str(os.getpid())}
     try:

@@ -33,9 +33,8 @@ def gpu_slot(names: list[str], slots_per_gpu: int, folder: Path | None = None) -
     """Hold one slot; yields the GPU's index in `names`, the emptiest one's first. Waits until a slot is free."""
     folder = folder or lease_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = None
-    while lock is None:
-        lock = _first_free(names, slots_per_gpu, folder) or time.sleep(INTERVAL)
+    while (lock := _first_free(names, slots_per_gpu, folder)) is None:
+        time.sleep(INTERVAL)
     index, held = lock
     try:
         yield index

@@ -20,6 +20,7 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
+from lpc_runner.base.vocabulary import QUALITY
 from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, resolved, starts_workers_here
 from lpc_runner.runner.leases import gpu_slot, visible_gpus
 from lpc_runner.runner.plan import Planned, plan
@@ -29,8 +30,6 @@ from lpc_runner.tracking.tracker import Sink
 
 logger = logging.getLogger(__name__)
 
-# Shown first in the closing table, in this order; metrics carry the extractor's name behind these.
-_SHOWN = ("fid", "fd", "kid", "precision", "recall", "density", "coverage")
 _PLAN = "LPC_RUNNER_PLAN"  # environment variable with the path of the sweep's plan, which launchers pass on
 _NOTE = 24  # columns that a note beside the numbers needs
 _BOUND = ("elbo", "kl", "bits_per_dim", "active_units", "sigma")
@@ -254,7 +253,7 @@ def _noted(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
 def _images(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     """Sample quality first, with N, k, extractor and split of those it belongs to."""
     suffix = "_" + facts["extractor"]
-    quality = [metric for metric in _ordered(metrics) if metric.removesuffix(suffix) in _SHOWN]
+    quality = [metric for metric in _ordered(metrics) if metric.removesuffix(suffix) in QUALITY]
     rows = []
     for metric in quality:
         note = ""
@@ -276,7 +275,7 @@ def _images(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
 
 
 def _ordered(metrics: dict[str, float]) -> list[str]:
-    order = [*_SHOWN, *_BOUND]
+    order = [*QUALITY, *_BOUND]
 
     def place(metric: str) -> int:
         return next((number for number, name in enumerate(order) if metric.startswith(name)), len(order))

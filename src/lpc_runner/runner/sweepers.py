@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +16,12 @@ from typing import Any
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.schema import declared
+from lpc_runner.base.vocabulary import IS_BETTER_HIGHER
 from lpc_runner.config.compose import Cell, cell_from, cell_text
 from lpc_runner.evaluation.evaluator import Metrics
 from lpc_runner.runner.plan import Planned, plan
 
 _FOLDER = "LPC_RUNNER_PROPOSED"  # environment variable with the folder that jobs note their cells in, for launchers
-# Metrics that are better when higher; every other one counts as a loss.
-_HIGHER = re.compile(
-    r"(precision|recall|density|coverage)(_.*)?|.*(elbo|iwae|log_evidence|log_likelihood|_r2|per_spike|effective_samples|ess_per_pass(_slowest)?)"
-)
 
 
 @contextmanager
@@ -83,7 +79,7 @@ def value_of(planned: Planned, result: dict[str, Any]) -> float:
         return float(metrics[name])
     if result["status"] == "finished" and name not in (names or ()):
         raise UserError(f"optimized_metric={name}: no such metric; there are: {', '.join(metrics)}")
-    return -math.inf if _HIGHER.fullmatch(name) else math.inf
+    return -math.inf if IS_BETTER_HIGHER.fullmatch(name) else math.inf
 
 
 def _names(planned: Planned) -> tuple[str, ...] | None:

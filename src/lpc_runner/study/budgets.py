@@ -43,7 +43,7 @@ SPENT = ("epoch", "seconds", "gradient_evaluations")
 
 
 @dataclass(frozen=True)
-class Curve:
+class BudgetCurve:
     """Mean and standard deviation (0 for one run) over the runs of a group, at the same updates.
 
     spent: by the name of a Point's field (epoch, seconds, gradient_evaluations) its mean, None: not recorded.
@@ -75,7 +75,7 @@ def followed(group: Group) -> list[Run]:
     return group.counted or [run for run in group.runs if run.points or run.training]
 
 
-def mean_curve(runs: Sequence[list[Point]], metric: str) -> Curve:
+def mean_curve(runs: Sequence[list[Point]], metric: str) -> BudgetCurve:
     """Averages at the updates that all runs have, so that no seed leaves midway; finite values only."""
     by_run = []
     for points in runs:
@@ -85,7 +85,7 @@ def mean_curve(runs: Sequence[list[Point]], metric: str) -> Curve:
     values = [[points[update].values[metric] for points in by_run] for update in shared]
     std = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
     spent = {name: [_mean_spent(by_run, update, name) for update in shared] for name in SPENT}
-    return Curve(shared, spent, [statistics.fmean(column) for column in values], std, len(by_run))
+    return BudgetCurve(shared, spent, [statistics.fmean(column) for column in values], std, len(by_run))
 
 
 def _mean_spent(by_run: Sequence[dict[int, Point]], update: int, name: str) -> float | None:

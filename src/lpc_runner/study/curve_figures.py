@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lpc_runner.study.budgets import Curve, followed, mean_curve
+from lpc_runner.base.pictures import COLOURS
+from lpc_runner.base.vocabulary import base_name
+from lpc_runner.study.budgets import BudgetCurve, followed, mean_curve
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Point, Setting
 from lpc_runner.study.style import (
-    COLOURS,
     LOGARITHMIC,
     MARKERS,
     SHOWN,
@@ -23,7 +24,7 @@ from lpc_runner.study.style import (
     pages,
     wrapped,
 )
-from lpc_runner.study.tables import base_name, metric_order
+from lpc_runner.study.tables import metric_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ AXES = {
     SECONDS: "training time (s)",
     EVALUATIONS: "gradient evaluations\n(∇ log p(x, z) of one example)",
 }
-Line = tuple[Group, Curve]
+Line = tuple[Group, BudgetCurve]
 
 
 def metric_names(groups: Sequence[Group], setting: Setting) -> list[str]:
@@ -139,7 +140,7 @@ def _holes(lines: Sequence[Line], name: str) -> bool:
     return any(value is None for _, curve in lines for value in curve.spent[name])
 
 
-def _spent(curve: Curve, name: str) -> Sequence[float | None]:
+def _spent(curve: BudgetCurve, name: str) -> Sequence[float | None]:
     return curve.updates if name == UPDATES else curve.spent[name]
 
 
@@ -168,7 +169,7 @@ def _scale_spent(axis: Any, lines: Sequence[Line], name: str, wide: bool) -> Non
         axis.set_xlabel(AXES[name].replace("(s)", "(s, logarithmic)"))
 
 
-def _scale_values(axis: Any, curves: Sequence[Curve], metric: str | None) -> None:
+def _scale_values(axis: Any, curves: Sequence[BudgetCurve], metric: str | None) -> None:
     low, high = _limits(curves, cut=metric is None)
     if metric is not None and base_name(metric) in LOGARITHMIC:
         log_where_wide(axis, low, high)
@@ -177,7 +178,7 @@ def _scale_values(axis: Any, curves: Sequence[Curve], metric: str | None) -> Non
         axis.set_ylim(low - margin, high + margin)
 
 
-def _limits(curves: Sequence[Curve], cut: bool) -> tuple[float, float]:
+def _limits(curves: Sequence[BudgetCurve], cut: bool) -> tuple[float, float]:
     """Lowest and highest end of a band; `cut`: without the first tenth, in which an ELBO rises steeply."""
     low, high = [], []
     for curve in curves:

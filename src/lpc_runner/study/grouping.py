@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lpc_runner.base.vocabulary import SYMBOLS
 from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES
 from lpc_runner.study.runs import Run
 
@@ -15,7 +16,6 @@ GROUPS = ("dataset", "model", "sampler", "objective", "preconditioning")
 CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_steps", "theta_states")
 ORDER = ("model", "preconditioning", "step_size", "beta", "num_steps", "learning_rate", "num_epochs")
 METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys")
-SYMBOLS = {"step_size": "γ", "beta": "β", "num_steps": "T", "learning_rate": "α"}
 # Parts of config.yaml in which repetitions may differ.
 _FREE = ("seed", *CHANGES_NO_RESULT)
 _FREE_PATHS = ("trainer.checkpoint_seconds", "trainer.log_every", "metrics.weights", "metrics.batch_size")

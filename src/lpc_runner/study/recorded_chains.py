@@ -19,7 +19,7 @@ SAMPLERS = ("map", "langevin")
 PARTS = ("coordinates", "explained", "grid", "potential", "log_joint")
 
 
-class Curve(NamedTuple):
+class ChainCurve(NamedTuple):
     """Quartiles over chains, each (steps,); steps counts from 1; num_chains of num_runs runs."""
 
     steps: np.ndarray
@@ -72,7 +72,7 @@ def steps_gained(log_joint: np.ndarray) -> np.ndarray:
         return np.diff(log_joint, axis=0)
 
 
-def chain_curve(group: Group, update: int, name: str, warnings: list[str]) -> Curve | None:
+def chain_curve(group: Group, update: int, name: str, warnings: list[str]) -> ChainCurve | None:
     """Median and quartiles over every chain of every counted seed: of the gain per step, or of the gradient's norm.
 
     At update's training batch; None where no seed recorded it. Values that are not finite are left out.
@@ -92,7 +92,7 @@ def chain_curve(group: Group, update: int, name: str, warnings: list[str]) -> Cu
     if not len(steps):
         return None
     low, median, high = np.nanpercentile(chains[steps], [25, 50, 75], axis=1)
-    return Curve(steps + 1, low, median, high, chains.shape[1], len(found))
+    return ChainCurve(steps + 1, low, median, high, chains.shape[1], len(found))
 
 
 def traced_runs(group: Group) -> list[Run]:

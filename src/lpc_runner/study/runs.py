@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpc_runner.base.errors import UserError
+from lpc_runner.base.vocabulary import IS_QUALITY
 from lpc_runner.store.log import MetricLog
 from lpc_runner.store.runs import follow
 
-QUALITY = re.compile(r"(fid|fd|kid|precision|recall|density|coverage)(?:_(\w+))?")
 NOT_FINITE = ("nan", "inf", "-inf")
 STATUSES = ("finished", "diverged", "failed", "unfinished", "damaged")
 
@@ -249,7 +248,7 @@ def by_extractor(values: dict[str, float]) -> dict[str, dict[str, float]]:
     """Metrics of sample quality by extractor: those without a suffix are inception's."""
     found: dict[str, dict[str, float]] = {}
     for name, value in values.items():
-        if match := QUALITY.fullmatch(name):
+        if match := IS_QUALITY.fullmatch(name):
             found.setdefault(match[2] or "inception", {})[name] = value
     return found
 
@@ -266,7 +265,7 @@ def _add_measurement(run: Run, content: dict[str, Any], source: str) -> None:
         own = facts if facts.get("extractor", extractor) == extractor else {}
         setting = Setting(extractor, *(own.get(name) for name in Setting._fields[1:]))
         run.measurements.append(Measurement(setting, quality, own, source))
-    others = {name: value for name, value in values.items() if not QUALITY.fullmatch(name)}
+    others = {name: value for name, value in values.items() if not IS_QUALITY.fullmatch(name)}
     for name, value in others.items():
         run.numbers.setdefault(name, value)
     if others:

@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lpc_runner.base.pictures import COLOURS
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.pairs import Difference, paired_difference
-from lpc_runner.study.style import COLOURS, Picture, file_name
+from lpc_runner.study.style import Picture, file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,33 +8,18 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lpc_runner.base.pictures import COLOURS
+from lpc_runner.base.vocabulary import FRECHET, base_name
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Setting
-from lpc_runner.study.tables import base_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind eyes and in grey; yellow is too pale for a line.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8c8c8c")
 MARKERS = "osD^vP*X"
 MAX_LINES = len(COLOURS)  # more lines in one picture cannot be told apart: the next ones get their own
 DPI = 200
 MANY = 120  # dots per inch where a picture is a square of many small ones
-STYLE = {
-    "font.size": 13,
-    "axes.labelsize": 14,
-    "axes.titlesize": 14,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-    "lines.linewidth": 2.2,
-    "lines.markersize": 7,
-    "hatch.color": "white",
-}
 NAMES = {
     "fid": "FID (lower is better)",
     "fd": "Fréchet distance (lower is better)",
@@ -45,7 +30,6 @@ NAMES = {
     "recall": "recall (higher is better)",
     "train/elbo": "ELBO of training batches\n(nats per example)",
 }
-FRECHET = ("fid", "fd")
 SHOWN = (*FRECHET, "density", "coverage")  # of which the paper speaks
 HARD = "\N{NO-BREAK SPACE}"
 LOGARITHMIC = (*FRECHET, "kid")  # where they span more than a decade

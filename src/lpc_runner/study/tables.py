@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lpc_runner.base.vocabulary import QUALITY, base_name
 from lpc_runner.study.grouping import Group, common_settings, show_value
 from lpc_runner.study.runs import STATUSES, Run, Setting
 from lpc_runner.study.study import Study
 
-ORDER = ("fid", "fd", "kid", "density", "coverage", "precision", "recall")
 LIKELIHOOD = ("elbo", "bits_per_dim", "kl", "active_units", "sigma")
 UNITS = {"elbo": "nats per example", "kl": "nats per example", "bits_per_dim": "bits per dimension"}
 DASH = "–"
@@ -114,14 +114,9 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 # Sample quality -------------------------------------------------------------------------------------------
 
 
-def base_name(metric: str) -> str:
-    """fd of fd_random_conv."""
-    return metric.partition("_")[0]
-
-
 def metric_order(metric: str) -> tuple[int, str]:
     """Sort key: the Fréchet distance first, recall last."""
-    return ORDER.index(base_name(metric)), metric
+    return QUALITY.index(base_name(metric)), metric
 
 
 def main_metrics(names: Iterable[str]) -> frozenset[str]:

@@ -10,12 +10,11 @@ from typing import Any
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
+from lpc_runner.base.vocabulary import SYMBOLS
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.uploads import Place, place_of, rows_of, runs_of, settings_of
 from lpc_runner.tracking.wandb_service import one_line, online
 
-# How a label writes a setting.
-SYMBOLS = {"step_size": "γ", "beta": "β", "num_steps": "T", "learning_rate": "α"}
 # Spread over orders of magnitude in a sweep.
 LOGARITHMIC = ("step_size", "learning_rate", "scale")
 # Where several settings vary, curves are grouped by the first of these; a seed makes repetitions, never groups.

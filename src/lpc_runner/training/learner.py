@@ -24,7 +24,7 @@ from lpc_runner.training.update import Combined, UpdateNoise, compute_gradients,
 Decay = Annotated[float, at_least(0)]
 
 
-class Adam:
+class AdamOptimizer:
     """Adam (Kingma and Ba 2015) with weight decay 0: `build` gives a torch optimiser for θ or for φ.
 
     learning_rate: for both θ and φ. betas: decay of first and second moment. eps: added to the denominator.
@@ -101,7 +101,7 @@ class Learner:
         encoder: nn.Module | None,
         sampler: Any,
         objective: Objective,
-        optimizer: Adam,
+        optimizer: AdamOptimizer,
         ranks: Ranks = SINGLE,
         engine: Eager = STEP_BY_STEP,
         num_train: int | None = None,
