@@ -51,6 +51,12 @@ MISTAKES = [
     ("trainer.batch_size=0", ["trainer.batch_size must be an integer of at least 1"]),
     ("trainer.batch_size=5000", ["trainer.batch_size=5000", "1437"]),
     ("sampler.start=last", ["sampler.start must be one of encoder, prior, persistent"]),
+    ("sampler.noise=none", ["sampler.noise must be one of independent, averaged"]),
+    ("sampler=mala preconditioning=adam", ["sampler: MALA", "G must be constant", "Adam adapts it", "freeze_after"]),
+    (
+        "sampler=hmc preconditioning=none step_size=polynomial",
+        ["sampler: HMC", "γ must be constant", "Polynomial changes it", "step_size=constant"],
+    ),
     ("sampler.first_steps=5", ["sampler.first_steps is of start=persistent, and start is encoder"]),
     ("sampler.first_start=prior", ["sampler.first_start is of start=persistent, and start is encoder"]),
     ("model.likelihood.scale=huge", ["model.likelihood.scale", "fixed, learned, optimal"]),

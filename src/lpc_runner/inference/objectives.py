@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian, Prior
-from lpc_runner.base.schema import PositiveInt, at_least, checked
+from lpc_runner.base.schema import PositiveInt, at_least, checked, declared
 from lpc_runner.inference import interfaces
 from lpc_runner.inference.chain import Chain, FusedPotential, Moments, ShadowMetropolis, constant
 from lpc_runner.inference.context import Context, Gradients
@@ -90,6 +90,7 @@ class WeightedKL(interfaces.Objective):
         start = context.start(warm)  # z(0), ~ q unless the sampler says otherwise
         shows_steps = engine.shows_steps or context.observe is not None
         judge = context.judge and shows_steps and sampler.noisy and sampler.num_steps > 1
+        judge = judge and declared(sampler, interfaces.Sampler, "energy_error_of") is None  # the chain judges itself
         shadow = ShadowMetropolis(start.detach()) if judge else None
         chain = engine.run(
             model.log_joint,
@@ -179,6 +180,8 @@ def _describe(chain: Chain) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     scalars, trace = {"train/log_joint": chain.first[0].mean()}, chain.trace
     if len(trace["log_joint"]) == 0:
         return scalars, {}
+    if chain.acceptance is not None:
+        scalars |= {"chain/acceptance": chain.acceptance, "chain/energy_error": chain.energy_error}
     scalars |= {
         "chain/delta_log_joint": trace["log_joint"][-1] - trace["log_joint"][0],
         "chain/log_joint_last": trace["log_joint"][-1],

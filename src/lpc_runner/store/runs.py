@@ -43,6 +43,7 @@ FIRST_VALUES = {
     "sampler.start": "encoder",
     "sampler.first_start": "encoder",
     "sampler.first_steps": None,
+    "sampler.noise": "independent",
 }
 # What every record holds, by type.
 _RECORDS = {
