@@ -44,6 +44,7 @@ PLACES = {
     "lpc_runner.inference.samplers.Map": "lpc_runner.inference.samplers.Map",
     "lpc_runner.inference.samplers.NoSteps": "lpc_runner.inference.samplers.NoSteps",
     "lpc_runner.inference.samplers.Underdamped": "lpc_runner.inference.samplers.Underdamped",
+    "lpc_runner.inference.step_sizes.Adapted": "lpc_runner.inference.step_sizes.Adapted",
     "lpc_runner.inference.step_sizes.Annealed": "lpc_runner.inference.step_sizes.Annealed",
     "lpc_runner.inference.step_sizes.Blocks": "lpc_runner.inference.step_sizes.Blocks",
     "lpc_runner.inference.step_sizes.Constant": "lpc_runner.inference.step_sizes.Constant",

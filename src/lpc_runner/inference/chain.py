@@ -176,6 +176,7 @@ class Chain:
     num_evaluations: gradients of log p(x, z) of one example that it took. drift_square: mean over batch and steps of
     g⊙g, g = ∇z log p at z(0) .. z(T-1), (1, d); None where no part of the sampler needs it. acceptance, energy_error:
     0-d means over batch and steps (see `Acceptance`); None where the sampler's steps have no energy error.
+    target_acceptance: the sampler's.
     """
 
     z: Tensor
@@ -187,6 +188,7 @@ class Chain:
     drift_square: Tensor | None = None
     acceptance: Tensor | None = None
     energy_error: Tensor | None = None
+    target_acceptance: float | None = None
 
 
 def run_chain(
@@ -318,6 +320,6 @@ def finish_chain(
     gradient = [total / (num_states * len(z)) for total in potential.sums]
     if square is not None:
         square = square / (sampler.num_steps * len(z))
-    judgement = None if judged is None else judged.means()
-    spent = potential.num_evaluations * len(z)
-    return Chain(z, gradient, moments, first, trace, spent, square, *(judgement or ()))
+    acceptance, error = (None if judged is None else judged.means()) or (None, None)
+    spent, target = potential.num_evaluations * len(z), declared(sampler, Sampler, "target_acceptance")
+    return Chain(z, gradient, moments, first, trace, spent, square, acceptance, error, target)

@@ -42,8 +42,16 @@ class Part:
         """What this part takes from one `chain.Chain` of this process's rows: means over the rows, of any shape."""
         return {}
 
+    def usable(self, averaged: dict[str, Tensor]) -> Tensor | None:
+        """Whether an update should be made from these chains, 0-d; None: this part never minds."""
+        return None
+
     def observe(self, averaged: dict[str, Tensor]) -> None:
         """An update was made; averaged: the contributions to it, means over the rows of all ranks."""
+
+    def pass_over(self, averaged: dict[str, Tensor], finite: Tensor) -> bool:
+        """In place of `observe`: none was made, as one part minds or numbers are not finite. Whether to go on."""
+        return False
 
     def scalars(self) -> dict[str, Tensor]:
         """Values to log after an update, 0-d, the same on all ranks."""

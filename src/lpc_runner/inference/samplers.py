@@ -140,8 +140,8 @@ def _require_constant(sampler: MarkovChain) -> None:
     if not always and (constant_from is None or constant_from >= sampler.num_steps):
         raise UserError(
             f"sampler: {name} tests every step, for which G must be constant along a chain, and "
-            f"{type(metric).__name__} adapts it: preconditioning=none, encoder and fisher fit, and adam and adam_shared "
-            "with preconditioning.freeze_after below sampler.num_steps"
+            f"{type(metric).__name__} adapts it: preconditioning=none, encoder and fisher fit, and adam and "
+            "adam_shared with preconditioning.freeze_after below sampler.num_steps"
         )
     if not declared(size, StepSize, "constant_along_chain"):
         raise UserError(
