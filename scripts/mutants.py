@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant("Fisher by Adam's power", METRIC,
            "self.second_moment.to(z) +", "self.second_moment.to(z).sqrt() +", chain("fisher_gives")),
     Mutant("g⊙g is a sum over the steps", CHAIN,
-           "square / (sampler.num_steps * len(z))", "square / len(z)", chain("fisher_by_hand")),
+           "square / (num_steps * len(z))", "square / len(z)", chain("fisher_by_hand")),
     Mutant("g⊙g of the last block alone", ENGINE,
            "square += block.drifts.square().sum", "square = block.drifts.square().sum", engine("blocks and fisher")),
     Mutant("a contribution is not asked whether finite", UPDATE,

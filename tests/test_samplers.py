@@ -279,6 +279,36 @@ def test_theta_learns_at_states_and_passes_are_counted(name, theta_states, every
     torch.testing.assert_close(blocks.theta_gradient, chain.theta_gradient)
 
 
+@pytest.mark.parametrize(
+    "far, theta_states, every, made", [(0.0, "all", 1, 32), (40.0, "all", 3, 90), (40.0, "last", 1, 96)]
+)
+def test_chains_end_where_they_have_settled(far, theta_states, every, made):
+    """From equilibrium after one block; from afar log p falls by a factor .81 a step: seen by `made` steps, not before.
+
+    0.81^60 · far²/2 is a two-hundredth of a nat, below the noise of 200 chains. The same with either engine; θ, sums,
+    trace and count are of the steps that were made.
+    """
+    bias = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    log_joint = lambda x, z: -0.5 * (z - x - bias).square().sum(1)
+    start, x, states = normal(200, 1) + far, normal(200, 1) * 0, []
+    sampler = make(Langevin, 300, 0.1, theta_states=theta_states, theta_every=every, stop="settled")
+    noise = lambda: ChainNoise(1, 0, (200, 1), "cpu", torch.float64)
+    observe = lambda state, info: states.append(state.z)
+    chains = [
+        engine().run(log_joint, (x,), start, sampler, noise(), parameters=[bias], observe=watch)
+        for engine, watch in ((Eager, observe), (Blocked, None))
+    ]
+    used = [start, *states][:-1][::every] if theta_states == "all" else states[-1:]
+    for chain in chains:
+        assert chain.moments.count == len(states) == len(chain.trace["log_joint"]) == made
+        assert chain.num_evaluations == 200 * (made + (theta_states == "last"))
+        torch.testing.assert_close(chain.theta_gradient[0], torch.stack(used).mean())
+        torch.testing.assert_close(chain.z, states[-1])
+    assert sampler.couples_batch  # over ranks there is no such end
+    with pytest.raises(UserError, match=r"sampler.stop=settled .* one process"):
+        sampler.averaging_by(None)
+
+
 def test_adjusted_chains_need_a_constant_step():
     for metric in (Adam(0.9, 1e-3, None), SharedAdam(0.9, 1e-3, None), SharedAdam(0.9, 1e-3, 10)):
         with pytest.raises(UserError, match=rf"^sampler: MALA .* {type(metric).__name__} adapts it: precond.*fit"):

@@ -214,7 +214,7 @@ def run_chain(
     moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
     trace = empty_trace(sampler.num_steps, z)
     square = torch.zeros_like(z[:1]) if needs_drift_square(sampler) else None
-    judged, first = judge_of(sampler), None
+    judged, first, length, seen = judge_of(sampler), None, block_length(sampler), []
     state = begin(sampler, z, q, potential, noise, along)
     for t in range(1, sampler.num_steps + 1):
         accumulate = along and (t - 1) % sampler.theta_every == 0
@@ -230,6 +230,10 @@ def run_chain(
             trace[name][t - 1] = value
         if observe is not None:
             observe(state, info)
+        if stops(sampler):
+            seen = [*seen[-length + 1 :], info.log_joint] if length > 1 else [info.log_joint]
+            if t % length == 0 and t < sampler.num_steps and bool(settled(torch.stack(seen))):
+                break
     return finish_chain(potential, sampler, state.z, moments, first, trace, square, judged)
 
 
@@ -273,6 +277,27 @@ def judge_of(sampler) -> Acceptance | None:
     return None if step is None else Acceptance({"this": 1, "before": 2}[step])
 
 
+def block_length(sampler) -> int:
+    """Steps of a block: all, or about NOISE_BLOCK, a multiple of theta_every."""
+    return min(sampler.num_steps, sampler.theta_every * max(1, NOISE_BLOCK // sampler.theta_every))
+
+
+def stops(sampler) -> bool:
+    """Whether the chains of a batch end where they have settled."""
+    return declared(sampler, Sampler, "stop") == "settled"
+
+
+def settled(log_joint: Tensor) -> Tensor:
+    """Whether the batch's mean log p(x, z) has no trend beyond its own noise in a block of steps (k, B), 0-d bool.
+
+    Per chain, the mean of the block's second half less that of its first; chains are independent, so that the mean of
+    these differences is known to their standard deviation over sqrt(B). No trend: within two of these.
+    """
+    half = len(log_joint) // 2
+    rise = log_joint[half:].mean(0) - log_joint[:half].mean(0)
+    return rise.mean().abs() < 2 * rise.std() / len(rise) ** 0.5
+
+
 def theta_along(sampler, parameters: Sequence[Tensor]) -> bool:
     """Whether steps of the chain compute gradients of θ."""
     return sampler.theta_states == "all" and bool(parameters)
@@ -313,13 +338,15 @@ def finish_chain(
     judged: Acceptance | None,
 ) -> Chain:
     """The last state's gradient where it is wanted, and means instead of sums."""
-    num_states = -(-sampler.num_steps // sampler.theta_every)
+    num_steps = moments.count  # T, or fewer where chains have settled
+    num_states = -(-num_steps // sampler.theta_every)
+    trace = {name: values[:num_steps] for name, values in trace.items()}
     if sampler.theta_states == "last":
         last = potential(z, accumulate=bool(potential.parameters))
         first, num_states = first or last, 1
     gradient = [total / (num_states * len(z)) for total in potential.sums]
     if square is not None:
-        square = square / (sampler.num_steps * len(z))
+        square = square / (num_steps * len(z))
     acceptance, error = (None if judged is None else judged.means()) or (None, None)
     spent, target = potential.num_evaluations * len(z), declared(sampler, Sampler, "target_acceptance")
     return Chain(z, gradient, moments, first, trace, spent, square, acceptance, error, target)

@@ -16,12 +16,12 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import declared
 from lpc_runner.base.tensors import products_in
 from lpc_runner.inference.chain import (
-    NOISE_BLOCK,
     Chain,
     FusedPotential,
     Moments,
     advance,
     begin,
+    block_length,
     diagnostics,
     draws,
     empty_trace,
@@ -30,6 +30,8 @@ from lpc_runner.inference.chain import (
     needs_drift_square,
     record,
     run_chain,
+    settled,
+    stops,
     theta_along,
 )
 from lpc_runner.inference.interfaces import Sampler
@@ -237,8 +239,7 @@ class _Program:
         self.engine, self.sampler = engine, sampler
         self.inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
         self.potential = FusedPotential(partial(engine.potential_of(log_joint), *self.inputs), parameters)
-        num_steps, every = sampler.num_steps, sampler.theta_every
-        self.length = min(num_steps, every * max(1, NOISE_BLOCK // every))
+        self.length = block_length(sampler)
         self.along, self.blocks, self.launchers = theta_along(sampler, parameters), {}, {}
 
     def build(self, start: State) -> None:
@@ -284,6 +285,9 @@ class _Program:
             if judged is not None:
                 judged.add(block.errors, made + 1)
             state = block.state
+            whole = length == self.length and made + length < self.sampler.num_steps
+            if stops(self.sampler) and whole and bool(settled(block.log_joints)):
+                break
         self.potential.num_evaluations = spent
         return finish_chain(self.potential, self.sampler, state.z.clone(), moments, first, trace, square, judged)
 

@@ -113,8 +113,8 @@ class Preconditioner(Part, ABC):
 class Sampler(Part, ABC):
     """A chain in latent space; `samplers.State` and `samplers.Info` are what it passes on.
 
-    num_steps: T. noisy: whether a step takes noise. theta_states, theta_every, start, first_start, first_steps: see
-    `samplers.MarkovChain`. num_draws: draws N(0, I) that a step takes; where there are several, noise is (num_draws, B,
+    num_steps: T. noisy: whether a step takes noise. theta_states, theta_every, start, first_start, first_steps, stop:
+    see `samplers.MarkovChain`. num_draws: draws N(0, I) that a step takes; where there are several, noise is (num_draws, B,
     d). draws_at_start: whether `init` takes one too, as a third argument.
 
     adjusted: whether steps end with a Metropolis test. Such a step does not evaluate the state that it leaves: log p
@@ -130,6 +130,7 @@ class Sampler(Part, ABC):
     start: str = "encoder"
     first_start: str = "encoder"
     first_steps: int | None = None
+    stop: str = "never"
     num_draws: int = 1
     draws_at_start: bool = False
     adjusted: bool = False

@@ -80,7 +80,8 @@ class MarkovChain(Sampler):
     theta_every: of `all`, only z(0), z(k), z(2k) ..; the other steps compute the drift alone. step_size: γ(t), a
     callable of t = 1 .. T. preconditioner: gives G from the drift. start: z(0) in training from q(z|x) (`encoder`; from
     the prior where the objective has none), from the prior, or `persistent`, from the last z of the same example. An
-    example's first visit then starts at first_start, and is first_steps long (null: T) during the first epoch.
+    example's first visit then starts at first_start, and is first_steps long (null: T) during the first epoch. stop:
+    `settled` ends a batch's chains before T, after a block of steps without a trend of log p(x, z) (`chain.settled`).
     """
 
     @checked
@@ -94,23 +95,28 @@ class MarkovChain(Sampler):
         start: Start = "encoder",
         first_start: FirstStart = "encoder",
         first_steps: PositiveInt | None = None,
+        stop: Stop = "never",
     ) -> None:
         if start != "persistent" and (first_start, first_steps) != ("encoder", None):
             name = "first_start" if first_start != "encoder" else "first_steps"
             raise ValueError(f"{name} is of start=persistent, and start is {start}")
         self.num_steps, self.theta_states, self.theta_every = num_steps, theta_states, theta_every
         self.step_size, self.preconditioner = step_size, preconditioner
-        self.start, self.first_start, self.first_steps = start, first_start, first_steps
+        self.start, self.first_start, self.first_steps, self.stop = start, first_start, first_steps, stop
         if self.adjusted:
             _require_constant(self)
 
     @property
     def couples_batch(self) -> bool:
-        """Whether the preconditioner does."""
-        return declared(self.preconditioner, Preconditioner, "couples_batch")
+        """Whether the preconditioner does, or the chains of a batch end together."""
+        return self.stop == "settled" or declared(self.preconditioner, Preconditioner, "couples_batch")
 
     def averaging_by(self, mean: Mean) -> MarkovChain:
         """The same sampler, whose preconditioner takes its means over the batch by `mean`; UserError if it has none."""
+        if self.stop == "settled":
+            raise UserError(
+                "sampler.stop=settled goes by all chains of a batch: run it on one process, or take stop=never"
+            )
         if declared(self.preconditioner, Preconditioner, "mean") is None:
             raise UserError(
                 f"preconditioning: {type(self.preconditioner).__name__} couples the chains of a batch and has no "
@@ -183,10 +189,11 @@ class Langevin(MarkovChain):
         start: Start = "encoder",
         first_start: FirstStart = "encoder",
         first_steps: PositiveInt | None = None,
+        stop: Stop = "never",
         noise: Literal["independent", "averaged"] = "independent",
     ) -> None:
         super().__init__(
-            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps
+            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps, stop
         )
         self.noise = noise
 
@@ -273,10 +280,11 @@ class Underdamped(MarkovChain):
         start: Start = "encoder",
         first_start: FirstStart = "encoder",
         first_steps: PositiveInt | None = None,
+        stop: Stop = "never",
         friction: PositiveFloat = 2.0,
     ) -> None:
         super().__init__(
-            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps
+            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps, stop
         )
         self.friction = friction
 
@@ -355,10 +363,11 @@ class HMC(MALA):
         start: Start = "encoder",
         first_start: FirstStart = "encoder",
         first_steps: PositiveInt | None = None,
+        stop: Stop = "never",
         num_leapfrog: PositiveInt = 5,
     ) -> None:
         super().__init__(
-            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps
+            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps, stop
         )
         self.num_leapfrog = num_leapfrog
 

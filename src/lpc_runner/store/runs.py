@@ -44,6 +44,7 @@ FIRST_VALUES = {
     "sampler.first_start": "encoder",
     "sampler.first_steps": None,
     "sampler.noise": "independent",
+    "sampler.stop": "never",
 }
 # What every record holds, by type.
 _RECORDS = {
