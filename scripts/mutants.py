@@ -139,6 +139,13 @@ MUTANTS = [
            "spent += block.num_evaluations", "spent += length", samplers("theta")),
     Mutant("the next block forgets the velocity", ENGINE,
            '("memory", "seen", "metric", "z")', '("seen", "metric", "z")', engine("memory")),
+    Mutant("chains end whatever their trend", CHAIN, "rise.mean().abs() < 2", "rise.mean().abs() < 200",
+           samplers("settled")),
+    Mutant("θ's mean is over T where chains ended before", CHAIN,
+           "num_steps = moments.count", "num_steps = sampler.num_steps", samplers("settled")),
+    Mutant("γ remembers a wrong start", SIZES, 'kept["side"] * error < 0', 'kept["side"] * error < -9',
+           persistent("adapted")),
+    Mutant("lost chains teach", SIZES, '>= averaged["target"] / 10', ">= -1", persistent("adapted")),
     Mutant("all draws of a step are one", CHAIN,
            "noise(count * (t - 1) + k)", "noise(t)", samplers("exact_beyond")),
     # What the chain gathers

@@ -114,8 +114,8 @@ class Sampler(Part, ABC):
     """A chain in latent space; `samplers.State` and `samplers.Info` are what it passes on.
 
     num_steps: T. noisy: whether a step takes noise. theta_states, theta_every, start, first_start, first_steps, stop:
-    see `samplers.MarkovChain`. num_draws: draws N(0, I) that a step takes; where there are several, noise is (num_draws, B,
-    d). draws_at_start: whether `init` takes one too, as a third argument.
+    see `samplers.MarkovChain`. num_draws: draws N(0, I) that a step takes; where there are several, noise is
+    (num_draws, B, d). draws_at_start: whether `init` takes one too, as a third argument.
 
     adjusted: whether steps end with a Metropolis test. Such a step does not evaluate the state that it leaves: log p
     and drift there are in state.seen, and it leaves those of the next one; θ's gradient is taken before the step.
