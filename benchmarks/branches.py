@@ -19,7 +19,8 @@ def branched(work: Work, precision: Precision, number: int, device: torch.device
         engine, x = Blocked(precision, device), images(work, device)
         start = learner.sampler.init(torch.randn(work.batch, learner.model.latent_dim, device=device), None)
         theta = list(learner.model.parameters())
-        program = _Program(engine, learner.model.log_joint, (x,), start, learner.sampler, theta)
+        program = _Program(engine, learner.model.log_joint, (x,), learner.sampler, theta)
+        program.build(start)
         blocks.append(program.blocks[program.length])
     streams = [torch.cuda.Stream(device) for _ in blocks]
 

@@ -49,6 +49,10 @@ def distributions(expression: str) -> tuple[str, str]:
     return "tests/test_distributions.py", expression
 
 
+def samplers(expression: str) -> tuple[str, str]:
+    return "tests/test_samplers.py", expression
+
+
 def persistent(expression: str) -> tuple[str, str]:
     return "tests/test_persistent.py", expression
 
@@ -68,15 +72,15 @@ MUTANTS = [
     Mutant("drift has the wrong sign", SAMPLERS,
            "_ahead(state.z, rate, drift)", "_ahead(state.z, -rate, drift)", chain("stationary")),
     Mutant("noise without its factor 2", SAMPLERS,
-           "2 * rate if", "rate if", chain("stationary")),
+           "variance = 2 * rate", "variance = rate", chain("stationary")),
     Mutant("z(t-1) is missing", SAMPLERS,
            "_ahead(state.z, rate, drift)", "_ahead(0 * state.z, rate, drift)", chain("stationary or mode")),
     Mutant("noise not preconditioned", SAMPLERS,
-           "2 * rate if", "2 * self.step_size(t) if", chain("preconditioner")),
+           "variance = 2 * rate", "variance = 2 * self.step_size(t)", chain("preconditioner")),
     Mutant("drift not preconditioned", SAMPLERS,
            "_ahead(state.z, rate, drift)", "_ahead(state.z, self.step_size(t), drift)", chain("preconditioner")),
     Mutant("step size of the step before", SAMPLERS,
-           "self.step_size(t)", "self.step_size(state.t)", chain("step_sizes")),
+           "rate = self.step_size(t)", "rate = self.step_size(state.t)", chain("step_sizes")),
     Mutant("same noise in every block", CHAIN,
            "self.update, index", "self.update, 0", chain("noise")),
     Mutant("drift averaged over the batch", CHAIN,
@@ -95,7 +99,7 @@ MUTANTS = [
     Mutant("Fisher by Adam's power", METRIC,
            "self.second_moment.to(z) +", "self.second_moment.to(z).sqrt() +", chain("fisher_gives")),
     Mutant("g⊙g is a sum over the steps", CHAIN,
-           "square / (sampler.num_steps * len(z))", "square / len(z)", chain("fisher_by_hand")),
+           "square / (num_steps * len(z))", "square / len(z)", chain("fisher_by_hand")),
     Mutant("g⊙g of the last block alone", ENGINE,
            "square += block.drifts.square().sum", "square = block.drifts.square().sum", engine("blocks and fisher")),
     Mutant("a contribution is not asked whether finite", UPDATE,
@@ -119,6 +123,35 @@ MUTANTS = [
            persistent("annealed")),
     Mutant("an annealed γ is another tensor", SIZES, "self.size.fill_(self.after(self.made))",
            "self.size = torch.full_like(self.size, self.after(self.made))", persistent("annealed")),
+    # Other samplers
+    Mutant("friction adds too little noise", SAMPLERS, "(1 - kept**2)", "(1 - kept)", samplers("without_bias")),
+    Mutant("half a kick too many at t = 1", SAMPLERS, "float(t > 1)", "float(t > 0)", samplers("energy_errors")),
+    Mutant("a step's last half kick is lost", SAMPLERS,
+           "closed = _ahead(waiting, closing * length / 2, drift)", "closed = waiting", samplers("without_bias")),
+    Mutant("velocities' energy is left out", SAMPLERS,
+           "- closed.square() - velocity.square()", "- closed.square()", samplers("energy_errors")),
+    Mutant("a leapfrog step that is not reversible", SAMPLERS,
+           "z = _ahead(z, length, momentum)", "z = _ahead(z, length, momentum + drift)", samplers("reversible")),
+    Mutant("every proposal is accepted", SAMPLERS, "< -error  #", "< torch.inf - error  #", samplers("detailed")),
+    Mutant("momenta's energy is left out", SAMPLERS,
+           "value + (p.square() - momentum.square()).sum(1) / 2", "value", samplers("detailed")),
+    Mutant("the drift of a rejected proposal is kept", SAMPLERS,
+           "torch.where(row, gradient, drift)", "gradient", samplers("detailed")),
+    Mutant("θ learns at proposals", CHAIN,
+           'if accumulate and declared(sampler, Sampler, "adjusted")', "if False", samplers("theta")),
+    Mutant("a step is taken for one evaluation", ENGINE,
+           "spent += block.num_evaluations", "spent += length", samplers("theta")),
+    Mutant("the next block forgets the velocity", ENGINE,
+           '("memory", "seen", "metric", "z")', '("seen", "metric", "z")', engine("memory")),
+    Mutant("chains end whatever their trend", CHAIN, "rise.mean().abs() < 2", "rise.mean().abs() < 200",
+           samplers("settled")),
+    Mutant("θ's mean is over T where chains ended before", CHAIN,
+           "num_steps = moments.count", "num_steps = sampler.num_steps", samplers("settled")),
+    Mutant("γ remembers a wrong start", SIZES, 'kept["side"] * error < 0', 'kept["side"] * error < -9',
+           persistent("adapted")),
+    Mutant("lost chains teach", SIZES, '>= averaged["target"] / 10', ">= -1", persistent("adapted")),
+    Mutant("all draws of a step are one", CHAIN,
+           "noise(count * (t - 1) + k)", "noise(t)", samplers("exact_beyond")),
     # What the chain gathers
     Mutant("g_θ not divided by the batch", CHAIN, "(num_states * len(z))", "num_states"),
     Mutant("g_θ from one state of `all`", CHAIN,
@@ -131,7 +164,7 @@ MUTANTS = [
     Mutant("every block has the first one's noise", ENGINE,
            "range(made + 1, made + length + 1)", "range(1, length + 1)", engine("blocks")),
     Mutant("every block starts its preconditioner anew", ENGINE,
-           "block.load_metric(metric)", "block.load_metric(self.sampler.init(z).metric)", engine("blocks")),
+           "block.load(state)", "block.load(state._replace(metric=self.sampler.init(z).metric))", engine("blocks")),
     Mutant("the first batch stays", ENGINE, "zip(self.inputs, inputs)", "zip([], inputs)", engine("blocks")),
     Mutant("g_θ of the batch before is kept", ENGINE, "total.zero_()", "total", engine("blocks")),
     Mutant("every other state for any theta_every", ENGINE,

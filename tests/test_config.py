@@ -42,6 +42,8 @@ BESIDE = {
     ("model", "lfads"): ("dataset=test_spikes",),
     ("model", "nonlinear"): ("dataset=test_spikes",),
     ("model", "poisson_lds"): ("dataset=test_spikes",),
+    ("sampler", "hmc"): ("preconditioning=none",),
+    ("sampler", "mala"): ("preconditioning=none",),
     ("step_size", "blocks"): ("model=lfads", "dataset=test_spikes"),
     ("metrics", "sequences"): ("model=lfads", "dataset=test_spikes"),
     ("method", "vem"): ("model=lfads", "dataset=test_spikes"),

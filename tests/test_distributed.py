@@ -41,9 +41,9 @@ from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.interfaces import require_shareable
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
-from lpc_runner.inference.preconditioning import Fisher, SharedAdam
-from lpc_runner.inference.samplers import Langevin
-from lpc_runner.inference.step_sizes import Constant
+from lpc_runner.inference.preconditioning import Fisher, Identity, SharedAdam
+from lpc_runner.inference.samplers import MALA, Langevin
+from lpc_runner.inference.step_sizes import Adapted, Constant
 from lpc_runner.models.dense import MLP
 from lpc_runner.runner.plan import plan
 from lpc_runner.runner.run import execute
@@ -92,6 +92,7 @@ CASES = {
     "prior, optimal": (PerSample, (0.0, 0.0), "optimal"),
     "reverse, fisher": (lambda *_: Fisher(0.9, 1.0), (0.0, 1.0), "learned"),
     "forward, persistent": (lambda *_: Fisher(0.9, 1.0), (1.0, 0.0), "learned"),
+    "reverse, adapted": (lambda *_: Identity(), (0.0, 1.0), "learned"),
 }
 
 
@@ -115,7 +116,8 @@ def train(ranks: Ranks, case: str, dtype: torch.dtype, num_updates: int) -> dict
     objective = WeightedKL(*weights)
     encoder = model.build_encoder().to(dtype) if objective.uses_encoder else None
     start = "persistent" if case == "forward, persistent" else "encoder"
-    sampler = Langevin(5, "all", Constant(1e-3), metric(0.25, 1e-8, None), start=start)
+    kind, size = (MALA, Adapted(1.0, None)) if case == "reverse, adapted" else (Langevin, Constant(1e-3))
+    sampler = kind(5, "all", size, metric(0.25, 1e-8, None), start=start)
     learner = Learner(model, encoder, sampler, objective, AdamOptimizer(1e-4, [0.9, 0.999], 1e-8), ranks, num_train=40)
     learner.load_state_dict(ranks.share(learner.state_dict()))
     source = torch.Generator().manual_seed(0)
@@ -124,8 +126,10 @@ def train(ranks: Ranks, case: str, dtype: torch.dtype, num_updates: int) -> dict
     for update in range(num_updates):
         batch = batches.batch(*divmod(update, batches.num_batches))
         gradients = learner.gradients(batch, 0, update, start_from_prior=update < 2, stop=ranks.rank == 1)
-        assert bool(gradients.finite)
-        learner.apply(batch, gradients)
+        if gradients.verdict():
+            learner.apply(batch, gradients)
+        else:
+            assert case == "reverse, adapted" and learner.pass_over(gradients)
     parts = [model.state_dict(), *([encoder.state_dict()] if encoder else [])]
     every = [(f"{number}/{key}", value) for number, part in enumerate(parts) for key, value in part.items()]
     if learner.kept is not None:
@@ -133,6 +137,8 @@ def train(ranks: Ranks, case: str, dtype: torch.dtype, num_updates: int) -> dict
         every.append(("kept", learner.kept.z.nan_to_num()))
     if isinstance(learner.sampler.preconditioner, Fisher):
         every.append(("second moment", learner.sampler.preconditioner.second_moment))
+    if isinstance(size, Adapted):
+        every.append(("step size", size.size))
     numbers = {key: value for key, value in every if value.is_floating_point()}
     return {
         "parameters": numbers,

@@ -15,7 +15,7 @@ from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Captures, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
 from lpc_runner.inference.objectives import ImportanceWeighted, WeightedKL
 from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
-from lpc_runner.inference.samplers import Langevin, Map, NoSteps
+from lpc_runner.inference.samplers import HMC, MALA, Langevin, Map, NoSteps, Underdamped
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.conv import Conv
 from lpc_runner.models.dense import MLP, Linear
@@ -68,6 +68,14 @@ def samplers(metric, sizes):
     yield Map(NUM_STEPS, "last", sizes, metric)
 
 
+def other_samplers(metric, sizes):
+    """Those that keep more than z, or draw more than ξ(t)."""
+    yield Langevin(NUM_STEPS, "all", sizes, metric, noise="averaged")
+    yield Underdamped(NUM_STEPS, "last", sizes, metric, theta_every=3, friction=0.5)
+    yield MALA(NUM_STEPS, "last", sizes, metric)
+    yield HMC(NUM_STEPS, "all", sizes, metric, theta_every=3, num_leapfrog=2)
+
+
 def compare(engine, model, batches, sampler, tolerance, device="cpu"):
     """Two updates, so that whatever an engine keeps meets a second batch, start and noise."""
     theta = list(model.parameters())
@@ -86,6 +94,9 @@ def compare(engine, model, batches, sampler, tolerance, device="cpu"):
         if (square := want.drift_square) is not None:
             torch.testing.assert_close(got.drift_square, square, **tolerance)
         assert (got.drift_square is None) == (square is None) == (not isinstance(sampler.preconditioner, Fisher))
+        torch.testing.assert_close(
+            (got.acceptance, got.energy_error), (want.acceptance, want.energy_error), **tolerance
+        )
         assert (got.moments.count, got.num_evaluations) == (want.moments.count, want.num_evaluations)
         assert want.z.isfinite().all() and sum(float(g.abs().sum()) for g in want.theta_gradient) > 0
         with torch.no_grad():  # an optimiser's step, in place
@@ -99,6 +110,13 @@ def test_blocks_on_fixed_tensors_equal_the_loop(metric, sizes):
     """The function that a CUDA graph captures, run as it is: every sampler and preconditioner."""
     built, batches = models()
     for sampler in samplers(METRICS[metric], SIZES[sizes]):
+        compare(Blocked(), built["mlp"], batches["mlp"], sampler, EXACT)
+
+
+@pytest.mark.parametrize("metric", ["none", "adam_shared_frozen"])
+def test_blocks_equal_the_loop_for_samplers_with_a_memory(metric):
+    built, batches = models()
+    for sampler in other_samplers(METRICS[metric], Constant(0.3 if metric == "none" else 0.1)):
         compare(Blocked(), built["mlp"], batches["mlp"], sampler, EXACT)
 
 
@@ -323,6 +341,9 @@ def test_traced_for_compilation_equals_the_loop(model):
     built, batches = models()
     sampler = Langevin(5, "all", SIZES["constant"], METRICS["adam"], theta_every=3)
     compare(Traced(), built[model], batches[model], sampler, EXACT)
+    if model == "linear":
+        for sampler in other_samplers(METRICS["none"], SIZES["constant"]):
+            compare(Traced(), built[model], batches[model], sampler, EXACT)
 
 
 @pytest.mark.slow
@@ -394,6 +415,8 @@ def test_captured_graphs_equal_the_loop(engine, model):
         for sampler in samplers(metric, SIZES["polynomial"]):
             tolerance = {"rtol": 1e-7, "atol": 1e-7}
             compare(one, built[model], batches[model], sampler, tolerance, "cuda")
+    for sampler in other_samplers(METRICS["fisher"], SIZES["constant"]):
+        compare(one, built[model], batches[model], sampler, tolerance, "cuda")
 
 
 @pytest.mark.cuda

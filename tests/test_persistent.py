@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -14,8 +16,8 @@ from lpc_runner.inference.context import PersistentStates
 from lpc_runner.inference.engine import Blocked, Eager
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Fisher, Identity
-from lpc_runner.inference.samplers import Langevin
-from lpc_runner.inference.step_sizes import Annealed, Constant
+from lpc_runner.inference.samplers import MALA, Langevin
+from lpc_runner.inference.step_sizes import Adapted, Annealed, Constant
 from lpc_runner.models.dense import Linear
 from lpc_runner.training.learner import AdamOptimizer, Learner
 
@@ -204,6 +206,64 @@ def test_states_of_other_data_are_refused_in_one_line():
         UserError, match="keeps z of 5 training examples, 2 numbers each, and here are 4 examples with 2"
     ):
         few.load_state_dict(many.state_dict())
+
+
+def adapting(start, kind=MALA, engine=None):
+    """Probabilistic PCA with θ held; G = 1."""
+    sampler = kind(4, "all", Adapted(start, {MALA: None, Langevin: 0.8}[kind]), Identity())
+    return learner_of(sampler, None, (0.0, 1.0), engine, fixed=True)
+
+
+def step(learner, update):
+    """As the trainer does."""
+    gradients = learner.gradients(data(256), 3, update, False)
+    if gradients.verdict():
+        learner.apply(data(256), gradients)
+    else:
+        assert learner.pass_over(gradients)
+    return gradients
+
+
+@pytest.mark.parametrize("kind, factor", [(MALA, 0.01), (MALA, 100.0), (Langevin, 100.0)])
+def test_an_adapted_step_size_finds_its_acceptance(kind, factor):
+    """From a γ a hundred times too small or too large, within 10 % of that whose acceptance is the target.
+
+    Chains that γ throws off teach nothing: until γ is in range no optimiser makes a step.
+    """
+    step_size, target = {MALA: (0.458, 0.574), Langevin: (0.327, 0.8)}[kind]  # by acceptances of constant γ
+    learner, sizes, made = adapting(factor * step_size, kind), [], []
+    learner.phi_optimizer.step = lambda: made.append(1)
+    for update in range(25):
+        gradients = step(learner, update)
+        sizes.append(float(gradients.scalars["chain/step_size"]))
+        assert update > 0 or bool(made) == (factor < 1)
+    assert sizes[0] == pytest.approx(factor * step_size)
+    assert sum(sizes[-5:]) / 5 == pytest.approx(step_size, rel=0.1)
+    assert gradients.scalars["chain/acceptance"].item() == pytest.approx(target, abs=0.05)
+    assert len(made) == 25 if factor < 1 else 15 < len(made) < 25
+
+
+def test_an_adapted_step_size_is_changed_in_place_and_goes_on_from_a_checkpoint():
+    straight, broken, blocks = adapting(5.0), adapting(5.0), adapting(5.0, engine=Blocked())
+    held = straight.sampler.step_size(1)
+    for update in range(8):
+        step(straight, update), step(blocks, update)
+        if update == 4:
+            resumed = adapting(5.0)
+            resumed.load_state_dict(copy.deepcopy(broken.state_dict()))
+            broken = resumed
+        step(broken, update)
+    assert held is straight.sampler.step_size(1) and held != 5
+    torch.testing.assert_close(broken.state_dict(), straight.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(blocks.state_dict(), straight.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+def test_an_adapted_step_size_gives_up():
+    """A model whose chains are lost at any γ: the run diverges, after as many updates as it says."""
+    sizes, lost = Adapted(1.0, 0.6), {"acceptance": torch.tensor(0.0), "target": torch.tensor(0.6)}
+    assert not sizes.usable(lost)
+    answers = [sizes.pass_over(lost, torch.tensor(False)) for _ in range(Adapted.MAX_PASSED + 1)]
+    assert answers == [True] * Adapted.MAX_PASSED + [False]
 
 
 def test_an_annealed_step_size_falls_geometrically_and_is_changed_in_place():

@@ -36,6 +36,10 @@ CASES = {
         ("method=lpc_persistent", "sampler.num_steps=1", "sampler.first_steps=5", "step_size.num_updates=8", *EACH),
         (2, 7),
     ),
+    "adapted": (
+        ("sampler=mala", "preconditioning=fisher", "step_size=adapted", "sampler.start=persistent", *EACH),
+        (1, 7),
+    ),
     "optimal": (("model.likelihood.scale=optimal", *EACH), (7,)),
     "binarised": (("dataset.binarise=dynamic", "model/likelihood=bernoulli", *EACH), (7,)),
     "measured": (("metrics.every_epochs=1",), (7,)),

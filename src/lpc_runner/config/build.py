@@ -153,6 +153,7 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
             f"preconditioning={choices['preconditioning']} needs an encoder: objective={choices['objective']} has "
             "none, preconditioning=none, adam or adam_shared would fit"
         )
+    _require_acceptance(sampler, choices)
     if asks("needs_factorised_q") and not model.factorised_q:
         raise UserError(
             f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none"
@@ -199,6 +200,25 @@ def _require_methods(parts: dict[str, Any], choices: dict[str, str]) -> None:
                 f"{group}={choices[group]} has no {' and no '.join(lacking)}, "
                 f"which {protocol.__module__}.{protocol.__name__} asks for"
             )
+
+
+def _require_acceptance(sampler: Any, choices: dict[str, str]) -> None:
+    """Raises UserError where the step size goes by the acceptance of steps that have none."""
+    from lpc_runner.inference.interfaces import Sampler, StepSize
+
+    if sampler.num_steps == 0 or not declared(getattr(sampler, "step_size", None), StepSize, "needs_acceptance"):
+        return
+    judged, first_steps = declared(sampler, Sampler, "energy_error_of"), declared(sampler, Sampler, "first_steps")
+    option = f"step_size={choices['step_size']} goes by the acceptance of steps"
+    if judged is None:
+        raise UserError(
+            f"{option}, and those of sampler={choices['sampler']} have none: langevin, mala or hmc would fit"
+        )
+    if judged == "before" and min(sampler.num_steps, first_steps or sampler.num_steps) < 2:
+        raise UserError(
+            f"{option}, and sampler={choices['sampler']} knows that of a step one step later: chains need two steps at "
+            "least, sampler=mala or hmc one"
+        )
 
 
 def _require_likelihood(likelihood: Any, choices: dict[str, str], fault: str | None) -> None:

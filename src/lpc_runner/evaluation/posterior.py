@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.randomness import generator
 from lpc_runner.evaluation.bounds import gradients_through_rnns
-from lpc_runner.inference.chain import ChainNoise, run_chain
+from lpc_runner.inference.chain import ChainNoise, run_chain, stops
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,14 @@ def posterior_means(model: Any, q: DiagonalGaussian, num_samples: int, seed: int
 def chain_means(
     model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, num_states: int, seed: int, chunk: int
 ) -> Means:
-    """Means over all states z(1) .. z(T) of chains on log p(x, z) from z(0) ~ start, at least num_states per trial."""
+    """Means over all states z(1) .. z(T) of chains on log p(x, z) from z(0) ~ start, at least num_states per trial.
+
+    All T, whatever sampler.stop says.
+    """
     average = _Average(model)
+    if stops(sampler):
+        sampler = copy.copy(sampler)
+        sampler.stop = "never"
     num_chains = -(-num_states // sampler.num_steps)
     with gradients_through_rnns():
         for number in range(num_chains):

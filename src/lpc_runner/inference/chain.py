@@ -16,22 +16,8 @@ from torch import Tensor
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import declared
-from lpc_runner.inference.interfaces import Part, parts_of
-from lpc_runner.inference.samplers import Info, State
-
-
-def log_acceptance(start: tuple[Tensor, Info], end: tuple[Tensor, Info]) -> Tensor:
-    """log of p(x, z') q(z|z') / (p(x, z) q(z'|z)), MALA's log ratio of a proposal from z to z', nats, (B,).
-
-    q(z'|z) = N(z'; z + v g/2, v), v = 2γG at z and g = ∇z log p(x, z); q(z|z') has v' and g' of z'. start, end: z
-    (B, d) and what the step that left it saw.
-    """
-    (z, info), (moved, after) = start, end
-    forward, back = (torch.as_tensor(of.noise_variance, dtype=z.dtype, device=z.device) for of in (info, after))
-    difference = moved - z
-    forward_term = (difference - forward / 2 * info.drift).square() / forward + forward.log()
-    back_term = (difference + back / 2 * after.drift).square() / back + back.log()
-    return after.log_joint - info.log_joint + 0.5 * (forward_term - back_term).sum(1)
+from lpc_runner.inference.interfaces import Part, Sampler, parts_of
+from lpc_runner.inference.samplers import Info, State, log_acceptance
 
 
 class ShadowMetropolis:
@@ -57,6 +43,28 @@ class ShadowMetropolis:
     def mean(self) -> Tensor:
         """0-d; NaN if there were fewer than two steps."""
         return self.total / self.count if self.count else torch.full_like(self.total, torch.nan)
+
+
+class Acceptance:
+    """Over a chain's steps and its rows, the mean of min(1, exp(-e)) and of |e|, e the steps' energy errors.
+
+    first: the first t whose info has one, 1 or 2.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first, self.probability, self.size, self.count = first, 0.0, 0.0, 0
+
+    def add(self, errors: Tensor, t: int) -> None:
+        """Those that steps t, t + 1 .. saw, (k, B); NaN counts as infinite."""
+        errors = errors[max(0, self.first - t) :].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        if len(errors):
+            self.probability = self.probability + errors.neg().exp().clamp(max=1).mean(1).sum()
+            self.size = self.size + errors.abs().mean(1).sum()
+            self.count += len(errors)
+
+    def means(self) -> tuple[Tensor, Tensor] | None:
+        """0-d each; None where no step was judged."""
+        return (self.probability / self.count, self.size / self.count) if self.count else None
 
 
 NOISE_BLOCK = 32  # steps of noise drawn at once
@@ -129,7 +137,7 @@ class Moments:
 
 
 class ChainNoise:
-    """ξ(t) ~ N(0, I) for t = 1 .. T, drawn in blocks from generators named by (seed, stream, update, block).
+    """ξ(t) ~ N(0, I) for t = 1, 2 .., drawn in blocks from generators named by (seed, stream, update, block), and ξ(0).
 
     shape: (B, d) of the global batch; rows: the slice of it that this process works on. stream: what the chain is for.
     """
@@ -146,15 +154,16 @@ class ChainNoise:
     ) -> None:
         self.seed, self.update, self.shape, self.rows, self.stream = seed, update, shape, rows, stream
         self.device, self.dtype = device, dtype
-        self.block_index, self.block = -1, None
+        self.block_index, self.block = None, None
 
     def __call__(self, t: int) -> Tensor:
         index, offset = divmod(t - 1, NOISE_BLOCK)
         if index != self.block_index:
             source = generator(self.seed, self.stream, self.update, index, device=self.device)
-            draw = torch.randn(NOISE_BLOCK, *self.shape, generator=source, device=self.device, dtype=self.dtype)
+            count = NOISE_BLOCK if index >= 0 else 1  # ξ(0) is alone
+            draw = torch.randn(count, *self.shape, generator=source, device=self.device, dtype=self.dtype)
             self.block_index, self.block = index, draw[:, self.rows]
-        return self.block[offset]
+        return self.block[offset if index >= 0 else 0]
 
 
 @dataclass
@@ -164,8 +173,10 @@ class Chain:
     z: z(T), (B, d). theta_gradient: mean over the batch and over the states used of ∇θ log p(x, z; θ), one tensor per
     parameter. moments: sums over z(1) .. z(T). first: log p and drift at z(0), with the first step. trace: per step,
     means over the batch of log p(x, z(t-1)) and of the norm of its gradient, and the largest 2γG; each (T,).
-    drift_square: mean over batch and steps of g⊙g, g = ∇z log p at z(0) .. z(T-1), (1, d); None where no part of the
-    sampler needs it.
+    num_evaluations: gradients of log p(x, z) of one example that it took. drift_square: mean over batch and steps of
+    g⊙g, g = ∇z log p at z(0) .. z(T-1), (1, d); None where no part of the sampler needs it. acceptance, energy_error:
+    0-d means over batch and steps (see `Acceptance`); None where the sampler's steps have no energy error.
+    target_acceptance: the sampler's.
     """
 
     z: Tensor
@@ -175,6 +186,9 @@ class Chain:
     trace: dict[str, Tensor]
     num_evaluations: int
     drift_square: Tensor | None = None
+    acceptance: Tensor | None = None
+    energy_error: Tensor | None = None
+    target_acceptance: float | None = None
 
 
 def run_chain(
@@ -200,21 +214,88 @@ def run_chain(
     moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
     trace = empty_trace(sampler.num_steps, z)
     square = torch.zeros_like(z[:1]) if needs_drift_square(sampler) else None
-    state, first = sampler.init(z, q), None
+    judged, first, length, seen = judge_of(sampler), None, block_length(sampler), []
+    state = begin(sampler, z, q, potential, noise, along)
     for t in range(1, sampler.num_steps + 1):
-        xi = noise(t) if sampler.noisy else None
         accumulate = along and (t - 1) % sampler.theta_every == 0
-        state, info = sampler.step(state, partial(potential, accumulate=accumulate), xi)
+        state, info = advance(sampler, sampler.step, state, potential, accumulate, draws(sampler, noise, t))
         moments.add(state.z)
         first = first or (info.log_joint, info.drift)
         if square is not None:
             square += info.drift.square().sum(0)
+        if judged is not None:
+            judged.add(info.energy_error[None], t)
         record(trace["noise_variance"], t - 1, info.noise_variance)
         for name, value in diagnostics(info.log_joint, info.drift).items():
             trace[name][t - 1] = value
         if observe is not None:
             observe(state, info)
-    return finish_chain(potential, sampler, state.z, moments, first, trace, square)
+        if stops(sampler):
+            seen = [*seen[-length + 1 :], info.log_joint] if length > 1 else [info.log_joint]
+            if t % length == 0 and t < sampler.num_steps and bool(settled(torch.stack(seen))):
+                break
+    return finish_chain(potential, sampler, state.z, moments, first, trace, square, judged)
+
+
+def draws(sampler, noise: Callable[[int], Tensor], t: int) -> Tensor | None:
+    """What step t takes of ξ(1), ξ(2) ..: one of them, (B, d), or the next num_draws, (num_draws, B, d)."""
+    if not sampler.noisy:
+        return None
+    count = declared(sampler, Sampler, "num_draws")
+    return noise(t) if count == 1 else torch.stack([noise(count * (t - 1) + k) for k in range(1, count + 1)])
+
+
+def begin(
+    sampler, z: Tensor, q: DiagonalGaussian | None, potential: FusedPotential, noise: Callable[[int], Tensor], along
+) -> State:
+    """The State at t = 0. along: whether θ evaluates z(0), which is done here for adjusted steps if not."""
+    first = (noise(0),) if declared(sampler, Sampler, "draws_at_start") else ()
+    state = sampler.init(z, q, *first)
+    if declared(sampler, Sampler, "adjusted"):
+        seen = (torch.zeros_like(z[:, 0]), torch.zeros_like(z)) if along else potential(z, accumulate=False)
+        state = state._replace(seen=seen)
+    return state
+
+
+def advance(
+    sampler,
+    step: Callable[..., tuple[State, Info]],
+    state: State,
+    potential: FusedPotential,
+    accumulate: bool,
+    noise: Tensor | None,
+) -> tuple[State, Info]:
+    """One step. accumulate: whether θ takes its gradient at the state that it leaves, never at a proposal."""
+    if accumulate and declared(sampler, Sampler, "adjusted"):
+        state, accumulate = state._replace(seen=potential(state.z, accumulate=True)), False
+    return step(state, partial(potential, accumulate=accumulate), noise)
+
+
+def judge_of(sampler) -> Acceptance | None:
+    """Empty, where the sampler's steps have an energy error."""
+    step = declared(sampler, Sampler, "energy_error_of")
+    return None if step is None else Acceptance({"this": 1, "before": 2}[step])
+
+
+def block_length(sampler) -> int:
+    """Steps of a block: all, or about NOISE_BLOCK, a multiple of theta_every."""
+    return min(sampler.num_steps, sampler.theta_every * max(1, NOISE_BLOCK // sampler.theta_every))
+
+
+def stops(sampler) -> bool:
+    """Whether the chains of a batch end where they have settled."""
+    return declared(sampler, Sampler, "stop") == "settled"
+
+
+def settled(log_joint: Tensor) -> Tensor:
+    """Whether the batch's mean log p(x, z) has no trend beyond its own noise in a block of steps (k, B), 0-d bool.
+
+    Per chain, the mean of the block's second half less that of its first; chains are independent, so that the mean of
+    these differences is known to their standard deviation over sqrt(B). No trend: within two of these.
+    """
+    half = len(log_joint) // 2
+    rise = log_joint[half:].mean(0) - log_joint[:half].mean(0)
+    return rise.mean().abs() < 2 * rise.std() / len(rise) ** 0.5
 
 
 def theta_along(sampler, parameters: Sequence[Tensor]) -> bool:
@@ -254,13 +335,18 @@ def finish_chain(
     first: tuple[Tensor, Tensor] | None,
     trace: dict[str, Tensor],
     square: Tensor | None,
+    judged: Acceptance | None,
 ) -> Chain:
     """The last state's gradient where it is wanted, and means instead of sums."""
-    num_states = -(-sampler.num_steps // sampler.theta_every)
+    num_steps = moments.count  # T, or fewer where chains have settled
+    num_states = -(-num_steps // sampler.theta_every)
+    trace = {name: values[:num_steps] for name, values in trace.items()}
     if sampler.theta_states == "last":
         last = potential(z, accumulate=bool(potential.parameters))
         first, num_states = first or last, 1
     gradient = [total / (num_states * len(z)) for total in potential.sums]
     if square is not None:
-        square = square / (sampler.num_steps * len(z))
-    return Chain(z, gradient, moments, first, trace, potential.num_evaluations * len(z), square)
+        square = square / (num_steps * len(z))
+    acceptance, error = (None if judged is None else judged.means()) or (None, None)
+    spent, target = potential.num_evaluations * len(z), declared(sampler, Sampler, "target_acceptance")
+    return Chain(z, gradient, moments, first, trace, spent, square, acceptance, error, target)

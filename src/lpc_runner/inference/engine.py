@@ -16,16 +16,22 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import declared
 from lpc_runner.base.tensors import products_in
 from lpc_runner.inference.chain import (
-    NOISE_BLOCK,
     Chain,
     FusedPotential,
     Moments,
+    advance,
+    begin,
+    block_length,
     diagnostics,
+    draws,
     empty_trace,
     finish_chain,
+    judge_of,
     needs_drift_square,
     record,
     run_chain,
+    settled,
+    stops,
     theta_along,
 )
 from lpc_runner.inference.interfaces import Sampler
@@ -151,8 +157,9 @@ class Block:
     """`length` steps of a chain on fixed tensors, written in place; calling it makes them.
 
     potential: z, accumulate -> (value, drift), its sums among the fixed tensors. step: the sampler's. noise
-    (length, B, d), times (length,): read. z, metric: the chain's state, moved on. Written, for every step: states
-    (length, B, d), log_joints (length, B) and drifts (length, B, d) before it, the largest 2γG (length,).
+    (length, B, d), times (length,): read. state: the chain's, moved on. Written, for every step: states (length, B, d),
+    log_joints (length, B) and drifts (length, B, d) before it, the largest 2γG (length,), energy errors (length, B)
+    where there are any. num_evaluations: of the potential.
     """
 
     def __init__(
@@ -161,31 +168,37 @@ class Block:
         z = start.z
         self.potential, self.step, self.sampler = potential, step, sampler
         self.length, self.along = length, along
-        self.z = torch.zeros_like(z)
-        self.metric = pytree.tree_map(_clone, start.metric)
-        self.noise = z.new_zeros(length, *z.shape) if sampler.noisy else [None] * length
+        self.state = pytree.tree_map(_clone, start)
+        several = (count,) if (count := declared(sampler, Sampler, "num_draws")) > 1 else ()
+        self.noise = z.new_zeros(length, *several, *z.shape) if sampler.noisy else [None] * length
         self.times = torch.zeros(length, dtype=torch.float64, device=z.device)
         self.states, self.drifts = z.new_zeros(2, length, *z.shape)
         self.log_joints, self.variances = z.new_zeros(length, len(z)), z.new_zeros(length)
+        self.errors = None if judge_of(sampler) is None else z.new_zeros(length, len(z))
+        self.num_evaluations = 0
 
     def __call__(self) -> None:
-        state = State(self.z, self.metric, 0)
+        state, before = self.state, self.potential.num_evaluations
         for index in range(self.length):
             # A block's length is a multiple of theta_every, so that the same steps accumulate in each.
             accumulate = self.along and index % self.sampler.theta_every == 0
-            potential = partial(self.potential, accumulate=accumulate)
-            state, info = self.step(state._replace(t=self.times[index]), potential, self.noise[index])
+            state = state._replace(t=self.times[index])
+            state, info = advance(self.sampler, self.step, state, self.potential, accumulate, self.noise[index])
             self.states[index].copy_(state.z)
             self.log_joints[index].copy_(info.log_joint), self.drifts[index].copy_(info.drift)
             record(self.variances, index, info.noise_variance)
-        self.z.copy_(state.z)
-        self.load_metric(state.metric)
+            if self.errors is not None:
+                self.errors[index].copy_(info.energy_error)
+        self.load(state)
+        self.num_evaluations = self.potential.num_evaluations - before
 
-    def load_metric(self, metric: Any) -> None:
-        """Take over a preconditioner's state."""
-        for target, source in zip(pytree.tree_leaves(self.metric), pytree.tree_leaves(metric)):
-            if torch.is_tensor(target):
-                target.copy_(source)
+    def load(self, state: State) -> None:
+        """Take over a chain's state, whose time is in `times`; z last, for what is kept may be the z of before."""
+        for name in ("memory", "seen", "metric", "z"):
+            leaves = (pytree.tree_leaves(getattr(of, name)) for of in (self.state, state))
+            for target, source in zip(*leaves):
+                if torch.is_tensor(target):
+                    target.copy_(source)
 
 
 class Blocked(Eager):
@@ -212,46 +225,56 @@ class Blocked(Eager):
                 log_joint, inputs, z, sampler, noise, parameters=parameters, centre=centre, q=q, observe=observe
             )
         z = z.detach()
-        start = sampler.init(z, q)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, z))
         key = (log_joint, sampler, shapes, tuple(map(id, parameters)))
         if key not in self._programs:
-            self._programs[key] = _Program(self, log_joint, inputs, start, sampler, parameters)
-        return self._programs[key](inputs, start, noise, centre)
+            self._programs[key] = _Program(self, log_joint, inputs, sampler, parameters)
+        return self._programs[key](inputs, z, q, noise, centre)
 
 
 class _Program:
     """The blocks of one chain's shapes: one for whole blocks, one for the rest of T, on common sums and inputs."""
 
-    def __init__(self, engine: Blocked, log_joint: LogJoint, inputs, start: State, sampler: Any, parameters) -> None:
-        self.sampler, self.inputs = sampler, [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
+    def __init__(self, engine: Blocked, log_joint: LogJoint, inputs, sampler: Any, parameters) -> None:
+        self.engine, self.sampler = engine, sampler
+        self.inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in inputs]
         self.potential = FusedPotential(partial(engine.potential_of(log_joint), *self.inputs), parameters)
-        num_steps, every = sampler.num_steps, sampler.theta_every
-        self.length = min(num_steps, every * max(1, NOISE_BLOCK // every))
-        along, self.blocks, self.launchers = theta_along(sampler, parameters), {}, {}
+        self.length = block_length(sampler)
+        self.along, self.blocks, self.launchers = theta_along(sampler, parameters), {}, {}
+
+    def build(self, start: State) -> None:
+        """The blocks, for chains that start like this one."""
+        num_steps = self.sampler.num_steps
         for length in {self.length, num_steps % self.length or self.length}:
-            self.blocks[length] = Block(self.potential, engine.step_of(sampler), sampler, start, length, along)
-            self.launchers[length] = engine.launcher(self.blocks[length])
+            step = self.engine.step_of(self.sampler)
+            self.blocks[length] = Block(self.potential, step, self.sampler, start, length, self.along)
+            self.launchers[length] = self.engine.launcher(self.blocks[length])
         self.times = torch.arange(num_steps, dtype=torch.float64, device=start.z.device)  # made before each step
 
-    def __call__(self, inputs, start: State, noise: Callable[[int], Tensor], centre: Tensor | None) -> Chain:
-        z, metric = start.z, start.metric
+    def __call__(self, inputs, z: Tensor, q: DiagonalGaussian | None, noise, centre: Tensor | None) -> Chain:
         for target, source in zip(self.inputs, inputs):
             target.copy_(source)
+        spent = -self.potential.num_evaluations
+        state = begin(self.sampler, z, q, self.potential, noise, self.along)
+        spent += self.potential.num_evaluations
+        if not self.blocks:
+            self.build(state)
         for total in self.potential.sums:
             total.zero_()
         moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
         trace, first = empty_trace(self.sampler.num_steps, z), None
         square = torch.zeros_like(z[:1]) if needs_drift_square(self.sampler) else None
+        judged = judge_of(self.sampler)
         for made in range(0, self.sampler.num_steps, self.length):
             length = min(self.length, self.sampler.num_steps - made)
             block, steps = self.blocks[length], slice(made, made + length)
-            block.z.copy_(z)
-            block.load_metric(metric)
+            block.load(state)
             block.times.copy_(self.times[steps])
             if self.sampler.noisy:
-                torch.stack([noise(t) for t in range(made + 1, made + length + 1)], out=block.noise)
+                steps_made = range(made + 1, made + length + 1)
+                torch.stack([draws(self.sampler, noise, t) for t in steps_made], out=block.noise)
             self.launchers[length]()
+            spent += block.num_evaluations  # by Python's count when it was captured: a replayed graph does not count
             moments.add_states(block.states)
             trace["noise_variance"][steps] = block.variances
             for name, values in diagnostics(block.log_joints, block.drifts).items():
@@ -259,9 +282,14 @@ class _Program:
             first = first or (block.log_joints[0].clone(), block.drifts[0].clone())
             if square is not None:
                 square += block.drifts.square().sum((0, 1))
-            z, metric = block.z, block.metric
-        self.potential.num_evaluations = self.sampler.num_steps  # a replayed graph does not count
-        return finish_chain(self.potential, self.sampler, z.clone(), moments, first, trace, square)
+            if judged is not None:
+                judged.add(block.errors, made + 1)
+            state = block.state
+            whole = length == self.length and made + length < self.sampler.num_steps
+            if stops(self.sampler) and whole and bool(settled(block.log_joints)):
+                break
+        self.potential.num_evaluations = spent
+        return finish_chain(self.potential, self.sampler, state.z.clone(), moments, first, trace, square, judged)
 
 
 class CudaGraph(Blocked):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +42,16 @@ class Part:
         """What this part takes from one `chain.Chain` of this process's rows: means over the rows, of any shape."""
         return {}
 
+    def usable(self, averaged: dict[str, Tensor]) -> Tensor | None:
+        """Whether an update should be made from these chains, 0-d; None: this part never minds."""
+        return None
+
     def observe(self, averaged: dict[str, Tensor]) -> None:
         """An update was made; averaged: the contributions to it, means over the rows of all ranks."""
+
+    def pass_over(self, averaged: dict[str, Tensor], finite: Tensor) -> bool:
+        """In place of `observe`: none was made, as one part minds or numbers are not finite. Whether to go on."""
+        return False
 
     def scalars(self) -> dict[str, Tensor]:
         """Values to log after an update, 0-d, the same on all ranks."""
@@ -57,9 +65,14 @@ def parts_of(sampler: Any) -> list[Any]:
 
 
 class StepSize(Part, ABC):
-    """γ(t) along one chain. constant_along_chain: whether γ(t) is the same for all t of a chain."""
+    """γ(t) along one chain.
+
+    constant_along_chain: whether γ(t) is the same for all t of a chain. needs_acceptance: whether `contribution` reads
+    chain.acceptance.
+    """
 
     constant_along_chain: bool = False
+    needs_acceptance: bool = False
 
     @abstractmethod
     def __call__(self, t: int | Tensor) -> float | Tensor:
@@ -79,10 +92,11 @@ class Preconditioner(Part, ABC):
     process only.
 
     constant_along_chain: whether G is the same at all steps of a chain, so that no Γ term is left out and each step has
-    a Metropolis acceptance.
+    a Metropolis acceptance. constant_from: where not, the step from which on it is.
     """
 
     constant_along_chain: bool = False
+    constant_from: int | None = None
     couples_batch: bool = False
     needs_encoder: bool = False  # whether init reads q
     mean: Mean | None = None
@@ -99,8 +113,14 @@ class Preconditioner(Part, ABC):
 class Sampler(Part, ABC):
     """A chain in latent space; `samplers.State` and `samplers.Info` are what it passes on.
 
-    num_steps: T. noisy: whether a step takes noise. theta_states, theta_every, start, first_start, first_steps: see
-    `samplers.Langevin`.
+    num_steps: T. noisy: whether a step takes noise. theta_states, theta_every, start, first_start, first_steps, stop:
+    see `samplers.MarkovChain`. num_draws: draws N(0, I) that a step takes; where there are several, noise is
+    (num_draws, B, d). draws_at_start: whether `init` takes one too, as a third argument.
+
+    adjusted: whether steps end with a Metropolis test. Such a step does not evaluate the state that it leaves: log p
+    and drift there are in state.seen, and it leaves those of the next one; θ's gradient is taken before the step.
+    energy_error_of: whether info.energy_error is that of `this` step, or of the one `before` (nothing then at t = 1).
+    target_acceptance: of step_size=adapted, where the user names none.
     """
 
     num_steps: int
@@ -110,6 +130,12 @@ class Sampler(Part, ABC):
     start: str = "encoder"
     first_start: str = "encoder"
     first_steps: int | None = None
+    stop: str = "never"
+    num_draws: int = 1
+    draws_at_start: bool = False
+    adjusted: bool = False
+    energy_error_of: Literal["this", "before"] | None = None
+    target_acceptance: float = 0.574
     couples_batch: bool = False  # as for a preconditioner
     averaging_by: Callable[[Mean], Any] | None = None  # mean -> the same sampler, its means over the batch taken by it
     noiseless: Callable[[], Any] | None = None  # -> the same steps without noise, for the pictures of trajectories
@@ -193,8 +219,16 @@ def _moves(sampler: Any, dim: int, rows: Tensor) -> Tensor:
         away = goal - z  # a bounded drift: no step size makes these chains overflow
         return -(scale * away.cosh().log()).sum(1), scale * away.tanh()
 
-    state = sampler.init(start, DiagonalGaussian(mean, raw.square() + 0.1))
+    def draw(count: int) -> Tensor:
+        draws = torch.randn(count, 4, dim, generator=source)[:, rows]
+        return draws if count > 1 else draws[0]
+
+    asks = {name: declared(sampler, Sampler, name) for name in ("num_draws", "draws_at_start", "adjusted")}
+    first = (draw(1),) if asks["draws_at_start"] else ()
+    state = sampler.init(start, DiagonalGaussian(mean, raw.square() + 0.1), *first)
+    if asks["adjusted"]:
+        state = state._replace(seen=potential(start))
     for _ in range(min(sampler.num_steps, NUM_STEPS)):
-        noise = torch.randn(4, dim, generator=source)[rows] if sampler.noisy else None
+        noise = draw(asks["num_draws"]) if sampler.noisy else None
         state, _ = sampler.step(state, potential, noise)
     return state.z - start

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian, Prior
-from lpc_runner.base.schema import PositiveInt, at_least, checked
+from lpc_runner.base.schema import PositiveInt, at_least, checked, declared
 from lpc_runner.inference import interfaces
-from lpc_runner.inference.chain import Chain, FusedPotential, Moments, ShadowMetropolis, constant
+from lpc_runner.inference.chain import Chain, FusedPotential, Moments, ShadowMetropolis, constant, stops
 from lpc_runner.inference.context import Context, Gradients
 from lpc_runner.inference.interfaces import Objective
 
@@ -90,6 +90,7 @@ class WeightedKL(interfaces.Objective):
         start = context.start(warm)  # z(0), ~ q unless the sampler says otherwise
         shows_steps = engine.shows_steps or context.observe is not None
         judge = context.judge and shows_steps and sampler.noisy and sampler.num_steps > 1
+        judge = judge and declared(sampler, interfaces.Sampler, "energy_error_of") is None  # the chain judges itself
         shadow = ShadowMetropolis(start.detach()) if judge else None
         chain = engine.run(
             model.log_joint,
@@ -103,7 +104,7 @@ class WeightedKL(interfaces.Objective):
             observe=_all_of([watch for watch in (context.observe, shadow) if watch is not None]),
         )
         theta = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
-        phi, (scalars, maxima), num_evaluations = [], _describe(chain), chain.num_evaluations
+        phi, (scalars, maxima), num_evaluations = [], _describe(chain, sampler), chain.num_evaluations
         if shadow is not None:
             scalars["chain/mala_acceptance"] = shadow.mean()
         if q is not None:
@@ -174,11 +175,15 @@ def _all_of(observers: list[Callable]) -> Callable | None:
     return observe if observers else None
 
 
-def _describe(chain: Chain) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _describe(chain: Chain, sampler: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logged means, and logged maxima."""
     scalars, trace = {"train/log_joint": chain.first[0].mean()}, chain.trace
     if len(trace["log_joint"]) == 0:
         return scalars, {}
+    if stops(sampler):
+        scalars["chain/num_steps"] = torch.full_like(scalars["train/log_joint"], float(chain.moments.count))
+    if chain.acceptance is not None:
+        scalars |= {"chain/acceptance": chain.acceptance, "chain/energy_error": chain.energy_error}
     scalars |= {
         "chain/delta_log_joint": trace["log_joint"][-1] - trace["log_joint"][0],
         "chain/log_joint_last": trace["log_joint"][-1],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from lpc_runner.base.schema import PositiveFloat, PositiveInt, checked
+from lpc_runner.base.schema import PositiveFloat, PositiveInt, between, checked
 from lpc_runner.inference.interfaces import StepSize
 
 
@@ -72,6 +73,86 @@ class Annealed(StepSize):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.made = state["made"]
         self.size.fill_(self.after(self.made))
+
+
+class Adapted(StepSize):
+    """One γ for all chains, after every update moved towards a target acceptance a*, the same along a chain.
+
+    Dual averaging (Hoffman and Gelman 2014, section 3.2.1): log γ = log μ - sqrt(n)/0.15 H after n updates,
+    H = (1 - w) H + w (a* - a), w = 1/(n + 10), a the acceptance of the update. Their 0.05 is for single trajectories
+    and overshoots with means over chains and steps. μ = start at first; once a has been on both sides of a*, μ = γ and
+    n = 0, so that nothing of a wrong start is left.
+    start: γ of the first update. target: a*; null: the sampler's `target_acceptance`. What is learned does not come
+    from chains that γ throws off: an update with a < a*/10, or of numbers that are not finite, moves γ alone, at most
+    MAX_PASSED times in a row.
+
+    γ is a 0-d tensor on the device, changed in place, so that a captured chain reads it.
+    """
+
+    constant_along_chain = True
+    needs_acceptance = True
+    GAIN, DELAY, MAX_PASSED = 0.15, 10, 100
+
+    @checked
+    def __init__(self, start: PositiveFloat, target: Annotated[float, between(0, 1)] | None) -> None:
+        self.start, self.target = start, target
+        self.made, self.passed = 0, 0  # updates; those passed over since the last that was learned from
+        names = ("count", "shortfall", "centre", "side")  # n, H, log μ, the sign of a* - a so far and 0 once it changed
+        self.average = {name: torch.zeros((), dtype=torch.float64) for name in names}
+        self.average["centre"].fill_(math.log(start))
+        self.size = torch.full((), start, dtype=torch.float64)
+        self.used = self.size.clone()
+
+    def bind(self, model: Any, device: torch.device) -> None:
+        self.average = {name: value.to(device) for name, value in self.average.items()}
+        self.size, self.used = self.size.to(device), self.used.to(device)
+
+    def __call__(self, t: int | Tensor) -> Tensor:
+        return self.size
+
+    def contribution(self, chain: Any) -> dict[str, Tensor]:
+        """a, and a*."""
+        target = chain.target_acceptance if self.target is None else self.target
+        return {"acceptance": chain.acceptance, "target": torch.full_like(chain.acceptance, target)}
+
+    def usable(self, averaged: dict[str, Tensor]) -> Tensor:
+        return averaged["acceptance"] >= averaged["target"] / 10
+
+    def observe(self, averaged: dict[str, Tensor]) -> None:
+        self.passed = 0
+        self._move(averaged["acceptance"], averaged["target"])
+
+    def pass_over(self, averaged: dict[str, Tensor], finite: Tensor) -> bool:
+        self.passed += 1
+        self._move(averaged["acceptance"] * finite, averaged["target"])
+        return self.passed <= self.MAX_PASSED
+
+    def _move(self, acceptance: Tensor, target: Tensor) -> None:
+        self.used.copy_(self.size)
+        error, kept = (target - acceptance).to(self.size), self.average
+        if self.made == 0:
+            kept["side"].copy_(error.sign())
+        self.made += 1
+        crossed = kept["side"] * error < 0
+        kept["centre"].copy_(torch.where(crossed, self.size.log(), kept["centre"]))
+        for name in ("count", "shortfall", "side"):
+            kept[name].masked_fill_(crossed, 0.0)
+        kept["count"] += 1
+        kept["shortfall"].lerp_(error, 1 / (kept["count"] + self.DELAY))
+        self.size.copy_((kept["centre"] - kept["count"].sqrt() / self.GAIN * kept["shortfall"]).exp())
+
+    def scalars(self) -> dict[str, Tensor]:
+        """γ of the update that was made."""
+        return {"chain/step_size": self.used.clone()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made": self.made, "passed": self.passed, "size": self.size, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.made, self.passed = state["made"], state["passed"]
+        self.size.copy_(state["size"])
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
 
 
 class Blocks(StepSize):

@@ -43,6 +43,8 @@ FIRST_VALUES = {
     "sampler.start": "encoder",
     "sampler.first_start": "encoder",
     "sampler.first_steps": None,
+    "sampler.noise": "independent",
+    "sampler.stop": "never",
 }
 # What every record holds, by type.
 _RECORDS = {

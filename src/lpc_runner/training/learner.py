@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Annotated, Any
 
@@ -184,15 +184,29 @@ class Learner:
             counts = [len(batch.index)] * self.ranks.size
             self.kept.keep(*(self.ranks.gather_rows(rows, counts) for rows in (batch.index, gradients.chain.z)))
 
-    def _tell(self, gradients: Combined) -> None:
-        """What the sampler's parts learn from the update; their values to log are put to the others."""
+    def pass_over(self, gradients: Combined) -> bool:
+        """Of an update that is not made, tell the parts that see to it that the next can be; False if none does."""
+        goes_on = False
+        for part, averaged in self._told(gradients):
+            if declared(part, Part, "usable")(averaged) is not None:
+                goes_on |= part.pass_over(averaged, gradients.finite)
+                gradients.scalars |= declared(part, Part, "scalars")()
+        return goes_on
+
+    def _told(self, gradients: Combined) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+        """The sampler's parts, and what each took from the chains."""
         told = set()  # a sampler and its copy that averages over ranks share parts: none is told twice
         for sampler in (self.sampler, self._training_sampler):
             for part, averaged in zip(parts_of(sampler), gradients.contributions):
                 if id(part) not in told:
                     told.add(id(part))
-                    declared(part, Part, "observe")(averaged)
-                    gradients.scalars |= declared(part, Part, "scalars")()
+                    yield part, averaged
+
+    def _tell(self, gradients: Combined) -> None:
+        """What the sampler's parts learn from the update; their values to log are put to the others."""
+        for part, averaged in self._told(gradients):
+            declared(part, Part, "observe")(averaged)
+            gradients.scalars |= declared(part, Part, "scalars")()
 
     def _parts(self) -> dict[str, Any]:
         parts = {

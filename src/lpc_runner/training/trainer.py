@@ -113,12 +113,13 @@ class Trainer:
                 gradients = learner.gradients(
                     batch, seed, counters.update, from_prior, trace, logged, signalled, first_epoch=epoch == 0
                 )
-                if not bool(gradients.finite):
+                if gradients.verdict():
+                    learner.apply(batch, gradients)
+                elif not learner.pass_over(gradients):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
                     self._save(learner, checkpoints, counters, tracker.metrics)
                     self._leave_if_told(interrupts, ranks)
                     return Outcome("diverged", counters, counters.update / batches.num_batches)
-                learner.apply(batch, gradients)
                 counters.update += 1
                 counters.gradient_evaluations += gradients.num_evaluations
                 counters.train_seconds += time.perf_counter() - started

@@ -57,7 +57,7 @@ class Combined:
     z: this rank's last latents, (B, d). chain: None where the objective has none. scalars: logged quantities, each a
     0-d tensor. finite: 0-d bool, whether every gradient is finite. num_evaluations: gradients of log p(x, z) of one
     example that this took, on all ranks. stop: 0-d, ranks that were signalled. contributions: what each of the
-    sampler's `parts_of` took from the chain, averaged over the ranks.
+    sampler's `parts_of` took from the chain, averaged over the ranks. usable: 0-d bool, whether none of them minds.
     """
 
     z: Tensor
@@ -67,6 +67,11 @@ class Combined:
     num_evaluations: int
     stop: Tensor
     contributions: list[dict[str, Tensor]] = field(default_factory=list)
+    usable: Tensor | None = None
+
+    def verdict(self) -> bool:
+        """Whether to make the update; waits for the device, once."""
+        return bool(self.finite if self.usable is None else self.finite & self.usable)
 
 
 def compute_gradients(objective: Objective, context: Context, combine: Combine = ALONE) -> Combined:
@@ -96,7 +101,12 @@ def compute_gradients(objective: Objective, context: Context, combine: Combine =
     finite = torch.isfinite(torch.stack([*norms, *sums]).sum()) & found.finite
     num_ranks = context.noise.shape[0] // len(found.z)
     num_evaluations = found.num_evaluations * num_ranks
-    return Combined(found.z, found.chain, scalars, finite, num_evaluations, stop, contributions)
+    verdicts = (
+        declared(part, Part, "usable")(averaged) for part, averaged in zip(parts_of(context.sampler), contributions)
+    )
+    usable = [verdict for verdict in verdicts if verdict is not None]
+    usable = torch.stack(usable).all() if usable else None
+    return Combined(found.z, found.chain, scalars, finite, num_evaluations, stop, contributions, usable)
 
 
 def _contributions(sampler: Any, chain: Chain | None) -> list[dict[str, Tensor]]:
