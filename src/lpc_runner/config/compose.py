@@ -93,10 +93,8 @@ def compose_command(args: argparse.Namespace) -> Composed:
 def _initialised(own: Path | None = None) -> Iterator[None]:
     """Hydra with conf/ and behind it, as its own command line has them, a folder of a user's options."""
     base, runtime = VersionBase.instance(), JobRuntime.instance()
-    before = (
-        base.version_base,
-        runtime.get("name"),
-    )  # of an application of Hydra's that calls us; the rest Hydra restores
+    # Hydra restores all else of an application of its own that calls this.
+    before = base.version_base, runtime.get("name")
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             if own is not None:
