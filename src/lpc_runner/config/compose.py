@@ -92,9 +92,10 @@ def compose_command(args: argparse.Namespace) -> Composed:
 @contextmanager
 def _initialised(own: Path | None = None) -> Iterator[None]:
     """Hydra with conf/ and behind it, as its own command line has them, a folder of a user's options."""
-    base, runtime = VersionBase.instance(), JobRuntime.instance()
-    # Hydra restores all else of an application of its own that calls this.
-    before = base.version_base, runtime.get("name")
+    base, runtime, instance = VersionBase.instance(), JobRuntime.instance(), GlobalHydra.instance()
+    # Of an application of Hydra's that calls this: Hydra initialises once, and puts back a copy of this state in part.
+    before = base.version_base, runtime.get("name"), instance.hydra
+    instance.clear()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             if own is not None:
@@ -104,8 +105,9 @@ def _initialised(own: Path | None = None) -> Iterator[None]:
                 loader.repository.initialize_sources(places)
             yield
     finally:
-        base.version_base = before[0]
+        base.version_base, instance.hydra = before[0], before[2]
         runtime.set("name", before[1])
+        GlobalHydra.set_instance(instance)
 
 
 @contextmanager
