@@ -399,19 +399,23 @@ def test_a_run_from_python_resumes_is_found_and_leaves_the_process_as_it_was(wor
     """Within an application of Hydra's; the first of two runs is done, the second was interrupted after 3 updates."""
     words, _ = earlier_run("done"), earlier_run("interrupted")
     words = [word for word in words if not word.startswith("seed=")]
+    kept = {path.absolute() for path in Path("outputs/runs").iterdir()}
     monkeypatch.setattr(in_python, "execute", lambda planned: os.environ.update(NEW="1", OLD="2") or execute(planned))
     monkeypatch.setenv("OLD", "1")
     (workplace / "own").mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with initialize_config_dir(str(workplace / "own"), job_name="theirs", version_base="1.2"):
             before = state_of_the_process()
-            runs = lpc_runner.run(["-m", *words, "deterministic=true", "seed=0,1"])
+            runs = lpc_runner.run(["-m", *words, "seed=0,1"])
             assert state_of_the_process() == before
     finally:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
     assert [run.result["num_updates"] for run in runs] == [6, 6]
+    assert {run.path for run in runs} == kept
     assert [run.metrics["elbo"] for run in runs] == [result_of(run.path)["metrics"]["elbo"] for run in runs]
     sessions = [json.loads(line) for line in (runs[1].path / "sessions.jsonl").read_text().splitlines()]
     assert len(sessions) == 2 and sessions[1]["command"][:2] == ["lpc_runner.run", "-m"]
