@@ -16,7 +16,7 @@ from lpc_runner.inference.preconditioning import SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.dense import MLP
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 
 SEED, NUM_EPOCHS, NUM_STEPS, LATENT_DIM, HIDDEN = 0, 3, 10, 40, [256, 512]
 
@@ -30,7 +30,8 @@ with seeded_layers(SEED, "encoder"):
 preconditioner = SharedAdam(beta=0.25, eps=1e-8, freeze_after=None)
 sampler = Langevin(NUM_STEPS, theta_states="all", step_size=Constant(0.1), preconditioner=preconditioner)
 jeffreys = WeightedKL(forward=0.5, reverse=0.5)
-learner = Learner(model, encoder, sampler, jeffreys, Adam(learning_rate=1e-3, betas=[0.9, 0.999], eps=1e-8))
+optimizer = AdamOptimizer(learning_rate=1e-3, betas=[0.9, 0.999], eps=1e-8)
+learner = Learner(model, encoder, sampler, jeffreys, optimizer)
 
 for update in range(NUM_EPOCHS * batches.num_batches):
     batch = batches.batch(*divmod(update, batches.num_batches))
