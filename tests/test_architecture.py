@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,4 +150,39 @@ def test_the_configuration_does_not_travel_below_the_root(path):
 def test_every_name_of_the_user_is_really_public():
     import lpc_runner
 
-    assert lpc_runner.__all__ == ["load"] and callable(lpc_runner.load)
+    assert lpc_runner.__all__ == ["load", "run"] and callable(lpc_runner.load) and callable(lpc_runner.run)
+
+
+@pytest.mark.parametrize("page", ["algorithm", "flow"])
+def test_a_page_s_files_functions_and_lines_of_code_are_there(page):
+    """Rows of `file` | `function` | `code`; what is shown as code of Algorithm 1 stands in that function."""
+    text = (SOURCE.parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `([\w/]+\.py)` \| `([\w.]+)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == len([line for line in text.splitlines() if line.startswith("| ")]) - text.count("| file |")
+    for path, function, code in rows:
+        source = (SOURCE / path).read_text(encoding="utf-8")
+        node = ast.parse(source)
+        for name in function.split("."):
+            (node,) = [inner for inner in node.body if getattr(inner, "name", None) == name]
+        body = " ".join(ast.get_source_segment(source, node).split())
+        assert page != "algorithm" or code.strip("`") in body, f"{path}, {function}: {code}"
+
+
+def outside(*names: str) -> set[str]:
+    """The packages of others that some files import at any time, and every file of ours that they import."""
+    module_of = {".".join(("lpc_runner", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in FILES}
+    left, seen, found = [SOURCE / name for name in names], set(), set()
+    while left:
+        seen.add(path := left.pop())
+        imported = imports_of(path)
+        left += [module_of[name] for name in imported if name in module_of and module_of[name] not in seen]
+        found |= {name.split(".")[0] for name in imported}
+    return found - {"lpc_runner", *sys.stdlib_module_names}
+
+
+def test_an_update_imports_torch_numpy_and_pydantic_alone():
+    """What a training loop of one's own is made of; the contract checks know the tracker's files, too."""
+    parts = [name for name in NAMES if name.startswith(("inference/", "models/"))]
+    assert {"torch"} < outside(*parts, "training/learner.py") <= {"torch", "numpy", "pydantic"}
+    assert outside("testing.py") <= {"torch", "numpy", "pydantic", "filelock"}
+    assert "hydra" in outside("config/compose.py")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot
 import pytest
 import torch
 from conftest import TINY, cell_of, environment, only_run, result_of, rows_of
 from omegaconf import OmegaConf
 
+import lpc_runner
 from lpc_runner import testing
 from lpc_runner.base.distributions import Gaussian
 from lpc_runner.base.errors import UserError
@@ -39,6 +43,7 @@ from lpc_runner.training.update import UpdateNoise
 
 OWN = ("dataset", "model", "model.likelihood", "step_size", "objective")
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ("device=cpu", "tracker=none", "num_threads=1", "trainer.max_updates=3", "metrics.num_samples=40")
 
 
@@ -562,3 +567,45 @@ def test_a_module_that_moved_is_found_under_its_old_name(old, new, monkeypatch):
     with pytest.warns(DeprecationWarning, match=f"{old} is {new} now"):
         found = importlib.import_module(old)
     assert found is importlib.import_module(new) and found.__name__ == new
+
+
+def with_values(text: str, **values: object) -> str:
+    """An example with its variables given other values, to be short: A, B = 1, 2."""
+    for name, value in values.items():
+        line = re.search(rf"^[A-Z_, ]*\b{name}\b[A-Z_, ]* = .*$", text, re.MULTILINE)[0]
+        names, old = line.split(" = ")
+        new = list(ast.literal_eval(f"[{old}]"))
+        new[names.split(", ").index(name)] = value
+        text = text.replace(line, f"{names} = {', '.join(map(repr, new))}")
+    return text
+
+
+def test_a_loop_of_ones_own_trains_the_weights_of_the_run(workplace):
+    found: dict = {}
+    text = (EXAMPLES / "own_loop.py").read_text(encoding="utf-8")
+    exec(with_values(text, NUM_EPOCHS=1, NUM_STEPS=2, LATENT_DIM=3, HIDDEN=[8]), found)
+    small = [word for word in TINY if word.startswith(("device", "tracker", "num_threads", "metrics.", "model="))]
+    own = ["model.hidden=[8]", "model.latent_dim=3", "sampler.num_steps=2", "trainer.num_epochs=1"]
+    run = lpc_runner.run([*small, *own, "traces.updates=[]", "traces.num_chains=0"]).load()
+    assert run.update == found["update"] + 1 == 22
+    for part, trained in ((run.model, found["model"]), (run.encoder, found["encoder"])):
+        assert all(torch.equal(part.state_dict()[name], value) for name, value in trained.state_dict().items())
+
+
+def test_the_notebook_runs(workplace, monkeypatch, capsys):
+    """From install to figures, with fewer updates and samples; its cells are kept without results."""
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    plt = matplotlib.pyplot
+    plt.close("all")
+    cells = [
+        cell for cell in json.loads((EXAMPLES / "digits.ipynb").read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    names: dict = {}
+    for number, cell in enumerate(cells):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        text = "".join(cell["source"])
+        exec(with_values(text, UPDATES=3, SAMPLES=40) if number == 0 else text, names)
+    assert len(plt.get_fignums()) == 2 + len([path for path in names["paths"] if path.suffix == ".png"]) > 4
+    plt.close("all")
+    assert [run.result["num_updates"] for run in names["runs"]] == [3, 3] and names["runs"][0] == names["run"]
+    assert "Shared by all: model mlp" in capsys.readouterr().out

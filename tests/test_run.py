@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_VAE, only_run, plan_of, result_of, rows_of, weights_of, write_images
+from conftest import TINY, TINY_VAE, earlier_run, only_run, plan_of, result_of, rows_of, weights_of, write_images
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
+from hydra.version import getbase
 from omegaconf import OmegaConf
 from PIL import Image
 
 import lpc_runner
+from lpc_runner.base.errors import UserError
 from lpc_runner.data.digits import Digits
 from lpc_runner.evaluation.samples import sample_images
+from lpc_runner.runner import in_python
 from lpc_runner.runner.run import execute
 from lpc_runner.store.log import MetricLog
 from lpc_runner.training.learner import Learner
@@ -369,3 +377,102 @@ def test_a_failed_measurement_is_made_again_without_training(command, monkeypatc
     monkeypatch.setattr(Learner, "gradients", lambda *args, **kwargs: pytest.fail("trained again"))
     assert command(*TINY).code == 0
     assert result_of(only_run())["status"] == "finished"
+
+
+def state_of_the_process() -> dict[str, object]:
+    """What a caller of `lpc_runner.run` finds again as it was."""
+    loggers = [
+        logging.getLogger(name) for name in (None, "lpc_runner", "lpc_runner.runner.run", "hydra", "hydra.utils")
+    ]
+    return {
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "hydra": (GlobalHydra.instance().hydra, JobRuntime.instance().get("name"), getbase()),
+        "logging": [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers],
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "torch": (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
+        "random numbers": torch.get_rng_state().tolist(),
+    }
+
+
+def test_a_run_from_python_resumes_is_found_and_leaves_the_process_as_it_was(workplace, monkeypatch):
+    """Within an application of Hydra's; the first of two runs is done, the second was interrupted after 3 updates."""
+    words, _ = earlier_run("done"), earlier_run("interrupted")
+    words = [word for word in words if not word.startswith("seed=")]
+    kept = {path.absolute() for path in Path("outputs/runs").iterdir()}
+    monkeypatch.setattr(in_python, "execute", lambda planned: os.environ.update(NEW="1", OLD="2") or execute(planned))
+    monkeypatch.setenv("OLD", "1")
+    (workplace / "own").mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with initialize_config_dir(str(workplace / "own"), job_name="theirs", version_base="1.2"):
+            before = state_of_the_process()
+            runs = lpc_runner.run(["-m", *words, "seed=0,1"])
+            assert state_of_the_process() == before
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    assert [run.result["num_updates"] for run in runs] == [6, 6]
+    assert {run.path for run in runs} == kept
+    assert [run.metrics["elbo"] for run in runs] == [result_of(run.path)["metrics"]["elbo"] for run in runs]
+    sessions = [json.loads(line) for line in (runs[1].path / "sessions.jsonl").read_text().splitlines()]
+    assert len(sessions) == 2 and sessions[1]["command"][:2] == ["lpc_runner.run", "-m"]
+    written = contents(runs[0].path)
+    again = lpc_runner.run([*words, "seed=0"])
+    assert again == runs[0] and contents(again.path) == written
+    assert again.load().model.latent_dim == 2
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("dataset=digits", "takes a list of words"),
+        (["seed=1,2"], "add -m"),
+        (["sampler.stepsize=1"], "unknown key sampler.stepsize"),
+        (["sampler.num_steps=0"], "no steps at all: sampler=none"),
+        (["check=true"], "prints a plan"),
+        (["--info"], "--info shows something"),
+        (["--version"], "--version shows something"),
+        (["--config-name", "other"], "would replace the checked configuration"),
+        (["-m", "hydra/launcher=parallel", "seed=1,2"], "makes its runs in this process"),
+    ],
+    ids=str,
+)
+def test_what_python_asks_wrongly_is_a_user_error_before_any_work(words, says, workplace):
+    with pytest.raises(UserError, match=says):
+        lpc_runner.run(words)
+    assert not (workplace / "outputs").exists()
+
+
+def test_from_python_a_failure_is_raised_and_a_sweep_goes_on(workplace, monkeypatch, caplog):
+    made = []
+
+    def fail(planned):
+        made.append(planned.experiment.seed)
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(in_python, "execute", fail)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        lpc_runner.run(TINY)
+    with pytest.raises(UserError, match=r"2 of 2 runs did not finish: .*no result") as raised:
+        lpc_runner.run(["-m", *TINY, "seed=0,1"])
+    assert made == [0, 0, 1] and isinstance(raised.value.__cause__, RuntimeError)
+    assert [record.message.split(": ")[1] for record in caplog.records if record.levelname == "ERROR"] == [
+        "no such kernel",
+        "no such kernel",
+    ]
+
+
+def test_ctrl_c_in_python_saves_and_the_same_words_resume(workplace, monkeypatch):
+    words, apply = earlier_run("interrupted"), Learner.apply
+    with monkeypatch.context() as patched:
+        patched.setattr(Learner, "apply", lambda *given: apply(*given) or signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            lpc_runner.run(words)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run = lpc_runner.run(words)
+    assert [row["update"] for row in rows_of(run.path) if "train/elbo" in row] == [1, 2, 3, 4, 5, 6]
+    sessions = (run.path / "sessions.jsonl").read_text().splitlines()
+    assert len(sessions) == 3 and run.result["status"] == "finished"

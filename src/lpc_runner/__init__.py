@@ -12,12 +12,19 @@ from typing import Any
 from lpc_runner.base.moved import find_moved_modules
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["load", "run"]
 find_moved_modules()
+
+
+def run(words: Any) -> Any:
+    """What `python -m lpc_runner WORDS` would run, made here; see `lpc_runner.runner.in_python.run`."""
+    from lpc_runner.runner.in_python import run as run_words  # torch is imported only when it is needed
+
+    return run_words(words)
 
 
 def load(run_dir: Any, *overrides: str, device: str = "auto") -> Any:
     """Model and encoder of a run directory, ready to use; see `lpc_runner.runner.loading.load`."""
-    from lpc_runner.runner.loading import load as load_run  # torch is imported only when it is needed
+    from lpc_runner.runner.loading import load as load_run
 
     return load_run(run_dir, overrides, device)

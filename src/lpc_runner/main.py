@@ -55,12 +55,12 @@ def main() -> None:
 def _run() -> None:
     """Compose and check every cell, then have them run."""
     from lpc_runner.config.compose import compose_command, starts_workers_here
-    from lpc_runner.config.words import parse_arguments
+    from lpc_runner.config.words import parse_arguments, refuse_flags
 
     with _connected() as ranks:
         # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
         args, sys.argv[1:] = parse_arguments(sys.argv[1:])
-        _refuse(args)
+        refuse_flags(args)
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
         with _first(ranks):
             if not looking:
@@ -101,19 +101,6 @@ def _run() -> None:
             raise UserError(f"{len(left)} of {len(planned)} runs did not finish: {left[0]}")
 
 
-def _refuse(args: argparse.Namespace) -> None:
-    """Hydra's flags that would go around the check of the configuration. Raises UserError."""
-    if args.experimental_rerun:  # it unpickles the file
-        raise UserError("--experimental-rerun runs code from a file: the same command resumes a run")
-    one_of = ("run", "multirun", "cfg", "info", "shell_completion")
-    if len(given := [f"--{flag.replace('_', '-')}" for flag in one_of if getattr(args, flag)]) > 1:
-        raise UserError(f"{' and '.join(given)} do not go together; check=true lists the runs of a sweep")
-    for flag in ("config_name", "config_path", "package"):
-        if getattr(args, flag):
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} would replace the checked configuration: --config-dir adds options of your own")
-
-
 @contextmanager
 def _connected() -> Iterator[Any]:
     """The ranks of this run under torchrun; None without it, so that a mistake need not wait for torch."""
@@ -143,7 +130,7 @@ def _hydra(args: argparse.Namespace) -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account and leaves
     try:
-        with words_for_workers():
+        with words_for_workers(sys.argv):
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
     except UserError:
         raise

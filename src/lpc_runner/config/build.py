@@ -283,7 +283,9 @@ def _is_object(value: Any) -> bool:
 
 
 def _locate(target: str, path: str) -> Any:
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it would say the same in three lines before ours
+    hydras = logging.getLogger("hydra.utils")
+    before = hydras.level
+    hydras.setLevel(logging.CRITICAL)  # it would say the same in three lines before ours
     try:
         found = get_object(place_of(target))
     except Exception as error:
@@ -292,6 +294,8 @@ def _locate(target: str, path: str) -> Any:
         raise UserError(
             f"{path}._target_={target} cannot be imported: {reason} (looked for here and in PYTHONPATH)"
         ) from None
+    finally:
+        hydras.setLevel(before)
     # A folder from elsewhere must not be able to have a command of the system called by naming it.
     if not inspect.isclass(found) or found.__module__.split(".")[0] in sys.stdlib_module_names:
         raise UserError(f"{path}._target_={target} must name a class, and none of Python's own")

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.core.utils import JobRuntime
 from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,17 +36,23 @@ _PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "
 # ${square:x} of a YAML file; what is no number is left to whoever checks x.
 OmegaConf.register_new_resolver("square", lambda x: x * x if isinstance(x, int | float) else x, replace=True)
 
+NO_LAUNCHER = "none"
 _PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A command: its cells, and the class of Hydra's launcher that will start them."""
+    """A command: its cells, and the class of Hydra's launcher that will start them, NO_LAUNCHER for a single run."""
 
     cells: list[Cell]
     launcher: str
     # Hydra's sweeper, if it chooses every run by those before; `cells` is then one that it could propose.
     sweeper: str | None = None
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it is a sweep, be it of one cell."""
+        return self.launcher != NO_LAUNCHER
 
 
 @dataclass(frozen=True)
@@ -83,13 +92,22 @@ def compose_command(args: argparse.Namespace) -> Composed:
 @contextmanager
 def _initialised(own: Path | None = None) -> Iterator[None]:
     """Hydra with conf/ and behind it, as its own command line has them, a folder of a user's options."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        if own is not None:
-            loader = GlobalHydra.instance().config_loader()
-            places = loader.get_search_path()
-            places.prepend("command-line", f"{OwnFiles.scheme()}://{own}", "schema")
-            loader.repository.initialize_sources(places)
-        yield
+    base, runtime, instance = VersionBase.instance(), JobRuntime.instance(), GlobalHydra.instance()
+    # Of an application of Hydra's that calls this: Hydra initialises once, and puts back a copy of this state in part.
+    before = base.version_base, runtime.get("name"), instance.hydra
+    instance.clear()
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            if own is not None:
+                loader = GlobalHydra.instance().config_loader()
+                places = loader.get_search_path()
+                places.prepend("command-line", f"{OwnFiles.scheme()}://{own}", "schema")
+                loader.repository.initialize_sources(places)
+            yield
+    finally:
+        base.version_base, instance.hydra = before[0], before[2]
+        runtime.set("name", before[1])
+        GlobalHydra.set_instance(instance)
 
 
 @contextmanager
@@ -119,7 +137,7 @@ def _expand(args: argparse.Namespace) -> tuple[list[list[str]], str, str | None]
         if sweeps:
             text = as_text(sweeps[0].get_key_element(), sweeps[0].get_value_string())
             raise UserError(f"{sweeps[0].input_line}: several values are a sweep: add -m; one text is quoted: {text}")
-        return [list(args.overrides)], "none", None
+        return [list(args.overrides)], NO_LAUNCHER, None
     if not args.cfg and composed.get("check") is not True:
         _require_launcher(hydra_cfg.launcher)
     params = hydra_cfg.sweeper.get("params") or {}
@@ -146,6 +164,11 @@ def _first_value(sweep: Override) -> str:
 def starts_workers_here(launcher: str) -> bool:
     """Whether Hydra's launcher of that class path has runs made side by side by processes of this machine."""
     return "joblib" in launcher
+
+
+def runs_in_this_process(launcher: str) -> bool:
+    """Whether runs of a launcher of that class path, or without one, are made one after the other by the command."""
+    return launcher == NO_LAUNCHER or launcher.endswith(f".{BasicLauncher.__name__}")
 
 
 def _require_launcher(launcher: DictConfig) -> None:

@@ -44,6 +44,24 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, [*args.overrides, *(str(word) for word in words if id(word) not in overrides)]
 
 
+def refuse_flags(args: argparse.Namespace) -> None:
+    """Hydra's flags that would go around the check of the configuration. Raises UserError."""
+    if args.experimental_rerun:  # it unpickles the file
+        raise UserError("--experimental-rerun runs code from a file: the same command resumes a run")
+    one_of = ("run", "multirun", "cfg", "info", "shell_completion")
+    if len(given := [f"--{flag.replace('_', '-')}" for flag in one_of if getattr(args, flag)]) > 1:
+        raise UserError(f"{' and '.join(given)} do not go together; check=true lists the runs of a sweep")
+    for flag in ("config_name", "config_path", "package"):
+        if getattr(args, flag):
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} would replace the checked configuration: --config-dir adds options of your own")
+
+
+def flags_of(args: argparse.Namespace) -> set[str]:
+    """Hydra's flags that were given, by their names in `args`."""
+    return {name for name, value in vars(args).items() if name != "overrides" and value not in (None, False)}
+
+
 def parsed(lines: Iterable[str]) -> list[Override]:
     """Overrides as Hydra reads them, in a context that it was initialised in. Raises UserError (one line)."""
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())

@@ -14,9 +14,9 @@ _WORDS, _PROCESS = "LPC_RUNNER_COMMAND", "LPC_RUNNER_MAIN"
 
 
 @contextmanager
-def words_for_workers() -> Iterator[None]:
-    """Whatever is started within it knows this command."""
-    os.environ |= {_WORDS: json.dumps([masked(word) for word in sys.argv]), _PROCESS: str(os.getpid())}
+def words_for_workers(words: list[str]) -> Iterator[None]:
+    """The runs within it, and the workers started for them, know the command's words and its process."""
+    os.environ |= {_WORDS: json.dumps([masked(word) for word in words]), _PROCESS: str(os.getpid())}
     try:
         yield
     finally:
