@@ -53,7 +53,7 @@ def several(text: str) -> int:
     return value
 
 
-def measured(arguments: argparse.Namespace, device: torch.device) -> tuple[str, dict[str, Any], str]:
+def measured(arguments: argparse.Namespace, device: torch.device) -> tuple[str, dict[Any, Any], str]:
     """Name, numbers and Markdown of the one stage that was asked for."""
     work = Work(arguments.side, arguments.steps, arguments.batch)
     way = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")

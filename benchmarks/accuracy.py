@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.variants import WAYS, Work, build_model, images
+from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.inference.chain import FusedPotential
 from lpc_runner.inference.engine import make_engine
 from lpc_runner.models.conv import Conv
@@ -29,6 +30,7 @@ def drift_errors(work: Work, device: torch.device) -> dict[str, list[dict[str, f
     found: dict[str, list[dict[str, float]]] = {}
     for fitted, sigma in CASES:
         model = build_model(work.side, device)
+        assert isinstance(model.likelihood, DiscretisedGaussian)
         with torch.no_grad():
             model.likelihood.log_scale.fill_(sigma).log_()
         if fitted:

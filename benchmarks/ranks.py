@@ -64,6 +64,7 @@ def _rank(rank: int, size: int, port: int, work: Work, rounds: int, shared: bool
         start = time.perf_counter()
         ours(learner, batch, update)
         times.append(time.perf_counter() - start)
+    assert learner.encoder is not None
     parameters = [*learner.model.parameters(), *learner.encoder.parameters()]
     answers.put((statistics.median(times[2:]), sum(parameter.numel() for parameter in parameters)))
     ranks.close()

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from benchmarks.floor import floor_seconds, measured_rates, work_of_a_step
 from benchmarks.scaling import peak_memory, time_of
-from benchmarks.variants import Work, build_model, build_variants, images, measure, rows_of
+from benchmarks.variants import Way, Work, build_model, build_variants, images, measure, rows_of
+from lpc_runner.inference.engine import Precision
 from lpc_runner.store.environment import git_commit
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def compare(work: Work, rounds: int, device: torch.device, engines: tuple[str, .
     measure(variants, rounds, device)
     rows, model, x = rows_of(variants), build_model(work.side, device), images(work, device)
     floors = {}
-    for precision in {variant.precision for variant in variants if variant.engine}:
+    precisions: set[Precision] = {variant.precision for variant in variants if variant.engine}
+    for precision in precisions:
         rates, done = measured_rates(device, precision), work_of_a_step(model, x, precision)
         floors[precision] = {"ms_per_step": 1e3 * floor_seconds(done, rates), "rates": rates, "work": done}
     for row in rows:
@@ -62,7 +64,7 @@ def compare(work: Work, rounds: int, device: torch.device, engines: tuple[str, .
     return {"work": asdict(work), "rounds": rounds, "rows": rows, "floor": floors, "not_measured": skipped}
 
 
-def growth(work: Work, device: torch.device, way: tuple[str, str], steps: tuple[int, ...]) -> dict[str, Any]:
+def growth(work: Work, device: torch.device, way: Way, steps: tuple[int, ...]) -> dict[str, Any]:
     """Memory against T; time against T, batch and image side, about `work`."""
     logger.info("growth about %s", work)
     by_steps = [Work(work.side, num_steps, work.batch) for num_steps in steps]

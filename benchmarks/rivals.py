@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lpc_runner.base.distributions import BIN_HALF_WIDTH, LOG_2PI, TAIL_START
+from lpc_runner.base.distributions import BIN_HALF_WIDTH, LOG_2PI, TAIL_START, DiscretisedGaussian
 from lpc_runner.models.conv import Conv
 
 STEP_SIZE, BETA, EPS = 1e-3, 0.25, 1e-8  # of every chain that is compared
@@ -20,9 +21,9 @@ def torchebm_chain(model: Conv, x: Tensor, num_steps: int) -> tuple[Callable[[in
 
     Raises ImportError without torchebm.
     """
-    import torchebm
-    from torchebm.core import BaseModel
-    from torchebm.samplers import LangevinDynamics
+    import torchebm  # pyright: ignore[reportMissingImports]  # of an extra, as below
+    from torchebm.core import BaseModel  # pyright: ignore[reportMissingImports]
+    from torchebm.samplers import LangevinDynamics  # pyright: ignore[reportMissingImports]
 
     class Energy(BaseModel):
         def forward(self, z: Tensor) -> Tensor:
@@ -49,11 +50,12 @@ def jax_chain(model: Conv, x: Tensor, num_steps: int, precision: str = "float32"
     device.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of a card's memory
-    import jax
-    import jax.numpy as jnp
+    import jax  # pyright: ignore[reportMissingImports]  # of an extra, as below
+    import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
 
     place = jax.devices("gpu" if x.is_cuda else "cpu")[0]
     theta, decode = _jax_decoder(model, jax, jnp, on_cpu=not x.is_cuda)
+    assert isinstance(model.likelihood, DiscretisedGaussian)
     theta["log_scale"] = jnp.asarray(model.likelihood.log_scale.detach().cpu().numpy())
     log_bin = _jax_log_bin(jax, jnp)
     levels = jax.device_put(jnp.asarray(x.permute(0, 2, 3, 1).contiguous().cpu().numpy()), place)
@@ -104,6 +106,7 @@ def _jax_decoder(model: Conv, jax: Any, jnp: Any, on_cpu: bool) -> tuple[dict[st
     theta, layers = {}, []
     for number, layer in enumerate(model.decoder):
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            assert layer.bias is not None
             weight, apply = layer.weight.detach().cpu(), _jax_layer(layer, jax, jnp, on_cpu)
             if isinstance(layer, nn.Linear):
                 weight = weight.T
@@ -124,7 +127,7 @@ def _jax_decoder(model: Conv, jax: Any, jnp: Any, on_cpu: bool) -> tuple[dict[st
     return theta, decode
 
 
-def _jax_layer(layer: nn.Module, jax: Any, jnp: Any, on_cpu: bool) -> Callable:
+def _jax_layer(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, jax: Any, jnp: Any, on_cpu: bool) -> Callable:
     """(hidden, weight) -> the layer without its bias; weights of convolutions are (height, width, in, out).
 
     A transposed convolution of stride 2 is a convolution of the dilated input. On a CPU, where XLA's convolutions and
@@ -155,7 +158,7 @@ def _jax_layer(layer: nn.Module, jax: Any, jnp: Any, on_cpu: bool) -> Callable:
     if layer.stride == (1, 1):  # of a 1x1 image
         return lambda hidden, weight: jnp.einsum("bi,hwio->bhwo", hidden[:, 0, 0], weight)
     if not on_cpu:
-        border = layer.kernel_size[0] - 1 - layer.padding[0]
+        border = layer.kernel_size[0] - 1 - int(layer.padding[0])
         return lambda hidden, weight: convolve(hidden, weight[::-1, ::-1], (1, 1), layer.stride, border)
 
     def overlap(hidden, weight):  # kernel 4, stride 2, padding 1: output 2 (i + q) + r - 1 takes tap 2 q + r of input i
@@ -167,7 +170,7 @@ def _jax_layer(layer: nn.Module, jax: Any, jnp: Any, on_cpu: bool) -> Callable:
             for q in (0, 1)
             for s in (0, 1)
         ]
-        return sum(parts).reshape(batch, 2 * height + 2, 2 * width + 2, -1)[:, 1:-1, 1:-1]
+        return reduce(jnp.add, parts).reshape(batch, 2 * height + 2, 2 * width + 2, -1)[:, 1:-1, 1:-1]
 
     return overlap
 

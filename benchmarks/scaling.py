@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.floor import median_seconds, wait
-from benchmarks.variants import Work, build_learner, chain, images, ours
+from benchmarks.variants import Way, Work, build_learner, chain, images, ours
 from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
@@ -30,14 +30,14 @@ CLASSES = {
 }
 
 
-def update_of(work: Work, device: torch.device, way: tuple[str, str], make: Callable = ours) -> Callable[..., Any]:
+def update_of(work: Work, device: torch.device, way: Way, make: Callable = ours) -> Callable[..., Any]:
     """A Jeffreys update of fresh weights, by its number; make: `ours` or `literally`."""
     data = Batch(images(work, device), torch.arange(work.batch, device=device))
     learner = build_learner(work, device, chain(work.num_steps), WeightedKL(0.5, 0.5), way)
     return lambda number=0: make(learner, data, number)
 
 
-def time_of(work: Work, device: torch.device, way: tuple[str, str], rounds: int = 3) -> float:
+def time_of(work: Work, device: torch.device, way: Way, rounds: int = 3) -> float:
     """Median ms per Jeffreys update."""
     return 1e3 * median_seconds(update_of(work, device, way), device, rounds)
 
@@ -51,7 +51,7 @@ def _peak_on_cpu(work: Work, num_threads: int) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def peak_memory(work: Work, device: torch.device, way: tuple[str, str]) -> float:
+def peak_memory(work: Work, device: torch.device, way: Way) -> float:
     """MiB: on CUDA, the most that two updates allocated, graphs included; on a CPU, a fresh process's largest set."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -66,7 +66,7 @@ def peak_memory(work: Work, device: torch.device, way: tuple[str, str]) -> float
         return pool.submit(_peak_on_cpu, work, torch.get_num_threads()).result()
 
 
-def profile(work: Work, device: torch.device, way: tuple[str, str]) -> dict[str, Any]:
+def profile(work: Work, device: torch.device, way: Way) -> dict[str, Any]:
     """Share of each kernel class in one update's time on the device, and the five longest kernels."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
@@ -78,7 +78,7 @@ def profile(work: Work, device: torch.device, way: tuple[str, str]) -> dict[str,
     with record(activities=activities) as recorded:
         update(1)
         wait(device)
-    spent = {}
+    spent: dict[str, float] = {}
     for event in recorded.key_averages():
         own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         if own > 0 and not (on_cuda and event.key.startswith(("aten::", "cuda"))):
@@ -89,5 +89,5 @@ def profile(work: Work, device: torch.device, way: tuple[str, str]) -> dict[str,
         found = (kind for kind, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE))
         kind = next(found, "other")
         shares[kind] = shares.get(kind, 0.0) + own / total
-    longest = sorted(spent, key=spent.get, reverse=True)[:5]
+    longest = sorted(spent, key=spent.__getitem__, reverse=True)[:5]
     return {"shares": shares, "longest": {name[:80]: spent[name] / total for name in longest}, "total_ms": total / 1e3}

@@ -28,10 +28,11 @@ from benchmarks.rivals import jax_chain
 from benchmarks.scaling import profile
 from benchmarks.throughput import markdown_of_throughput, throughput
 from benchmarks.training import train
-from benchmarks.variants import WAYS, Work, build_learner, build_model, build_variants, chain, images, rows_of
+from benchmarks.variants import WAYS, Way, Work, build_learner, build_model, build_variants, chain, images, rows_of
 from benchmarks.variants import ours as one_update
 from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.data.dataset import Batch
+from lpc_runner.inference.engine import Precision
 from lpc_runner.inference.objectives import WeightedKL
 
 # Relative difference of logged values after two updates of 40 steps, captured or compiled against the loop.
@@ -101,12 +102,12 @@ class Stage:
         self.keep(name, row | {"us_per_step": 1e3 * middle / max(num_steps, 1)})
 
 
-def _learner(stage: Stage, work: Work, way: tuple[str, str]) -> tuple[Any, Batch]:
+def _learner(stage: Stage, work: Work, way: Way) -> tuple[Any, Batch]:
     data = Batch(images(work, stage.device), torch.arange(work.batch, device=stage.device))
     return build_learner(work, stage.device, chain(work.num_steps), WeightedKL(0.5, 0.5), way), data
 
 
-def _same(stage: Stage, side: int, way: tuple[str, str]) -> None:
+def _same(stage: Stage, side: int, way: Way) -> None:
     """Two updates by the loop and by an engine: logged numbers agree. A zero gradient would show."""
     work, seen = stage.work(side, 40), []
     for engine in ("eager", way[0]):
@@ -127,7 +128,8 @@ def smoke(stage: Stage) -> None:
     start = time.perf_counter()
     value = float(torch.special.erfcx(torch.full((1000,), 8.0, device=stage.device))[0])
     stage.keep("erfcx(8) = .0699", [abs(value - 0.069985) < 1e-5, value, time.perf_counter() - start])
-    for precision in sorted({precision for _, precision in stage.ways}):
+    precisions: set[Precision] = {precision for _, precision in stage.ways}
+    for precision in sorted(precisions):
         stage.attempt(
             f"rates {precision}",
             lambda precision=precision: stage.keep(f"rates {precision}", measured_rates(stage.device, precision)),
@@ -245,7 +247,7 @@ def branches(stage: Stage) -> None:
             return
         name = f"{side} pixels {precision}, R = {number}"
 
-        def one(side=side, precision=precision, number=number, name=name) -> None:
+        def one(side=side, precision: Precision = precision, number=number, name=name) -> None:
             replay = branched(stage.work(side, 32), precision, number, stage.device)
             stage.timed(name, lambda _: [replay() for _ in range(8)], 8 * 32 * number)
 

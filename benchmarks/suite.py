@@ -84,6 +84,7 @@ def _one(command: list[str], limit: float, log: Any) -> dict[str, Any]:
     timer.start()
     try:
         with process:
+            assert process.stdout is not None  # a pipe
             for line in process.stdout:
                 log.write(line)
                 log.flush()

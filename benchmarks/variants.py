@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -16,7 +16,7 @@ from benchmarks.rivals import BETA, EPS, STEP_SIZE, jax_chain, torchebm_chain
 from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.engine import make_engine
+from lpc_runner.inference.engine import EngineName, Precision, make_engine
 from lpc_runner.inference.literal import literal_gradients
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
@@ -30,12 +30,13 @@ from lpc_runner.training.update import UpdateNoise
 VAE = "VAE batch"
 CHANNELS, LATENT_DIM = 3, 40
 # Engine and precision of every row of ours: what the device can do.
-WAYS = {
+Way = tuple[EngineName, Precision]
+WAYS: dict[str, tuple[Way, ...]] = {
     "cpu": (("eager", "fp32"), ("compiled", "fp32"), ("eager", "bf16")),
     "cuda": (
         ("eager", "fp32"),
-        *(("cuda_graph", precision) for precision in ("fp32", "tf32", "bf16")),
-        *(("compiled", precision) for precision in ("fp32", "tf32", "bf16")),
+        *(("cuda_graph", precision) for precision in get_args(Precision)),
+        *(("compiled", precision) for precision in get_args(Precision)),
     ),
 }
 
@@ -62,12 +63,13 @@ class Variant:
     update: Callable[[int], Any]
     baseline: str = ""
     engine: str = ""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     times: list[float] = field(default_factory=list)
 
     def quartiles(self) -> tuple[float, float, float]:
         """Of the time per update over rounds, s."""
-        return tuple(statistics.quantiles(self.times, n=4, method="inclusive"))
+        low, median, high = statistics.quantiles(self.times, n=4, method="inclusive")
+        return low, median, high
 
 
 def images(work: Work, device: torch.device) -> torch.Tensor:
@@ -89,7 +91,7 @@ def build_learner(
     device: torch.device,
     sampler: Any,
     objective: WeightedKL,
-    way: tuple[str, str] = ("eager", "fp32"),
+    way: Way = ("eager", "fp32"),
     ranks: Ranks = SINGLE,
 ) -> Learner:
     """Fresh weights and optimisers; way: engine and precision."""
@@ -106,15 +108,17 @@ def ours(learner: Learner, batch: Batch, update: int) -> None:
 def literally(learner: Learner, batch: Batch, update: int) -> None:
     """The same by `inference/literal.py` and torch's own layers."""
     noise = UpdateNoise(0, update, (len(batch.x), LATENT_DIM), batch.x.device)
-    model, encoder = learner.model, learner.encoder
+    model, encoder, objective = learner.model, learner.encoder, learner.objective
+    assert isinstance(model, Conv) and isinstance(objective, WeightedKL) and encoder is not None
     with learner.engine.arithmetic(), torchs_layers(model):
         result = literal_gradients(
-            model, encoder, learner.sampler, learner.objective, batch, noise=noise, start_from_prior=False
+            model, encoder, learner.sampler, objective, batch, noise=noise, start_from_prior=False
         )
     for parameter, gradient in zip([*model.parameters(), *encoder.parameters()], [*result.theta, *result.phi]):
         parameter.grad = gradient
-    learner.theta_optimizer.step()
-    learner.phi_optimizer.step()
+    for optimizer in (learner.theta_optimizer, learner.phi_optimizer):
+        assert optimizer is not None
+        optimizer.step()
 
 
 def chain(num_steps: int, theta_states: str = "all", every: int = 1, metric: type = PerSample) -> Langevin:
@@ -138,7 +142,7 @@ def build_variants(
         return Variant(name, work.num_steps, partial(make, learner, data), baseline, *way)
 
     ways = [way for way in WAYS[device.type] if way[0] in engines]
-    auto = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")
+    auto: Way = ("cuda_graph" if device.type == "cuda" else "eager", "fp32")
     auto = auto if auto in ways else ways[0]
     variants = [
         variant("literal, jeffreys", literally),
@@ -155,7 +159,7 @@ def build_variants(
             vae = build_learner(work, device, NoSteps(None, None), reverse, way)
             variants.append(Variant(name, 0, partial(ours, vae, data), engine=way[0]))
     skipped = []
-    makers = [("torchebm {}, z alone, no θ (less work)", torchebm_chain)]
+    makers: list[tuple[str, Callable[..., Any]]] = [("torchebm {}, z alone, no θ (less work)", torchebm_chain)]
     makers.append(("JAX {} jit(scan), chain with θ, no encoder (less work)", jax_chain))
     if device.type == "cuda":
         makers.append(("JAX {} in TF32, the same", lambda *arguments: jax_chain(*arguments, precision="tensorfloat32")))

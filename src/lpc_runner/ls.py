@@ -74,7 +74,7 @@ def _look(path: Path) -> Listed:
     )
     try:
         listed.studies = run.studies()
-        result = run.result()
+        result = run.result() or {}
     except UserError as error:
         listed.state, listed.todo = "damaged", str(error)
         return listed

@@ -93,7 +93,7 @@ def _run() -> None:
         sweep = proposing(cells[0].cfg.output_dir) if searches else frozen(cells)
         with sweep as folder, _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
             _hydra(args)
-            if searches:
+            if folder is not None:
                 planned = proposed_runs(folder)
         print_results(planned)
         left = unfinished(planned)
@@ -209,7 +209,7 @@ def job(cfg: DictConfig) -> float | None:
 
     settle()
     mask_logs()
-    hydra_cfg = HydraConfig.get()
+    hydra_cfg: Any = HydraConfig.get()  # a DictConfig of the structure that Hydra declares
     main_died = _watch_main() if starts_workers_here(hydra_cfg.launcher._target_) else None
     ranks = Ranks.connect()
     if not ranks.is_main:

@@ -49,7 +49,7 @@ def check_step_size(step_size: Any, dim: int = 6) -> None:
         sizes = [torch.as_tensor(step_size(of), dtype=torch.float64) for of in both]
         assert all(size.shape in ((), (1, dim)) for size in sizes), f"γ({t}) has the shape {tuple(sizes[0].shape)}"
         assert all(bool((size.isfinite() & (size > 0)).all()) for size in sizes), f"γ({t}) is {sizes[0]}"
-        _close(*sizes, f"γ({t}) of an integer and of a tensor")
+        _close(sizes[0], sizes[1], f"γ({t}) of an integer and of a tensor")
         first = sizes[0] if first is None else first
         assert not constant or torch.equal(sizes[0], first), f"γ({t}) is not γ(1), constant_along_chain"
 
@@ -131,7 +131,7 @@ def check_objective(objective: Any, model: Any = None, batch: Batch | None = Non
         part = Batch(batch.x[rows], batch.index[rows])
         halves.append(objective.gradients(replace(context, batch=part, noise=replace(noise, rows=rows))))
     for number, gradient in enumerate([*whole.theta, *whole.phi]):
-        mean = sum([*half.theta, *half.phi][number] for half in halves) / 2
+        mean = torch.stack([[*half.theta, *half.phi][number] for half in halves]).mean(0)
         _close(gradient, mean, f"gradient {number} of a batch, and the mean of its halves',", 1e-3)
 
 

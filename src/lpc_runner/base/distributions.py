@@ -101,6 +101,8 @@ class _ScaledLikelihood(Independent):
     """
 
     data_kinds: ClassVar[tuple[str, ...]] = ("images", "real-valued series")
+    log_scale: Tensor
+    num_observed: Tensor
 
     @checked
     def __init__(

@@ -28,12 +28,15 @@ class Likelihood(Protocol):
 
     def __call__(self, x: Tensor, predictor: Tensor) -> Tensor:
         """log p(x | η) in nats, (B,), summed over all dimensions; differentiable once in η and the parameters."""
+        ...
 
     def mean(self, predictor: Tensor) -> Tensor:
         """E[x | η], (B, ...), in the units of x: what is drawn as a sample or a reconstruction."""
+        ...
 
     def scalars(self) -> dict[str, Tensor]:
         """Quantities of its own, 0-d, logged as train/<name> and measured under their name at the end."""
+        ...
 
     def observe(self, x: Tensor, mean: Tensor, average: Callable[[Tensor], Tensor]) -> None:
         """After an update, what is estimated without a gradient, from x and E[x | η] of this process's rows.

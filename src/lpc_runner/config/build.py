@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import (
@@ -26,7 +26,7 @@ from lpc_runner.base.schema import (
 )
 from lpc_runner.config.classes import place_of
 from lpc_runner.config.compose import recompose_group
-from lpc_runner.config.options import dotted, options_of, unknown_key
+from lpc_runner.config.options import as_dict, dotted, options_of, unknown_key
 
 # Keys of the root that belong to no group, with their types.
 ROOT = {
@@ -35,7 +35,7 @@ ROOT = {
     "engine": Literal["auto", "eager", "compiled", "cuda_graph"],
     "precision": Literal["fp32", "tf32", "bf16"],
     "deterministic": bool,
-    "num_threads": PositiveInt | None,
+    "num_threads": PositiveInt | None,  # pyright: ignore[reportOperatorIssue]  # Annotated has `|`
     "runs_per_gpu": PositiveInt,
     "optimized_metric": str | None,
     "study": str,
@@ -106,7 +106,7 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
     Raises UserError, one line that names the key, for an unknown key, a wrong type, a value out of range, or options
     that do not go together.
     """
-    values = OmegaConf.to_container(cfg, resolve=True)
+    values = as_dict(cfg, resolve=True)
     _check_root(values)
     known = list(dotted(values))
     parts = {group: instantiate(values[group], group, known) for group in GROUPS}
@@ -232,7 +232,7 @@ def _fitting(group: str, kind: str) -> str:
     """The options of a group that take data of this kind, with all that they bring along, in words."""
     fitting = []
     for option in options_of(group):
-        node = OmegaConf.to_container(recompose_group(group, option))
+        node = as_dict(recompose_group(group, option))
         parts = [node, *filter(_is_object, node.values())]
         if all(kind in getattr(_locate(part["_target_"], group), "data_kinds", [kind]) for part in parts):
             fitting.append(option)

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.config.classes import name_classes
-from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, dotted, unknown_key
+from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, as_dict, dotted, unknown_key
 from lpc_runner.config.own_files import OwnFiles, require_own_names
 from lpc_runner.config.words import as_text, parsed, values_of
 
@@ -66,14 +66,14 @@ class Cell:
 
 def cell_text(cell: Cell) -> str:
     """A cell as JSON."""
-    cfg = OmegaConf.to_container(cell.cfg, resolve=True)
+    cfg = as_dict(cell.cfg, resolve=True)
     return json.dumps({"overrides": cell.overrides, "choices": cell.choices, "cfg": cfg}, indent=1)
 
 
 def cell_from(text: str) -> Cell:
     """The cell that `cell_text` wrote."""
     cell = json.loads(text)
-    return Cell(OmegaConf.create(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
+    return Cell(DictConfig(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
 
 
 def compose_command(args: argparse.Namespace) -> Composed:
@@ -84,8 +84,9 @@ def compose_command(args: argparse.Namespace) -> Composed:
     with _initialised(folder), _errors_with_key():
         cells, launcher, sweeper = _expand(args)
         composed = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])])
-        for cell in composed if folder else []:
-            require_own_names(folder, cell.choices)
+        if folder is not None:
+            for cell in composed:
+                require_own_names(folder, cell.choices)
         return Composed(composed, launcher, sweeper)
 
 
@@ -147,7 +148,7 @@ def _expand(args: argparse.Namespace) -> tuple[list[list[str]], str, str | None]
     if not sweeper.endswith(f".{BasicSweeper.__name__}"):
         last = {axis.get_key_element(): axis for axis in axes}  # the command line's before the experiment's
         swept = {key: f"{key}={_first_value(axis)}" for key, axis in last.items() if axis.is_sweep_override()}
-        cell = [swept.get(key, axis.input_line) for key, axis in last.items()]
+        cell = [swept.get(key, str(axis.input_line)) for key, axis in last.items()]
         return [cell], launcher, hydra_cfg.runtime.choices["hydra/sweeper"]
     for sweep in (axis for axis in axes if axis.is_sweep_override()):
         values_of(sweep)
@@ -195,7 +196,7 @@ def _compose_all(cells: list[list[str]], folders: list[Path]) -> list[Cell]:
         key = (*rest, *sorted(values))
         if key not in known:
             full = _compose_raw(overrides)
-            cfg = OmegaConf.masked_copy(full, [name for name in full if name != "hydra"])
+            cfg = OmegaConf.masked_copy(full, [str(name) for name in full if name != "hydra"])
             known[key] = cfg, choices_of(full.hydra)
         cfg, choices = copy.deepcopy(known[key][0]), dict(known[key][1])
         for name, value in values.items():
@@ -259,8 +260,7 @@ def _explain(error: Exception) -> str:
 
 def known_keys() -> list[str]:
     """Every key of the configuration as it stands without overrides, in dotted form."""
-    cfg = compose(CONFIG_NAME)
-    return list(dotted(OmegaConf.to_container(cfg)))
+    return list(dotted(as_dict(compose(CONFIG_NAME))))
 
 
 def _first_sentence(error: Exception) -> str:

@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 
 from lpc_runner.base.files import plain_name
 from lpc_runner.config.compose import Cell
+from lpc_runner.config.options import as_dict
 from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES
 
 
 def run_hash(cell: Cell, dataset_identity: dict[str, object]) -> str:
     """Hex SHA-256 of what the run computes; the dataset enters by its content, not by its path."""
-    values = copy.deepcopy(OmegaConf.to_container(cell.cfg, resolve=True))
+    values = copy.deepcopy(as_dict(cell.cfg, resolve=True))
     for path, first in FIRST_VALUES.items():
         group, _, key = path.partition(".")
         if values[group]["_target_"].startswith("lpc_runner.") and values[group].get(key) == first:

@@ -6,9 +6,10 @@ import difflib
 import functools
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from omegaconf import OmegaConf
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel carries conf/ inside the package, a checkout has it beside src/.
@@ -39,6 +40,11 @@ def keys_of(group: str, option: str) -> set[str]:
     bases = [base for base in content.get("defaults", []) if isinstance(base, str) and base != "_self_"]
     own = content.get(group, content)  # below its group's name in a file of the package _global_
     return set(own).union(*(keys_of(group, base) for base in bases)) - {"defaults"}
+
+
+def as_dict(cfg: Any, resolve: bool = False) -> dict[str, Any]:
+    """A configuration as dictionaries and lists, its references resolved if asked; its keys are text."""
+    return cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=resolve))
 
 
 def dotted(node: dict, prefix: str = "") -> Iterator[str]:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.config.options import groups, options_of, owners, root_keys
+from lpc_runner.config.options import as_dict, groups, options_of, owners, root_keys
 
 _PACKAGE_LINE = "# @package _global_"
 # Groups whose options set the keys of other groups: without that line they would set keys of their own name.
@@ -85,9 +85,9 @@ def _entries(path: Path, text: str) -> dict[str, tuple[Any, int]]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}, line {root.start_mark.line + 1}: no mapping (key: value)")
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = as_dict(OmegaConf.load(path))
     except yaml.MarkedYAMLError as error:
-        where = error.problem_mark.line + 1
+        where = error.problem_mark.line + 1 if error.problem_mark else 1
         tab = "; indent with spaces, not with tabs" if "'\\t'" in str(error.problem) else ""
         raise UserError(f"{path}, line {where}: {error.problem}{tab}") from None
     except yaml.reader.ReaderError as error:

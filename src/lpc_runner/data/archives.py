@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.files import is_refusal
 
 # What zipfile, zlib, numpy, scipy and h5py raise on a file whose bytes are not what they were.
 _DAMAGE = (
@@ -52,7 +51,7 @@ def damage_named(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: needs more memory than there is") from error
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:120]
-        if is_refusal(error):
+        if isinstance(error, OSError) and error.errno:  # refused, which says nothing about the content
             raise UserError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
         if isinstance(error, NotImplementedError) or "password" in reason:  # of zipfile
             raise UserError(f"{path}: cannot be read here ({reason}), write it with np.savez") from error

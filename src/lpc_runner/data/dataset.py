@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class Batch:
 class Dataset(ABC):
     """A source of examples; constructing one reads no data."""
 
-    kind: ClassVar[str]  # what an example is, in words for messages: "images", "spike counts", "real-valued series"
+    kind: str  # what an example is, in words for messages: "images", "spike counts", "real-valued series"
     name: str
     num_levels: int | None = None  # of a value that the model sees, equally spaced in [-1, 1]; None: any value or count
     num_held_out: int = 0  # last neurons of a sequence that no encoder and no chain may see
@@ -161,7 +161,7 @@ class Batches:
                 f"batch_size must be at most {len(split)}, got {batch_size}"
             )
         self.values = split.values.to(device)
-        self._grey = split.grey.to(device) if split.redrawn else None
+        self._grey = split.grey.to(device) if split.redrawn and split.grey is not None else None
         self.batch_size = batch_size
         self.num_batches = len(split) // batch_size
         self._dataset = dataset

@@ -44,7 +44,7 @@ class Digits(ImageDataset):
         """Both splits with labels 0..9, resized from 8x8 by `enlarge`."""
         from sklearn.datasets import load_digits
 
-        images, labels = load_digits(return_X_y=True)
+        images, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
         images = enlarge(images.reshape(-1, 8, 8))
         train, test = stratified_split(labels)
         data = Data(

@@ -86,7 +86,12 @@ class ImageFolder(ImageDataset):
             name = path.relative_to(self._path).as_posix().encode("utf-8", "surrogateescape")
             digest.update(name + f"\0{content_hash(path)}\n".encode())
         shape, (train, test) = list(self.shape), self._listing.folders
-        facts = {"name": self.name, "preprocessing": _VERSION, "shape": shape, "files": digest.hexdigest()}
+        facts: dict[str, object] = {
+            "name": self.name,
+            "preprocessing": _VERSION,
+            "shape": shape,
+            "files": digest.hexdigest(),
+        }
         facts |= self.binarisation.identity()
         # Without it, a run from when such folders were classes, trained on both, would be taken for this one.
         return facts if test is None or (train, test) == ("train", "test") else facts | {"splits": [train, test]}
@@ -141,7 +146,7 @@ class ImageFolder(ImageDataset):
             roles = split_folders(sorted(names))
             if "train" not in roles:
                 if "test" in roles or (roles and len(roles) == len(names)):
-                    only = roles.get("test", roles.get("valid"))
+                    only = roles["test" if "test" in roles else "valid"]
                     raise UserError(
                         f"has a folder {shown(only)} but no folder train beside it (to train on its images: "
                         f"dataset.path={shown(self._path / only)})"
@@ -152,11 +157,11 @@ class ImageFolder(ImageDataset):
         train, test = roles.get("train"), roles.get("test", roles.get("valid"))
         if train is None:
             return self._held_out(found.images, None, found.passed_over)
-        parts: dict[str, list[Path]] = {train: [], test or "": []}
+        parts: dict[str, list[Path]] = {name: [] for name in (train, test) if name}
         passed_over = Counter(found.passed_over)
         for path in found.images:
             name = "" if path.parent == self._path else top(path)
-            if name in (train, test):
+            if name in parts:
                 parts[name].append(path)
             else:
                 passed_over[f"images in {shown(name)}" if name else f"images beside {shown(train)}"] += 1
@@ -173,12 +178,13 @@ class ImageFolder(ImageDataset):
         folders = parts[1:-1] if self._listing.folders[0] else parts[:-1]
         return folders[0] if folders else None
 
-    def _classes(self, paths: list[Path]) -> dict[str, int] | None:
+    def _classes(self, paths: list[Path]) -> dict[str | None, int] | None:
         """Class names in sorted order to labels 0, 1, ...; None if some image lies in no class folder."""
         names = {self._class_of(path) for path in paths}
-        return None if None in names else {name: label for label, name in enumerate(sorted(names))}
+        named = sorted(name for name in names if name is not None)
+        return None if len(named) < len(names) else {name: label for label, name in enumerate(named)}
 
-    def _decode(self, paths: list[Path], classes: dict[str, int] | None) -> Split:
+    def _decode(self, paths: list[Path], classes: dict[str | None, int] | None) -> Split:
         images = decode_all(self._decode_one, paths, np.empty((len(paths), *self.shape), np.uint8))
         labels = None if classes is None else np.array([classes[self._class_of(path)] for path in paths])
         return image_split(self._path, images, labels)

@@ -133,7 +133,7 @@ def _header(item: Any) -> Header:
 
 def _lacking(item: Any) -> str:
     """The first filter of a dataset that this HDF5 does not have, with the package that has it."""
-    from h5py import h5z
+    from h5py import h5z  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
     properties = item.id.get_create_plist()
     for number in range(properties.get_nfilters()):

@@ -126,12 +126,13 @@ def require_pixels(paths: list[Path]) -> int:
 @functools.cache
 def _pixels(path: Path, size: int, modified: int) -> tuple[str, int]:
     """What keeps a file from being decoded, if anything; about its largest grey level."""
+    import numpy as np
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             image.draft("L", (64, 64))  # of a JPEG, all of it is read and little of it computed
-            return "", image.convert("L").getextrema()[1]
+            return "", int(np.asarray(image.convert("L")).max())
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         return f"not a readable image ({reason(error)})", 0
 

@@ -28,7 +28,7 @@ class Layout:
     def shape(self, split: int) -> tuple[int, int, int]:
         """(trials, T, N) of the training (0) or validation (1) split."""
         first, *rest = (self.headers[key].shape for key in self.parts[split])
-        return (*first[:2], first[2] + sum(shape[2] for shape in rest))
+        return first[0], first[1], first[2] + sum(shape[2] for shape in rest)
 
 
 def layout_of(

@@ -112,7 +112,7 @@ def check_numbers(path: Path, key: str, values: np.ndarray) -> None:
 
 def _padding(missing: np.ndarray) -> str:
     """What to do where missing (trials, T, N) are the ends of trials."""
-    lasting = missing.all(2)
+    lasting = np.asarray(missing.all(2))
     lengths = np.where(lasting.any(1), lasting.argmax(1), missing.shape[1])
     is_padding = np.array_equal(lasting, np.arange(missing.shape[1]) >= lengths[:, None])
     if not is_padding or not np.array_equal(missing.any(2), lasting):

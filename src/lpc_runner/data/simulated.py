@@ -101,7 +101,8 @@ class SampledLinearSystem(SimulatedDataset):
     def system(self) -> LinearSystem:
         """The parameters that the trials were drawn from. Raises UserError if the file is missing or damaged."""
         arrays = {key.removeprefix(_SYSTEM): value for key, value in self.arrays().items() if key.startswith(_SYSTEM)}
-        return LinearSystem(**(arrays | {"scale": float(arrays["scale"])}))
+        scale = float(arrays.pop("scale"))
+        return LinearSystem(**arrays, scale=scale)
 
     def log_evidence(self, values: np.ndarray) -> np.ndarray | None:
         """log p of trials (B, T, N) of held-in neurons under the true system in nats, (B,); None for Poisson."""

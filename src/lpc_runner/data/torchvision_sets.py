@@ -156,7 +156,8 @@ class MNIST(TorchvisionImages):
 
     def _read(self) -> tuple[Arrays2, Arrays2]:
         train, test = (self._torchvision_class()(self._data_dir, train=train) for train in (True, False))
-        return tuple((part.data.numpy()[:, None], part.targets.numpy()) for part in (train, test))
+        as_arrays = lambda part: (part.data.numpy()[:, None], part.targets.numpy())
+        return as_arrays(train), as_arrays(test)
 
 
 class FashionMNIST(MNIST):
@@ -197,7 +198,7 @@ class SVHN(TorchvisionImages):
         from torchvision.datasets import SVHN as Source
 
         train, test = (Source(self._folder, split=split) for split in ("train", "test"))
-        return tuple((part.data, part.labels) for part in (train, test))
+        return (train.data, train.labels), (test.data, test.labels)
 
 
 class CIFAR10(TorchvisionImages):
@@ -229,7 +230,8 @@ class CIFAR10(TorchvisionImages):
             # The published pickles describe their dtype as NumPy did in 2009; NumPy 2.4 warns about it.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align")
             train, test = (Source(self._folder, train=train) for train in (True, False))
-        return tuple((part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test))
+        as_arrays = lambda part: (part.data.transpose(0, 3, 1, 2), np.array(part.targets))
+        return as_arrays(train), as_arrays(test)
 
 
 class CelebA64(TorchvisionImages):
@@ -289,7 +291,8 @@ class CelebA64(TorchvisionImages):
                 yield np.stack(list(pool.map(decode, members[start : start + _CELEBA_CHUNK])))
 
     def _read(self) -> tuple[Arrays2, Arrays2]:
-        return tuple((load_images(self._cached(split)), None) for split in self.partitions)
+        train, test = (load_images(self._cached(split)) for split in self.partitions)
+        return (train, None), (test, None)
 
 
 def _unpacked(archive: Path) -> bool:
@@ -301,7 +304,7 @@ def _unpacked(archive: Path) -> bool:
 
 def _require_gdown() -> None:
     try:
-        import gdown  # noqa: F401
+        import gdown  # noqa: F401  # pyright: ignore[reportMissingImports]  # of an extra
     except ModuleNotFoundError:
         raise UserError("Google Drive needs gdown: pip install 'lpc-runner[celeba]'") from None
 

@@ -94,6 +94,7 @@ class Classifier:
             f"{name} {part}": content
             for name, split in (("train", self._data.train), ("test", self._data.test))
             for part, content in (("values", split.means), ("labels", split.labels))
+            if content is not None
         }
         named = json.dumps([settings, self._identity, hash_of_tensors(content)], sort_keys=True, default=str)
         return hashlib.sha256(named.encode()).hexdigest()
@@ -161,6 +162,7 @@ class Classifier:
 
     @torch.no_grad()
     def _accuracy(self, test: Split, classes: Tensor) -> float:
+        assert test.labels is not None  # as `prepare` requires
         weights = {name: weight.to(self._device) for name, weight in self._weights.items()}
         with exact_arithmetic():
             guesses = [self._logits(part, weights).argmax(1).cpu() for part in test.means.split(512)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lpc_runner.base.errors import UserError
@@ -128,7 +128,7 @@ class Inception:
         self._path = Path(cache_dir) / INCEPTION_FILE if weights is None else Path(weights)
         self._may_fetch = weights is None
         self._device: torch.device | str = "cpu"
-        self._network = None
+        self._network: nn.Module | None = None
         self.fingerprint = ""
 
     def to_fetch(self) -> str | None:
@@ -178,6 +178,7 @@ class Inception:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 1 or 3, H, W) to float32 (B, 2048); the network itself resizes to 299 pixels as
         TensorFlow 1 did."""
+        assert self._network is not None, "prepare() comes first"
         images = images.to(self._device)
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)

@@ -7,7 +7,7 @@ log-likelihood, a smoother's moments, and the posterior of the flat z of `models
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Filtered(NamedTuple):
     innovation: Tensor
 
 
-def is_linear_gaussian(model: torch.nn.Module) -> bool:
+def is_linear_gaussian(model: torch.nn.Module) -> TypeGuard[LFADS]:
     """Whether the functions below have an answer for this model."""
     if not (isinstance(model, LFADS) and isinstance(model.generator, LinearDynamics)):
         return False
@@ -56,7 +56,7 @@ def is_linear_gaussian(model: torch.nn.Module) -> bool:
 @torch.no_grad()
 def linear_gaussian(model: LFADS) -> LinearGaussian:
     """The system that model=lds is, in float64 on the CPU."""
-    assert is_linear_gaussian(model)
+    assert is_linear_gaussian(model) and isinstance(model.generator, Linear)
     read = lambda tensor: tensor.detach().double().cpu()
     spread, transition = read(model.initial_map.weight), read(model.generator.transition.weight)
     inputs = model.generator.input_map
@@ -153,7 +153,9 @@ def posterior(model: LFADS, x: Tensor) -> MultivariateNormal:
     output = lambda z: model.decode(z)[..., model.held_in].flatten()
     map_ = jacrev(output)(zero)[:, 0].detach().double().cpu()
     centred = x[..., model.held_in].flatten(1).double().cpu() - output(zero).detach().double().cpu()
-    variance = model.likelihood.gaussian_variance().detach().double().cpu()
+    variance = model.likelihood.gaussian_variance()
+    assert variance is not None  # of a Gaussian
+    variance = variance.detach().double().cpu()
     precision = torch.eye(model.latent_dim, dtype=torch.float64) + map_.T @ map_ / variance
     mean = torch.linalg.solve(precision, (centred @ map_ / variance).T).T
     return MultivariateNormal(mean, precision_matrix=precision.expand(len(x), -1, -1))

@@ -34,26 +34,29 @@ class _Average:
     """Running means of what the model makes of z."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.count, self.sums = model, 0, None
+        self.model, self.count = model, 0
+        self.sums: list[Any] = []
 
     @torch.no_grad()
     def add(self, z: Tensor) -> None:
         run = self.model.run(z)
         parts = [self.model.decode(z), run.factors, run.inputs]
-        if self.sums is None:
-            self.sums = [0.0] * len(parts)
-        self.sums = [None if part is None else total + part for total, part in zip(self.sums, parts)]
+        self.sums = [
+            None if part is None else total + part for total, part in zip(self.sums or [0.0] * len(parts), parts)
+        ]
         self.count += 1
 
     def means(self) -> Means:
-        return Means(*(None if total is None else total / self.count for total in self.sums))
+        means: list[Any] = [None if total is None else total / self.count for total in self.sums]
+        return Means(*means)
 
 
 def joined(parts: Iterable[Means]) -> Means:
     """Means of consecutive trials as one."""
     parts = list(parts)
-    inputs = None if parts[0].inputs is None else torch.cat([part.inputs for part in parts])
-    return Means(torch.cat([part.rates for part in parts]), torch.cat([part.factors for part in parts]), inputs)
+    inputs = [part.inputs for part in parts if part.inputs is not None]
+    rates, factors = (torch.cat([getattr(part, name) for part in parts]) for name in ("rates", "factors"))
+    return Means(rates, factors, torch.cat(inputs) if inputs else None)
 
 
 @torch.no_grad()

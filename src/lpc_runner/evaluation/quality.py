@@ -74,7 +74,8 @@ class SampleQuality(Metrics):
                 raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
         if weights is not None and extractor != "inception":
             _log.warning("metrics.weights has no effect with metrics.extractor=%s", extractor)
-        self.extractor, self.weights, self.k = extractor, weights, k
+        self.extractor: ExtractorName = extractor
+        self.weights, self.k = weights, k
         self.num_samples, self.max_references, self.reference = num_samples, max_references, reference
         self.batch_size, self.every_epochs = batch_size, every_epochs
         self.num_samples_during = num_samples_during

@@ -7,6 +7,7 @@ import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,8 @@ class Reference:
             "scalars": torch.tensor([self.within, floor, self.num_floor], dtype=torch.float64),
         }
         buffer = io.BytesIO()
-        np.savez(buffer, seal=_seal(stored, key), **{name: tensor.numpy() for name, tensor in stored.items()})
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in stored.items()}
+        np.savez(buffer, seal=_seal(stored, key), **arrays)
         write_cache(path, buffer.getvalue())
 
 

@@ -16,7 +16,7 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Batch, Data, Dataset
-from lpc_runner.data.sequences import COUNTS, SERIES
+from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
 from lpc_runner.evaluation import kalman, spike_metrics
 from lpc_runner.evaluation.bounds import COLD, FreePosterior, fit_free_posterior, importance_bound
 from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
@@ -59,7 +59,7 @@ class SequenceQuality(Metrics):
 
     def evaluator(
         self,
-        dataset: Dataset,
+        dataset: SequenceDataset,
         data: Data,
         cache_dir: Path,
         device: torch.device | str,
@@ -111,7 +111,7 @@ class SequenceEvaluator(Evaluator):
     """Measures on the test split; seed names every draw, so that runs of one seed share their noise."""
 
     def __init__(
-        self, dataset: Dataset, data: Data, settings: SequenceQuality, device: torch.device | str, seed: int
+        self, dataset: SequenceDataset, data: Data, settings: SequenceQuality, device: torch.device | str, seed: int
     ) -> None:
         self.dataset, self.data, self.settings, self.seed = dataset, data, settings, seed
         self.held_out = dataset.num_held_out
@@ -197,6 +197,7 @@ class SequenceEvaluator(Evaluator):
     # Posteriors ---------------------------------------------------------------------------------------------
 
     def _encoded(self, trained: Trained, index: Tensor) -> DiagonalGaussian:
+        assert trained.encoder is not None
         with torch.no_grad():
             parts = [trained.encoder(Batch(self.x[rows], rows)) for rows in index.split(CHUNK)]
         return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.variance for q in parts]))
@@ -247,7 +248,7 @@ class SequenceEvaluator(Evaluator):
             numbers["elbo"] = float(whole.elbo.mean())
         return numbers, fitted.q
 
-    def _free(self, model: nn.Module, x: Tensor, start: DiagonalGaussian, cold: bool) -> FreePosterior:
+    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian, cold: bool) -> FreePosterior:
         """The best factorised q of every trial: in closed form where there is one, else fitted from `start`.
 
         cold: the start knows nothing of x, so that large steps lead into the neighbourhood first.
@@ -282,7 +283,7 @@ class SequenceEvaluator(Evaluator):
             self.values[..., self.held_in], self.extras["rates"][..., self.held_in]
         )
 
-    def _divergences(self, model: nn.Module, q: DiagonalGaussian) -> dict[str, float]:
+    def _divergences(self, model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, float]:
         """KL(q ‖ p) in all and of every named block, means over trials."""
         kl = q.kl_per_dimension(model.prior).double().mean(0)
         blocks = {f"kl_{name}": float(kl[part].sum()) for name, part in model.blocks.items()}

@@ -145,6 +145,7 @@ def factors_picture(trials: Trials, path: Path) -> None:
 def inputs_picture(trials: Trials, path: Path) -> None:
     """Inferred inputs of single trials and, averaged over trials around the pulse, their norm; the pulse is marked."""
     chosen = trials.chosen(NUM_TRIALS)
+    assert trials.means.inputs is not None
     inputs = _array(trials.means.inputs)
     pulse = trials.extras["pulse_bin"].cpu().numpy() if "pulse_bin" in trials.extras else None
     aligned = None if pulse is None else _around(np.linalg.norm(inputs, axis=2), pulse, min(20, inputs.shape[1] // 4))

@@ -146,7 +146,7 @@ class ChainNoise:
         self,
         seed: int,
         update: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         rows: slice = slice(None),
@@ -344,6 +344,7 @@ def finish_chain(
     if sampler.theta_states == "last":
         last = potential(z, accumulate=bool(potential.parameters))
         first, num_states = first or last, 1
+    assert first is not None  # without steps, only the last state's gradient can be asked for
     gradient = [total / (num_states * len(z)) for total in potential.sums]
     if square is not None:
         square = square / (num_steps * len(z))

@@ -122,9 +122,10 @@ class Context:
         """z(0) of the chain, (B, d), where the sampler's `start` says. warm: a draw z ~ q, None without an encoder."""
         place = declared(self.sampler, Sampler, "start")
         place = declared(self.sampler, Sampler, "first_start") if place == "persistent" else place
-        first = warm
         if warm is None or (self.sampler.num_steps > 0 and (self.start_from_prior or place == "prior")):
             first = self.model.prior.scale * self.noise.normal("prior_start")
+        else:
+            first = warm
         return first if self.kept is None else self.kept.resume(self.batch.index, first)
 
     def log_joint(self, z: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ class Eager:
     shows_steps = True
 
     def __init__(self, precision: Precision = "fp32", device: torch.device = CPU) -> None:
-        self.precision, self.device = precision, device
+        self.precision: Precision = precision
+        self.device = device
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """Inside, CUDA's products are exact float32, or TF32 where that is the precision."""
@@ -185,7 +186,8 @@ class Block:
             state = state._replace(t=self.times[index])
             state, info = advance(self.sampler, self.step, state, self.potential, accumulate, self.noise[index])
             self.states[index].copy_(state.z)
-            self.log_joints[index].copy_(info.log_joint), self.drifts[index].copy_(info.drift)
+            self.log_joints[index].copy_(info.log_joint)
+            self.drifts[index].copy_(info.drift)
             record(self.variances, index, info.noise_variance)
             if self.errors is not None:
                 self.errors[index].copy_(info.energy_error)

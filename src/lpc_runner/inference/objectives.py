@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Annotated, Any
 
 import torch
@@ -76,7 +76,7 @@ class WeightedKL(interfaces.Objective):
     def loss(self, forward: Callable[[], Tensor], reverse: Callable[[], Tensor]) -> Tensor:
         """The encoder's loss, (B,); a term with weight 0 is never computed."""
         terms = [(self.forward, forward), (self.reverse, reverse)]
-        return sum(weight * term() for weight, term in terms if weight > 0)
+        return reduce(torch.add, (weight * term() for weight, term in terms if weight > 0))
 
     def gradients(self, context: Context) -> Gradients:
         """Algorithm 1 for one batch, up to and without the optimisers' steps.
@@ -107,7 +107,7 @@ class WeightedKL(interfaces.Objective):
         phi, (scalars, maxima), num_evaluations = [], _describe(chain, sampler), chain.num_evaluations
         if shadow is not None:
             scalars["chain/mala_acceptance"] = shadow.mean()
-        if q is not None:
+        if q is not None and warm is not None:
             at_warm = chain.first
             if start is not warm:
                 with engine.autocast(), constant(context.theta):
@@ -152,10 +152,11 @@ class VariationalEM(WeightedKL):
         """φ's gradient of -ELBO, the mean over num_samples draws z ~ q, and the evaluations that it took."""
         model, q = context.model, context.q()
         potential = FusedPotential(partial(context.engine.potential_of(model.log_joint), context.batch.x), ())
-        loss = 0.0
+        parts = []
         for sample in range(self.num_samples):
             z = q.rsample(context.noise.normal(f"encoder_step/{sample}"))
-            loss = loss + reverse_kl(q, model.prior, z, *potential(z, False)).mean() / self.num_samples
+            parts.append(reverse_kl(q, model.prior, z, *potential(z, False)).mean() / self.num_samples)
+        loss = reduce(torch.add, parts)
         return list(torch.autograd.grad(loss, context.phi)), potential.num_evaluations * len(z)
 
 

@@ -140,6 +140,7 @@ class Fisher(Preconditioner):
 
     def scalars(self) -> dict[str, Tensor]:
         """The smallest and the largest of m."""
+        assert self.second_moment is not None  # set by the update's `observe`
         return {"chain/fisher_min": self.second_moment.min(), "chain/fisher_max": self.second_moment.max()}
 
     def state_dict(self) -> dict[str, Tensor | None]:

@@ -80,8 +80,9 @@ class Linear(LatentVariableModel):
 
     def posterior(self, x: Tensor) -> MultivariateNormal:
         """p(z|x; θ) = N(Σ Wᵀ(x - b)/σ², Σ), Σ⁻¹ = WᵀW/σ² + I/s²; batch (B,), event (latent_dim,)."""
-        weight, bias = self.decoder[0].weight, self.decoder[0].bias
+        weight, bias = self.decoder.parameters()
         variance = self.likelihood.gaussian_variance()
+        assert variance is not None  # as the constructor requires
         identity = torch.eye(self.latent_dim, dtype=weight.dtype, device=weight.device)
         precision = weight.T @ weight / variance + identity / self.prior.scale**2
         covariance = torch.linalg.inv(precision)
@@ -90,8 +91,9 @@ class Linear(LatentVariableModel):
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """log p(x; θ) = log N(x; b, s² W Wᵀ + σ²I) in nats, (B,)."""
-        weight, bias = self.decoder[0].weight, self.decoder[0].bias
+        weight, bias = self.decoder.parameters()
         identity = torch.eye(self.data_dim, dtype=weight.dtype, device=weight.device)
-        covariance = self.prior.scale**2 * weight @ weight.T
-        covariance = covariance + self.likelihood.gaussian_variance() * identity
+        variance = self.likelihood.gaussian_variance()
+        assert variance is not None  # as the constructor requires
+        covariance = self.prior.scale**2 * weight @ weight.T + variance * identity
         return MultivariateNormal(bias, covariance).log_prob(x.flatten(1))

@@ -43,13 +43,13 @@ class LinearDynamics(nn.Module):
 
     def forward(self, initial: Tensor, inputs: Tensor | None, num_steps: int) -> Tensor:
         drive = self.transition.bias.expand(len(initial), num_steps, -1)
-        if inputs is not None:
+        if self.input_map is not None:
             drive = drive + self.input_map(inputs)
         return recursion(initial, drive, self.transition.weight)
 
     def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
         moved = self.transition(state)
-        return moved if inputs is None else moved + self.input_map(inputs)
+        return moved if self.input_map is None else moved + self.input_map(inputs)
 
 
 class Additive(nn.Module):
@@ -67,7 +67,7 @@ class Additive(nn.Module):
             nn.init.orthogonal_(self.input_map.weight, gain=0.1)
 
     def forward(self, initial: Tensor, inputs: Tensor | None, num_steps: int) -> Tensor:
-        noise = [0.0] * num_steps if inputs is None else self.input_map(inputs).unbind(1)
+        noise = [0.0] * num_steps if self.input_map is None else self.input_map(inputs).unbind(1)
         states, state = [], initial
         for increment in noise:
             state = self._advance(state) + increment
@@ -76,7 +76,7 @@ class Additive(nn.Module):
 
     def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
         moved = self._advance(state)
-        return moved if inputs is None else moved + self.input_map(inputs)
+        return moved if self.input_map is None else moved + self.input_map(inputs)
 
     def _advance(self, state: Tensor) -> Tensor:
         return state + self.outer(self.activation(self.inner(state)))
@@ -115,12 +115,12 @@ class Recurrent(nn.Module):
         return self
 
     def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
-        network = self.network
         if inputs is None:
             inputs = state.new_zeros(*state.shape[:-1], self.input_dim)
         hidden = state.chunk(2, dim=-1)[0] if self.kind == "lstm" else state
-        of_input = F.linear(inputs, network.weight_ih_l0, network.bias_ih_l0)
-        of_state = F.linear(hidden, network.weight_hh_l0, network.bias_hh_l0)
+        input_weight, state_weight, input_bias, state_bias = self.network.parameters()
+        of_input = F.linear(inputs, input_weight, input_bias)
+        of_state = F.linear(hidden, state_weight, state_bias)
         if self.kind == "vanilla":
             return self.activation(of_input + of_state)
         if self.kind == "gru":
@@ -132,7 +132,10 @@ class Recurrent(nn.Module):
         return torch.cat([torch.sigmoid(leave) * torch.tanh(cell), cell], -1)
 
 
-def build_generator(kind: str, state_dim: int, input_dim: int, hidden_dim: int, nonlinearity: str) -> nn.Module:
+Generator = Linear | Additive | Recurrent
+
+
+def build_generator(kind: str, state_dim: int, input_dim: int, hidden_dim: int, nonlinearity: str) -> Generator:
     """The generator of that name: linear, additive, vanilla, gru or lstm."""
     if kind == "linear":
         return LinearDynamics(state_dim, input_dim)

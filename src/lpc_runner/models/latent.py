@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,7 @@ class LatentVariableModel(nn.Module, ABC):
 class EncoderInterface(ABC):
     """q(z|x; φ) by a module; what of this one leaves out has the default given here (`schema.declared`)."""
 
+    parameters: Callable[[], Iterator[nn.Parameter]]  # of the module that it is
     amortised: bool = True  # whether it answers for examples that it was not trained on
 
     @abstractmethod

@@ -91,6 +91,7 @@ class SequentialModel(LatentVariableModel):
         factors = self.run(z).factors
         value = self.likelihood(x[..., self.held_in], self.predictor(factors, self.held_in))
         if self.training and self.held_out.start < self.num_neurons:
+            assert isinstance(self.likelihood, nn.Module)
             constants = {name: parameter.detach() for name, parameter in self.likelihood.named_parameters()}
             predictor = self.predictor(factors.detach(), self.held_out)
             held_out = functional_call(self.likelihood, constants, (x[..., self.held_out], predictor))
@@ -177,12 +178,13 @@ class LFADS(SequentialModel):
     ) -> None:
         input_dim = input_dim if inputs == "inferred" else 0
         network = build_generator(generator, state_dim, input_dim, hidden_dim, nonlinearity)
-        shapes = {"initial_condition": (initial_dim or network.initial_size,)}
+        initial_dim = initial_dim or network.initial_size
+        shapes: dict[str, tuple[int, ...]] = {"initial_condition": (initial_dim,)}
         if input_dim:
             shapes["inputs"] = (data_shape[0], input_dim)
         super().__init__(data_shape, num_held_out, likelihood, shapes, num_factors or state_dim)
         self.generator = network
-        self.initial_map = nn.Linear(*shapes["initial_condition"], network.initial_size)  # m_0 and L_0
+        self.initial_map = nn.Linear(initial_dim, network.initial_size)  # m_0 and L_0
         nn.init.zeros_(self.initial_map.bias)
         if generator in ("linear", "additive"):
             nn.init.orthogonal_(self.initial_map.weight)

@@ -189,7 +189,7 @@ def small_figure(data: dict[str, Any], name: str) -> Figure:
     columns = int(np.ceil(np.sqrt(number)))
     rows = -(-number // columns)
     figure = new_figure(1.7 * columns, 1.7 * rows + 0.5, MANY)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[number:]:
         panel.set_axis_off()
@@ -219,7 +219,7 @@ def draw_chain(panel: Any, chains: dict[str, np.ndarray], index: int, small: boo
     segments = np.stack([path[:-1], path[1:]], axis=1)
     times = np.linspace(0, 1, max(len(segments), 1))
     width, size = (1.0, 20) if small else (1.9, 80)
-    panel.add_collection(LineCollection(segments, colors=shade(times), linewidths=width, zorder=2))
+    panel.add_collection(LineCollection(list(segments), colors=shade(times), linewidths=width, zorder=2))
     panel.scatter(*path[0], s=size, color=START, edgecolors="black", linewidths=width, zorder=4, label="z(0)")
     panel.scatter(*path[-1], s=size, color=END, edgecolors="white", linewidths=0.6 * width, zorder=4, label="z(T)")
     low, high = path.min(axis=0), path.max(axis=0)

@@ -72,8 +72,8 @@ def differences(first: Group, second: Group, own: Collection[str], times: bool =
     found += _differing_configs(first, second, own)
     if EPOCHS not in own:
         for name, tolerance in (("num_epochs", 0.5), ("num_updates", 0.0)):
-            spans = [_span(group, name) for group in (first, second)]
-            if None not in spans and any(abs(a - b) > tolerance for a, b in zip(*spans)):
+            spans = [span for group in (first, second) if (span := _span(group, name)) is not None]
+            if len(spans) == 2 and any(abs(a - b) > tolerance for a, b in zip(*spans)):
                 words = [" to ".join(dict.fromkeys(show(v, 0 if v == int(v) else None) for v in s)) for s in spans]
                 found.append(f"{name.removeprefix('num_')} trained {words[0]} against {words[1]}")
     seeds = [", ".join(sorted(str(run.seed) for run in group.runs)) for group in (first, second)]

@@ -115,7 +115,9 @@ def _draw_bars(panel: Any, groups: Sequence[Group], values: Sequence[Sequence[fl
             shifts = [0.16 * (index / (len(own) - 1) - 0.5) for index in range(len(own))]
             panel.scatter(own, [place + s for s in shifts], s=26, color="white", edgecolors="black", zorder=3)
     reach = max((max([*own]) for own in values if own), default=1.0)
-    ends = [mean + (statistics.stdev(own) if len(own) > 1 else 0) for mean, own in zip(means, values) if own]
+    ends = [
+        mean + (statistics.stdev(own) if len(own) > 1 else 0) for mean, own in zip(means, values) if mean is not None
+    ]
     reach = max(reach, *ends, 0) or 1.0
     if wide:
         panel.set_xscale("log")
@@ -143,7 +145,7 @@ def grid_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) ->
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(4.4 * columns, 5.2 * rows, MANY)
-    figure.get_layout_engine().set(h_pad=0.12)
+    figure.set_layout_engine("constrained", h_pad=0.12)
     for axis in figure.subplots(rows, columns, squeeze=False).flat:
         axis.set_axis_off()
     for axis, (title, picture) in zip(figure.axes, panels):
@@ -170,7 +172,9 @@ def _panels(groups: Sequence[Group], warnings: list[str]) -> list[tuple[str, Any
             try:
                 panels.append((title, matplotlib.image.imread(path)))
             except (OSError, ValueError, SyntaxError) as error:
-                what = f"cannot be read ({error.strerror})" if is_refusal(error) else "is damaged (no picture)"
+                what = "is damaged (no picture)"
+                if isinstance(error, OSError) and is_refusal(error):
+                    what = f"cannot be read ({error.strerror})"
                 warnings.append(f"{path.parents[1].name}/samples/{path.name} {what}")
     return panels
 
@@ -185,7 +189,7 @@ def _cut(run: Run, group: Group) -> str:
 
 def _order(group: Group) -> int:
     """Methods in the order of the study; of the chains those without preconditioning first."""
-    return {"none": 0, "langevin": 2}.get(group.properties.get("sampler"), 1) + (
+    return {"none": 0, "langevin": 2}.get(group.properties.get("sampler", ""), 1) + (
         group.properties.get("preconditioning", "none") != "none"
     )
 

@@ -38,7 +38,7 @@ def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Ta
             if name in compared:
                 theirs = getattr(papers[group.label], name, None)
                 ours = mean_of(values)
-                row += [_printed(theirs), DASH if None in (theirs, ours) else f"{ours - theirs:+.2f}"]
+                row += [_printed(theirs), DASH if theirs is None or ours is None else f"{ours - theirs:+.2f}"]
     hidden |= {name for name in columns if name.endswith("− paper")}
     notes = [f"Measured with {describe_setting(setting)}."]
     notes += _facts(present) + _comparison(dataset, setting, bool(compared))

@@ -61,10 +61,10 @@ def drift_phase(e: Evidence) -> list[Finding]:
         shared = sorted(set.intersection(*({*traced_updates(run)} for run in runs))) if runs else []
         parts = []
         for update in shared:
-            pair = [
+            first, second = (
                 sample(group, lambda run, update=update: _phase(e, run, update), ENDED) for group in (other, forward)
-            ]
-            parts.append(answer(*pair, f"climbing steps at batch {update:,}"))
+            )
+            parts.append(answer(first, second, f"climbing steps at batch {update:,}"))
         return all_of(parts) if parts else lacking(f"traces of {forward.label} and {other.label} at one batch", 0)
 
     def cell(forward: Group) -> Finding:
@@ -99,7 +99,8 @@ def sharp(e: Evidence) -> list[Finding]:
         return known[run.name]
 
     def distance(run: Run) -> float | str:
-        return "no sample grid, or none of the data" if energy(run) is None else abs(energy(run) - 1)
+        found = energy(run)
+        return "no sample grid, or none of the data" if found is None else abs(found - 1)
 
     def nearer(lpc: Group, vae: Group) -> Finding:
         part = answer(sample(lpc, distance), sample(vae, distance), "distance of the gradient energy from the data's")

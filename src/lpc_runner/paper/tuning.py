@@ -65,12 +65,11 @@ def _run_of(group: Group, seed: int | None) -> Run | None:
 def _table(dataset: str, family: Sequence[Group], setting: Setting) -> Table | None:
     metric, seed = frechet_name(family, setting), tuning_seed(family)
     best = chosen(family, setting)
-    cells = [group for group in family if (run := _run_of(group, seed)) is not None and run.status in STATES]
+    cells = [(group, run) for group in family if (run := _run_of(group, seed)) is not None and run.status in STATES]
     if metric is None or best is None or len(cells) < 2:
         return None
     rows = []
-    for group in cells:
-        run = _run_of(group, seed)
+    for group, run in cells:
         rest = [other for other in group.runs if other is not run]
         others = [value for other in rest if (value := value_of(other, setting, metric)) is not None]
         lost = f", {len(others)} of {len(rest)} finished with a number" if len(others) < len(rest) else ""

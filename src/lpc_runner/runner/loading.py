@@ -89,7 +89,7 @@ def _read_config(path: Path) -> DictConfig:
         cfg = None
     if not isinstance(cfg, DictConfig) or not cfg:
         raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
-    defaults = OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml")
+    defaults = DictConfig(OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml"))
     for key in CHANGES_NO_RESULT:  # a setting that the run is older than
         if key not in cfg and key in defaults:
             cfg[key] = defaults[key]

@@ -9,10 +9,10 @@ import time
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from lpc_runner.base.schema import declared
 from lpc_runner.base.surroundings import is_busy, load_average
+from lpc_runner.config.options import as_dict
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.runner.plan import Planned, build_learner
@@ -70,7 +70,7 @@ class Pace:
 
 
 def _what_costs(run: Planned) -> str:
-    values: dict[str, Any] = OmegaConf.to_container(run.cell.cfg, resolve=True)  # type: ignore[assignment]
+    values = as_dict(run.cell.cfg, resolve=True)
     kept = {group: copy.deepcopy(values[group]) for group in _SLOWING}
     kept["sampler"].pop("num_steps", None)
     for group in ("preconditioning", "optimizer"):  # their numbers cost nothing, their kind does
@@ -95,9 +95,9 @@ def _time_updates(run: Planned) -> tuple[float, float]:
     x = torch.ones(shape, device=experiment.device)  # a pixel's white, a spike: within every likelihood's range
     batch = Batch(x, torch.arange(len(x), device=experiment.device) % max(1, experiment.dataset.num_train))
     period = min(experiment.sampler.theta_every, _MAX_PERIOD)
-    lengths = _TIMED_STEPS if period == 1 else tuple(period * count for count in _TIMED_PERIODS)
+    lengths = [*_TIMED_STEPS] if period == 1 else [period * count for count in _TIMED_PERIODS]
     if experiment.sampler.num_steps == 0:
-        lengths = (0,)
+        lengths = [0]
     seconds = {}
     for length in lengths:
         shortened = copy.copy(experiment)
@@ -106,7 +106,7 @@ def _time_updates(run: Planned) -> tuple[float, float]:
             shortened.sampler.num_steps = length
         learner = build_learner(shortened, num_train=experiment.dataset.num_train)
         seconds[length] = min(_once(learner, batch, experiment, update) for update in range(3))
-    if lengths == (0,):
+    if lengths == [0]:
         return seconds[0], 0.0
     short, long = lengths
     per_step = max(0.0, (seconds[long] - seconds[short]) / (long - short))

@@ -19,6 +19,7 @@ from lpc_runner.base.schema import accepted, declared
 from lpc_runner.base.tensors import exact_arithmetic, keep_freed_memory
 from lpc_runner.config.build import Experiment
 from lpc_runner.config.identity import flat_keys
+from lpc_runner.config.options import as_dict
 from lpc_runner.data.dataset import Batches
 from lpc_runner.evaluation.evaluator import Evaluator
 from lpc_runner.runner.commands import command_words
@@ -66,8 +67,10 @@ def execute(planned: Planned) -> dict[str, Any]:
             _describe(planned)
             again = int(planned.cell.cfg.rerun) + 1
             logger.info("already done: %s (rerun=%d makes it once more, beside it)", directory.path, again)
-            _report_again(planned)
-            return directory.result()
+            result = directory.result()
+            assert result is not None  # as its state says
+            _report_again(planned, result)
+            return result
         set_up_torch(experiment)
         try:
             _describe(planned)
@@ -186,7 +189,7 @@ def _describe(planned: Planned) -> None:
     """config.yaml and run.json of a new run, its study's link, and a line about this start."""
     directory, cell = planned.directory, planned.cell
     studies = directory.studies()
-    cfg = OmegaConf.to_container(cell.cfg, resolve=True)
+    cfg = as_dict(cell.cfg, resolve=True)
     config = directory.path / "config.yaml"
     if directory.state() != "done" or not config.exists():
         write_atomically(config, OmegaConf.to_yaml(cfg))
@@ -227,7 +230,7 @@ def _open_tracker(planned: Planned) -> Tracker:
 def _open_sink(planned: Planned, resume_step: int) -> Sink:
     directory, cell = planned.directory, planned.cell
     studies = directory.studies()
-    nested = OmegaConf.to_container(cell.cfg, resolve=True)
+    nested = as_dict(cell.cfg, resolve=True)
     facts = {
         "run_id": directory.name[-64:],
         "name": directory.name,
@@ -241,11 +244,11 @@ def _open_sink(planned: Planned, resume_step: int) -> Sink:
     return tracker(**accepted(tracker.func, facts))
 
 
-def _report_again(planned: Planned) -> None:
+def _report_again(planned: Planned, result: dict[str, Any]) -> None:
     """A done run's rows, pictures and numbers for a tracker that wants them again, as W&B's under an agent does."""
     if not declared(planned.experiment.tracker.func, Sink, "wants_done_runs")():
         return
-    result, rows = planned.directory.result(), rows_of(planned.directory)
+    rows = rows_of(planned.directory)
     tracker = Tracker(None, [_open_sink(planned, 0)])
     for update, row in rows.items():
         if row.epoch is not None:

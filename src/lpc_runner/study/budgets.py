@@ -61,7 +61,7 @@ def curve_settings(groups: Sequence[Group]) -> list[Setting]:
     counts: dict[str, Counter[Setting]] = {}
     for group in groups:
         for run in followed(group):
-            during = [point.setting for point in run.points]
+            during = [point.setting for point in run.points if point.setting is not None]
             final = [found.setting for found in run.measurements if found.source == "result.json"]
             for setting in during or final:
                 if setting.num_samples is not None:
@@ -96,10 +96,10 @@ def _mean_spent(by_run: Sequence[dict[int, Point]], update: int, name: str) -> f
 def budget_of(groups: Sequence[Group], budget: Budget) -> tuple[float, str] | None:
     """The smallest total among the finished runs, and the label of its group; None where none is recorded."""
     totals = [
-        (run.cost(budget.total), group.label)
+        (total, group.label)
         for group in groups
         for run in group.counted
-        if run.status == "finished" and run.cost(budget.total) is not None
+        if run.status == "finished" and (total := run.cost(budget.total)) is not None
     ]
     return min(totals, default=None)
 
@@ -119,7 +119,7 @@ def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget
     smallest = budget_of(groups, budget)
     measured = {group.label: [run.curve(setting) for run in group.counted] for group in groups}
     shown = [group for group in groups if any(measured[group.label])]
-    during = any(point.setting.fits(setting) for group in shown for run in group.counted for point in run.points)
+    during = any(point.fits(setting) for group in shown for run in group.counted for point in run.points)
     if smallest is None or not during or len(shown) < 2:
         return None
     limit, owner = smallest

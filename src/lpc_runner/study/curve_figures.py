@@ -150,7 +150,8 @@ def _draw_lines(axis: Any, lines: Sequence[Line], name: str, order: Sequence[str
         index = order.index(group.label)
         x = _spent(curve, name)
         known = [i for i, value in enumerate(x) if value is not None]
-        x, mean, std = ([column[i] for i in known] for column in (x, curve.mean, curve.std))
+        mean, std = ([column[i] for i in known] for column in (curve.mean, curve.std))
+        x = [x[i] for i in known]
         line = ":" if not group.counted else "-"
         style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": line}
         axis.plot(x, mean, markevery=max(1, len(x) // 12), label=legend(group, curve.num_runs), **style)

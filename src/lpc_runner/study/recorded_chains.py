@@ -38,7 +38,10 @@ def read_arrays(path: Path, warnings: list[str]) -> dict[str, np.ndarray] | None
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name].astype(np.float64) for name in content.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        _say_damaged(path, warnings, f"cannot be read ({error.strerror})" if is_refusal(error) else "is damaged")
+        what = "is damaged"
+        if isinstance(error, OSError) and is_refusal(error):
+            what = f"cannot be read ({error.strerror})"
+        _say_damaged(path, warnings, what)
         return None
 
 
@@ -116,7 +119,9 @@ def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
     """
     path = run.path / "trajectories.npz"
     arrays = read_arrays(path, warnings)
-    images = None if arrays is None else arrays.get("images")
+    if arrays is None:
+        return None
+    images = arrays.get("images")
     if images is None or images.ndim != 4 or images.shape[1] not in (1, 3):
         return None
     found: dict[str, Any] = {"images": images}

@@ -76,6 +76,10 @@ class Point:
     values: dict[str, float]
     epoch: float | None = None
 
+    def fits(self, setting: Setting) -> bool:
+        """Whether it is a measurement of sample quality that can be compared with those of `setting`."""
+        return self.setting is not None and self.setting.fits(setting)
+
 
 @dataclass
 class Run:
@@ -112,7 +116,7 @@ class Run:
 
     def curve(self, setting: Setting) -> list[Point]:
         """Measurements during training that fit `setting`, then the final one if it fits too."""
-        points = {point.update: point for point in self.points if point.setting.fits(setting)}
+        points = {point.update: point for point in self.points if point.fits(setting)}
         updates = self.cost("num_updates")
         for found in self.measurements:
             if updates is not None and found.source == "result.json" and found.setting.fits(setting):
@@ -290,7 +294,7 @@ def _add_curves(run: Run, warnings: list[str]) -> None:
         if update is None:
             continue
         run.last_update = int(update)
-        spent = [as_number(row.get(key)) for key in ("time/train_seconds", "train/gradient_evaluations")]
+        spent = as_number(row.get("time/train_seconds")), as_number(row.get("train/gradient_evaluations"))
         epoch, elbo = as_number(row.get("epoch")), as_number(row.get("train/elbo"))
         if elbo is not None:
             run.training.append(Point(int(update), *spent, None, {"train/elbo": elbo}, epoch))

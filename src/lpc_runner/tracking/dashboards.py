@@ -160,8 +160,10 @@ def build_report(facts: StudyFacts, place: Place, *, resolved: bool = False) -> 
     """The same panels with text; `resolved`: the set of runs names its project, which W&B must know then."""
     import wandb_workspaces.reports.v2 as wr
 
-    where = {"entity": place.entity, "project": place.project} if resolved else {}
-    blocks = [wr.P(f"{facts.num_runs} runs, {facts.num_done} of them finished or diverged. {_settings_text(facts)}")]
+    where: dict[str, Any] = {"entity": place.entity, "project": place.project} if resolved else {}
+    blocks: list[Any] = [
+        wr.P(f"{facts.num_runs} runs, {facts.num_done} of them finished or diverged. {_settings_text(facts)}")
+    ]
     for part in build_sections(facts):
         runset = wr.Runset(name=facts.name, filters=_filter(facts), **where)
         blocks += [wr.H2(part.title), wr.P(part.text), wr.PanelGrid(runsets=[runset], panels=part.panels)]
@@ -293,7 +295,7 @@ def _final_text(facts: StudyFacts) -> str:
     return "Every final metric, mean and standard deviation over runs of a group."
 
 
-def _place(facts: StudyFacts, entity: str | None, project: str | None, server: str, default: str) -> Place:
+def _place(facts: StudyFacts, entity: str | None, project: str | None, server: str, default: str | None) -> Place:
     places = {place_of(tracker, entity, project, server, default) for tracker in facts.trackers}
     if len(places) > 1:
         named = ", ".join(sorted(f"{place.entity}/{place.project}" for place in places))

@@ -41,7 +41,8 @@ class Progress:
         self._silent = silent
         self._interval, self._unit = interval, unit
         self._start = start
-        self._done, self._total = start, None
+        self._done = start
+        self._total: int | None = None
         self._values: dict[str, float] = {}
         self._bar: _Bar | None = None
         self._streams: list[tuple[logging.StreamHandler, Any]] = []
@@ -105,7 +106,7 @@ class Progress:
         return "  ".join(parts)
 
     def _show(self) -> None:
-        if self._total is not None:
+        if self._bar is not None and self._total is not None:
             self._bar.update(
                 self._task, total=self._total, completed=self._done, line=self._line(), values=self._shown()
             )

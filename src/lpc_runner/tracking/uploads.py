@@ -114,12 +114,20 @@ def settings_of(run: RunDirectory) -> dict[str, Any]:
     return content
 
 
-def place_of(tracker: dict[str, Any], entity: str | None, project: str | None, server: str, default: str) -> Place:
-    """Where a run belongs: what was asked for, else what its config.yaml says, else the account's default entity."""
+def place_of(
+    tracker: dict[str, Any], entity: str | None, project: str | None, server: str, default: str | None
+) -> Place:
+    """Where a run belongs: what was asked for, else what its config.yaml says, else the account's default entity.
+
+    Raises UserError where none of them names a project or an entity.
+    """
     project = project or tracker.get("project")
     if project is None:
         raise UserError("a run with tracker=none names no W&B project: give one with --project")
-    return Place(server, entity or tracker.get("entity") or default, project)
+    entity = entity or tracker.get("entity") or default
+    if entity is None:
+        raise UserError("the W&B account has no default entity: give one with --entity")
+    return Place(server, entity, project)
 
 
 def _publish_run(run: RunDirectory, entity: str | None, project: str | None) -> str:
@@ -142,7 +150,7 @@ def _publish_run(run: RunDirectory, entity: str | None, project: str | None) -> 
     if mark is not None and not new_studies and _is_complete(path, rows, result, patience=0):
         note_published(run.path, place.key, run_id, description["studies"], complete=True)
         return "already there"
-    sent = _replay(run, run_id, place, rows, config)
+    sent = _replay(run, run_id, place, rows, config, result)
     if not _is_complete(path, rows, result, patience=_PATIENCE):
         raise UserError(f"W&B does not show all of {run.name} yet: run this again, nothing is sent twice")
     note_published(run.path, place.key, run_id, description["studies"], complete=True)
@@ -150,8 +158,15 @@ def _publish_run(run: RunDirectory, entity: str | None, project: str | None) -> 
     return f"published: {sent} of {len(rows)} rows were missing, {pictures} pictures"
 
 
-def _replay(run: RunDirectory, run_id: str, place: Place, rows: dict[int, Row], config: dict[str, Any]) -> int:
-    description, result = run.description(), run.result()
+def _replay(
+    run: RunDirectory,
+    run_id: str,
+    place: Place,
+    rows: dict[int, Row],
+    config: dict[str, Any],
+    result: dict[str, Any],
+) -> int:
+    description = run.description()
     studies = description["studies"]
     sink = _Replay(
         "online",
@@ -184,7 +199,7 @@ def _is_complete(path: str, rows: dict[int, Row], result: dict[str, Any], patien
 
 
 def _shows_all(path: str, rows: dict[int, Row], result: dict[str, Any]) -> bool:
-    import wandb
+    import wandb.errors
 
     try:
         found = wandb.Api().run(path)

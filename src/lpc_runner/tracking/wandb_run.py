@@ -182,7 +182,7 @@ class WandbTracker(Sink):
                 self._give_up(reason)
                 return
             self._fall_back(what)
-        if self.mode == "offline":
+        if self.mode == "offline" and self.folder is not None:
             why = f" ({reason})" if reason else ""
             # All sessions of this run: W&B keeps one folder for each, and its command uploads those it is given.
             sessions = f"{shlex.quote(str(self.folder.parent))}/offline-run-*"
@@ -212,11 +212,10 @@ class WandbTracker(Sink):
         if self.mode == "disabled":
             return
         self._run = wandb.init(
-            mode=self.mode,
             dir=os.environ["WANDB_DIR"],
             reinit="create_new",
             settings=wandb.Settings(**self.settings),
-            **what,
+            **(what | {"mode": self.mode}),
         )
         self._first = self._run.starting_step  # not `step`: the service may not have heard yet where to go on
         if self.mode == "offline":

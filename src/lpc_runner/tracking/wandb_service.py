@@ -50,7 +50,7 @@ def start_service() -> None:
 
 def reachable_mode(asked: str) -> tuple[str, str]:
     """What `auto` or `online` comes to, and why not online; CommError or UsageError without a server."""
-    import wandb
+    import wandb.errors
 
     standing = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave this in W&B's settings file
     if standing in ("offline", "disabled"):

@@ -29,7 +29,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._waiting: list[tuple[Any, int, FrameType | None]] = []
 
     def __enter__(self) -> Interrupts:

@@ -34,17 +34,17 @@ class AdamOptimizer:
     def __init__(self, learning_rate: PositiveFloat, betas: list[Decay], eps: PositiveFloat) -> None:
         if len(betas) != 2 or max(betas) >= 1:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-        self.learning_rate, self.betas, self.eps = learning_rate, betas, eps
+        self.learning_rate, self.betas, self.eps = learning_rate, (betas[0], betas[1]), eps
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """A fresh optimiser over `parameters`; on CUDA one kernel for all of them."""
         parameters = list(parameters)
         fused = all(parameter.is_cuda for parameter in parameters) or None
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=tuple(self.betas), eps=self.eps, fused=fused)
+        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
 
     def build_by_row(self, parameters: Iterable[Tensor], learning_rate: float) -> torch.optim.Optimizer:
         """The same for tables, every row of which belongs to one example; learning_rate: the tables' own."""
-        return RowAdam(parameters, learning_rate, tuple(self.betas), self.eps)
+        return RowAdam(parameters, learning_rate, self.betas, self.eps)
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -71,10 +71,12 @@ class RowAdam(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for table in group["params"]:
-                self._step(table, self.state[table], group["lr"], *group["betas"], group["eps"])
+                self._step(table, self.state[table], group["lr"], group["betas"], group["eps"])
 
     @staticmethod
-    def _step(table: Tensor, state: dict[str, Tensor], lr: float, beta: float, beta_square: float, eps: float) -> None:
+    def _step(table: Tensor, state: dict[str, Tensor], lr: float, betas: tuple[float, float], eps: float) -> None:
+        assert table.grad is not None
+        beta, beta_square = betas
         if not state:
             state["count"] = table.new_zeros(len(table), *[1] * (table.ndim - 1))
             state["mean"], state["mean_square"] = torch.zeros_like(table), torch.zeros_like(table)
@@ -112,10 +114,12 @@ class Learner:
         if ranks.size > 1 and declared(sampler, Sampler, "couples_batch"):
             # A message at every step is Python's to send.
             self._training_sampler, self.engine = over_ranks(sampler, ranks.mean_over_batch), engine.step_by_step()
-        whole = isinstance(self.engine, Blocked) and ranks.size == 1 and sampler.num_steps == 0
+        whole = ranks.size == 1 and sampler.num_steps == 0
         whole = whole and declared(objective, Objective, "capturable")
         whole = whole and (encoder is None or declared(encoder, EncoderInterface, "amortised"))
-        self._whole = WholeUpdates(self.engine) if whole else None  # without a chain, all of an update is a block
+        self._whole = None
+        if whole and isinstance(self.engine, Blocked):
+            self._whole = WholeUpdates(self.engine)  # without a chain, all of an update is a block
         self._first_sampler = self._training_sampler
         if (first_steps := declared(sampler, Sampler, "first_steps")) is not None:
             self._first_sampler = copy.copy(self._training_sampler)
@@ -125,7 +129,7 @@ class Learner:
         if self._keeps and num_train is not None:
             self.kept = PersistentStates(num_train, model.latent_dim, next(model.parameters()))
         self.theta_optimizer = optimizer.build(model.parameters())
-        self.phi_optimizer = None
+        self.phi_optimizer: torch.optim.Optimizer | None = None
         if encoder is not None:
             self.phi_optimizer = declared(encoder, EncoderInterface, "build_optimizer")(optimizer)
 

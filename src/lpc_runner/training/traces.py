@@ -158,7 +158,7 @@ def _main_plane(moves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return coordinates * sign, directions * sign[:, :, None], explained
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _save(path: Path, arrays: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)

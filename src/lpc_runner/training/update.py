@@ -116,8 +116,9 @@ def _contributions(sampler: Any, chain: Chain | None) -> list[dict[str, Tensor]]
     return [declared(part, Part, "contribution")(chain) for part in parts_of(sampler)]
 
 
-def step_encoder(optimizer: torch.optim.Optimizer, combine: Combine, gradients: Sequence[Tensor]) -> bool:
+def step_encoder(optimizer: torch.optim.Optimizer | None, combine: Combine, gradients: Sequence[Tensor]) -> bool:
     """One step of φ alone along the mean gradient of all ranks; False, and no step, where it is not finite."""
+    assert optimizer is not None, "an objective without an encoder has no steps of φ"
     gradients, _, _ = combine(gradients, {}, {})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     finite = bool(torch.isfinite(_set(parameters, gradients)))
@@ -130,4 +131,4 @@ def _set(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Each parameter's .grad; returns the norm of all of them together, 0-d."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
