@@ -32,7 +32,7 @@ from benchmarks.variants import WAYS, Way, Work, build_learner, build_model, bui
 from benchmarks.variants import ours as one_update
 from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.engine import Precision
+from lpc_runner.inference.engine import EngineName, Precision
 from lpc_runner.inference.objectives import WeightedKL
 
 # Relative difference of logged values after two updates of 40 steps, captured or compiled against the loop.
@@ -53,7 +53,7 @@ class Stage:
         )
         self.begun, self.kept = time.monotonic(), {}
         # Of ours: what the device captures, or else the loop.
-        self.captured = "cuda_graph" if device.type == "cuda" else "eager"
+        self.captured: EngineName = "cuda_graph" if device.type == "cuda" else "eager"
         self.ways = WAYS[device.type]
 
     def left(self) -> float:
@@ -135,7 +135,7 @@ def smoke(stage: Stage) -> None:
             lambda precision=precision: stage.keep(f"rates {precision}", measured_rates(stage.device, precision)),
         )
         for side in (28, 32, 64):
-            way = (stage.captured, precision)
+            way: Way = (stage.captured, precision)
             stage.attempt(f"{way} {side}", partial(_same, stage, side, way))
 
 
@@ -213,9 +213,10 @@ def jax(stage: Stage) -> None:
 
 def layouts(stage: Stage) -> None:
     """Cheap changes to what is captured: the layouts of x and of the weights, cuDNN's own search."""
-    for side, precision in ((32, "fp32"), (64, "fp32")) if stage.device.type == "cpu" else (
-        (32, "fp32"), (32, "tf32"), (64, "tf32"), (32, "bf16"),
-    ):  # fmt: skip
+    cases: tuple[tuple[int, Precision], ...] = ((32, "fp32"), (64, "fp32"))
+    if stage.device.type != "cpu":
+        cases = ((32, "fp32"), (32, "tf32"), (64, "tf32"), (32, "bf16"))
+    for side, precision in cases:
         for last, contiguous, search in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 1)):
             words = [word for word, on in (("x last", last), ("contiguous", contiguous), ("search", search)) if on]
             name = f"{side} pixels {precision}, {', '.join(words) or 'as it is'}"
@@ -238,10 +239,11 @@ def branches(stage: Stage) -> None:
     """R learners' chains as parallel branches of one graph: what one device gives when a batch leaves it idle."""
     from benchmarks.branches import branched
 
-    for side, precision, number in (
+    cases: tuple[tuple[int, Precision, int], ...] = (
         (32, "tf32", 1), (32, "tf32", 4), (32, "tf32", 8), (32, "fp32", 1), (32, "fp32", 4), (64, "tf32", 1),
         (64, "tf32", 4), (32, "bf16", 4),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for side, precision, number in cases:
         if stage.device.type != "cuda":
             stage.keep("branches", "not measured: graphs need a CUDA device")
             return
@@ -265,7 +267,8 @@ def examine(stage: Stage) -> None:
 
 def profiled(stage: Stage) -> None:
     """Share of each kernel class."""
-    for precision in sorted({precision for engine, precision in stage.ways if engine == stage.captured}):
+    precisions: set[Precision] = {precision for engine, precision in stage.ways if engine == stage.captured}
+    for precision in sorted(precisions):
         for side in (32, 64):
             name = f"{side} pixels {precision}"
             work = partial(profile, stage.work(side, 64), stage.device, (stage.captured, precision))

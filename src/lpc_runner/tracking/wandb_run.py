@@ -211,11 +211,12 @@ class WandbTracker(Sink):
 
         if self.mode == "disabled":
             return
+        what = {**what, "mode": self.mode}
         self._run = wandb.init(
             dir=os.environ["WANDB_DIR"],
             reinit="create_new",
             settings=wandb.Settings(**self.settings),
-            **(what | {"mode": self.mode}),
+            **what,
         )
         self._first = self._run.starting_step  # not `step`: the service may not have heard yet where to go on
         if self.mode == "offline":
