@@ -221,9 +221,11 @@ def layouts(stage: Stage) -> None:
             words = [word for word, on in (("x last", last), ("contiguous", contiguous), ("search", search)) if on]
             name = f"{side} pixels {precision}, {', '.join(words) or 'as it is'}"
 
-            def one(side=side, precision=precision, last=last, contiguous=contiguous, search=search, name=name) -> None:
+            way: Way = (stage.captured, precision)
+
+            def one(side=side, way: Way = way, last=last, contiguous=contiguous, search=search, name=name) -> None:
                 work = stage.work(side, 96)
-                learner, data = _learner(stage, work, (stage.captured, precision))
+                learner, data = _learner(stage, work, way)
                 if contiguous:
                     for module in (learner.model, learner.encoder):
                         module.to(memory_format=torch.contiguous_format)

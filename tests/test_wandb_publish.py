@@ -14,7 +14,7 @@ from wandb_server import KEY, forget_wandb, make_run, running_server
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.tracking import uploads
-from lpc_runner.tracking.uploads import publish
+from lpc_runner.tracking.uploads import Place, place_of, publish
 
 CLOCKS = ("time/", "_timestamp", "_runtime", "_wandb")
 
@@ -154,3 +154,13 @@ def test_impossible_requests_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     with pytest.raises(UserError, match="unset WANDB_SWEEP_ID"):
         list(publish(run.path))
+
+
+def test_a_run_belongs_to_an_entity_and_a_project():
+    """What was asked for goes before the run's own, and that before the account's default."""
+    own = {"project": "lpc", "entity": "team"}
+    assert place_of(own, None, None, "w", "me") == Place("w", "team", "lpc")
+    assert place_of(own, "other", "else", "w", "me") == Place("w", "other", "else")
+    assert place_of({"project": "lpc"}, None, None, "w", "me") == Place("w", "me", "lpc")
+    with pytest.raises(UserError, match="no default entity: give one with --entity"):
+        place_of({"project": "lpc"}, None, None, "w", None)

@@ -76,7 +76,8 @@ class WeightedKL(interfaces.Objective):
     def loss(self, forward: Callable[[], Tensor], reverse: Callable[[], Tensor]) -> Tensor:
         """The encoder's loss, (B,); a term with weight 0 is never computed."""
         terms = [(self.forward, forward), (self.reverse, reverse)]
-        return reduce(torch.add, (weight * term() for weight, term in terms if weight > 0))
+        loss: Any = sum(weight * term() for weight, term in terms if weight > 0)  # 0 where there is no encoder
+        return loss
 
     def gradients(self, context: Context) -> Gradients:
         """Algorithm 1 for one batch, up to and without the optimisers' steps.
