@@ -161,7 +161,10 @@ class Batches:
                 f"batch_size must be at most {len(split)}, got {batch_size}"
             )
         self.values = split.values.to(device)
-        self._grey = split.grey.to(device) if split.redrawn and split.grey is not None else None
+        self._grey: Tensor | None = None
+        if split.redrawn:
+            assert split.grey is not None  # what the values of a batch are drawn from
+            self._grey = split.grey.to(device)
         self.batch_size = batch_size
         self.num_batches = len(split) // batch_size
         self._dataset = dataset
