@@ -29,6 +29,8 @@ def picture_style(**more: Any) -> Iterator[None]:
     """Matplotlib's own defaults with STYLE and `more` (rcParams) on top, whatever a matplotlibrc says of fonts."""
     import matplotlib
 
-    defaults = {name: matplotlib.rcParamsDefault[name] for name in matplotlib.rcParamsDefault if "backend" not in name}
-    with matplotlib.rc_context(defaults | STYLE | more):
+    defaults = matplotlib.rcParamsDefault
+    style: dict[Any, Any] = {name: defaults[name] for name in defaults if "backend" not in name}
+    style.update(STYLE | more)
+    with matplotlib.rc_context(style):
         yield

@@ -56,7 +56,7 @@ def is_linear_gaussian(model: torch.nn.Module) -> TypeGuard[LFADS]:
 @torch.no_grad()
 def linear_gaussian(model: LFADS) -> LinearGaussian:
     """The system that model=lds is, in float64 on the CPU."""
-    assert is_linear_gaussian(model) and isinstance(model.generator, Linear)
+    assert is_linear_gaussian(model) and isinstance(model.generator, LinearDynamics)
     read = lambda tensor: tensor.detach().double().cpu()
     spread, transition = read(model.initial_map.weight), read(model.generator.transition.weight)
     inputs = model.generator.input_map

@@ -132,7 +132,7 @@ class Recurrent(nn.Module):
         return torch.cat([torch.sigmoid(leave) * torch.tanh(cell), cell], -1)
 
 
-Generator = Linear | Additive | Recurrent
+Generator = LinearDynamics | Additive | Recurrent
 
 
 def build_generator(kind: str, state_dim: int, input_dim: int, hidden_dim: int, nonlinearity: str) -> Generator:

@@ -11,6 +11,7 @@ class FromPoint(nn.ConvTranspose2d):
     """A transposed convolution of a 1x1 image without padding: one matrix product, whose result is channels last."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        assert self.bias is not None
         height, width = self.kernel_size
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         spread = hidden.flatten(1) @ weight
@@ -54,7 +55,7 @@ class _DoublingOnCPU(torch.autograd.Function):
         for_hidden = nn.functional.conv2d(gradient, weight.to(gradient.dtype), None, 2, 1) if to_hidden else None
         exact = gradient.to(weight.dtype) if to_weight or to_bias else None
         for_weight = conv2d_weight(exact, weight.shape, hidden.to(weight.dtype), 2, 1) if to_weight else None
-        return for_hidden, for_weight, exact.sum((0, 2, 3)) if to_bias else None
+        return for_hidden, for_weight, exact.sum((0, 2, 3)) if to_bias and exact is not None else None
 
 
 def _by_pixel(weight: Tensor) -> Tensor:

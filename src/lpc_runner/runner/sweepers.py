@@ -79,7 +79,7 @@ def value_of(planned: Planned, result: dict[str, Any]) -> float:
         return float(metrics[name])
     if result["status"] == "finished" and name not in (names or ()):
         raise UserError(f"optimized_metric={name}: no such metric; there are: {', '.join(metrics)}")
-    return -math.inf if IS_BETTER_HIGHER.fullmatch(name) else math.inf
+    return -math.inf if name is not None and IS_BETTER_HIGHER.fullmatch(name) else math.inf
 
 
 def _names(planned: Planned) -> tuple[str, ...] | None:
