@@ -20,11 +20,11 @@ LEARNING = ("preconditioning=fisher", "step_size=annealed", "sampler.start=persi
 FAST = {
     "default": (*TINY, "model.likelihood.scale=optimal", "step_size=polynomial"),
     "conv": (*CONV, *LEARNING),
-    "vae": (*TINY_VAE, "method=vae", "model/likelihood=gaussian"),
-    "iwae": (*TINY_VAE, "method=iwae"),
     "lfads_vae": ("model=lfads", *LORENZ, *SHORT[1:], "method=vae"),
 }
 SLOW = {
+    "vae": (*TINY_VAE, "method=vae", "model/likelihood=gaussian"),
+    "iwae": (*TINY_VAE, "method=iwae"),
     "classifier": (*TINY, "metrics.extractor=classifier"),
     "pc": (*TINY, "method=pc"),
     "lpc_persistent": (*TINY, "method=lpc_persistent", "sampler.first_steps=2"),
