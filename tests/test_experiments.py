@@ -116,7 +116,7 @@ PICTURES = {
 }
 
 
-# Figure 2's runs and report have what the slow ones have, but the step sizes: the next test makes those of Figure 4.
+# Figure 2's report has the pictures of the slow ones, but the step sizes: the next test draws those of Figure 4.
 QUICK = ("fig2", "fig6")
 
 
