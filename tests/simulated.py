@@ -5,11 +5,14 @@ that makes the host wait for the device (a value read, a copy across, a mask who
 `waits`, every one that would launch a kernel in `launches`. Running this file serves command lines: for a line
 {"module": ..., "argv": [...], "cwd": ...} on standard input it runs `python -m MODULE` on the device and answers
 {"code": ..., "waits_in_blocks": [...], "waits_in_updates": [...]}; the engine is the one whose blocks a graph captures.
+A line {"script": ...} is Python that may import this module; the answer is {"code": ..., "out": ...}, what it printed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import sys
@@ -156,6 +159,18 @@ torch.tensor, torch.as_tensor, torch.Generator = _placed(_tensor), _placed(_as_t
 torch.load = lambda file, map_location, weights_only: _load(file, map_location="cpu", weights_only=weights_only)
 
 
+def printed(script: str) -> dict:
+    """What a script prints, or how it failed."""
+    waits.clear(), launches.clear()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            exec(compile(script, "script", "exec"), {"__name__": "script"})
+        except BaseException:
+            traceback.print_exc()
+            return {"code": 1, "out": out.getvalue()}
+    return {"code": 0, "out": out.getvalue()}
+
+
 def serve() -> None:
     """Answer command lines, one after the other."""
     import lpc_runner.training.learner as learning
@@ -190,6 +205,9 @@ def serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         order = json.loads(line)
+        if "script" in order:
+            print(json.dumps(printed(order["script"])), file=answers, flush=True)
+            continue
         os.chdir(order["cwd"])
         sys.argv, code = ["lpc_runner", *order["argv"]], 0
         in_blocks.clear(), in_updates.clear(), waits.clear(), launches.clear()
@@ -206,4 +224,5 @@ def serve() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    sys.modules["simulated"] = sys.modules["__main__"]  # for scripts: the device is registered once in a process
     serve()

@@ -134,8 +134,9 @@ def kill_and_finish(server, settings, folder: Path, chance: random.Random, kills
     return killed
 
 
-def test_killed_five_times(server, settings, straight, tmp_path):
-    assert kill_and_finish(server, settings, tmp_path, random.Random(4), kills=5) == 5
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.faults)])
+def test_killed_again_and_again(kills, server, settings, straight, tmp_path):
+    assert kill_and_finish(server, settings, tmp_path, random.Random(4), kills=kills) == kills
     assert_same_run(straight, only_run(tmp_path / "outputs"))
     sessions = (only_run(tmp_path / "outputs") / "sessions.jsonl").read_text().splitlines()
     assert len(sessions) >= 2

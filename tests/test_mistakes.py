@@ -74,6 +74,7 @@ MISTAKES = [
     ("foo", ["foo: not of the form key=value, and no command", "report"]),
     ("seed=1 foo", ["foo: not of the form key=value"]),
     ("--config-name other", ["--config-name", "--config-dir"]),
+    ("engine=cuda", ["engine must be one of auto, eager, compiled, cuda_graph"]),
     ("num_threads=0", ["num_threads must be an integer of at least 1"]),
     ("seed=one", ["seed must be an integer"]),
     ("check=maybe", ["check must be true or false"]),

@@ -53,7 +53,10 @@ def test_persistent_chains_of_one_step_recover_probabilistic_pca():
     assert model.log_evidence(x).mean().item() == pytest.approx(best, abs=0.025)
 
 
-@pytest.mark.parametrize("forward, reverse", [(0.5, 0.5), (0.0, 1.0)], ids=["jeffreys", "reverse"])
+@pytest.mark.parametrize(
+    "forward, reverse",
+    [pytest.param(0.5, 0.5, id="jeffreys", marks=pytest.mark.slow), pytest.param(0.0, 1.0, id="reverse")],
+)
 def test_lpc_recovers_probabilistic_pca(forward, reverse):
     """Mean log p(x) of the training data within 0.025 nats of the maximum; W's span, σ² and b with it.
 

@@ -187,7 +187,7 @@ def test_free_q_reaches_the_best_factorised_q_on_every_trial():
     x = series(model, 4)
     batch = Batch(x, torch.arange(4))
     table = model.build_encoder().double()
-    learner = Learner(model, table, NoSteps(None, None), VariationalEM(60, 4), AdamOptimizer(1e-3, [0.9, 0.999], 1e-8))
+    learner = Learner(model, table, NoSteps(None, None), VariationalEM(30, 4), AdamOptimizer(1e-3, [0.9, 0.999], 1e-8))
     before = [parameter.clone() for parameter in model.parameters()]
     for update, rate in enumerate([0.05] * 5 + [0.01] * 5 + [0.001] * 5):
         learner.phi_optimizer.param_groups[0]["lr"] = rate

@@ -30,7 +30,12 @@ main()
         (["sampler.stepsize=1"], [], "unknown key sampler.stepsize"),
         (["-m", "objective=jeffreys,jefreys"], [], "jeffreys"),
         (["sampler.num_steps=-3"], ["torch"], "sampler.num_steps must be"),
-        (["engine=cuda"], ["torch"], "engine must be one of auto, eager, compiled, cuda_graph"),
+        pytest.param(
+            ["engine=cuda"],
+            ["torch"],
+            "engine must be one of auto, eager, compiled, cuda_graph",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -105,11 +110,13 @@ def test_files_beside_the_command_hide_no_module(module, words, says, namesakes)
     assert done.returncode == 1 and says in done.stderr and "the user's" not in done.stderr, done.stderr
 
 
-def test_a_run_in_odd_surroundings(namesakes):
+# python -O writes no bytecode that was there before: it compiles torch and what torch imports.
+@pytest.mark.parametrize("flags", [("-W", "error"), pytest.param(("-O", "-W", "error"), marks=pytest.mark.slow)])
+def test_a_run_in_odd_surroundings(flags, namesakes):
     """No home, no temporary folder, no git, odd values in the environment, warnings as errors, python -O."""
     odd = {"HOME": "/nowhere", "TMPDIR": "/nowhere", "PATH": "/nowhere", "OMP_NUM_THREADS": "many"}
     odd |= {"CUDA_VISIBLE_DEVICES": "none,-1", "HYDRA_FULL_ERROR": "0", "WORLD_SIZE": "1", "GIT_DIR": "/nowhere/.git"}
-    command = [sys.executable, "-O", "-W", "error", "-m", "lpc_runner", *TINY]
+    command = [sys.executable, *flags, "-m", "lpc_runner", *TINY]
     umask = os.umask(0o077)
     try:
         done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **odd}, check=False)

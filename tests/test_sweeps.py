@@ -83,10 +83,10 @@ def owner_pid(run: Path) -> int:
 
 
 def test_two_workers_run_a_sweep_and_each_run_is_that_of_one_process(settings, tmp_path, command):
-    sweep = ("-m", "seed=0,1", *settings)
+    sweep = ("-m", "seed=0,1", *settings, "trainer.num_epochs=10")
     assert command(*sweep).code == 0
     out = finish(start(tmp_path / "two", *sweep, "hydra/launcher=parallel"))
-    assert out.count("finished: 160 updates") == 2
+    assert out.count("finished: 40 updates") == 2
     assert set(spin_counts(out)) == {0} or platform.system() != "Linux"  # in the workers too, threads sleep
     for one, two in zip(runs(Path()), runs(tmp_path / "two"), strict=True):
         assert_same_run(one, two)
@@ -168,6 +168,22 @@ def test_control_c_on_a_parallel_sweep_saves_every_run(everyone, settings, tmp_p
         assert_same_run(one, two)
 
 
+def test_a_run_that_another_command_has_is_left_to_it(command):
+    sweep = ("-m", "seed=0,1", *TINY)
+    from lpc_runner.runner.plan import plan
+
+    occupied, free = (plan(cell).directory for cell in cells_of(*sweep))
+    with RunDirectory(occupied.path).locked():
+        answer = command(*sweep)
+        assert answer.code == 1 and "left to it, going on with the next" in answer.err + answer.out
+        assert f"is being run by pid {os.getpid()}" in answer.err
+        assert free.result()["status"] == "finished" and not (occupied.path / "result.json").exists()
+    before = [session["pid"] for session in sessions(free.path)]
+    assert command(*sweep).code == 0  # its owner gone, it is taken; what is done stays done
+    assert occupied.result()["status"] == "finished" and [session["pid"] for session in sessions(free.path)] == before
+
+
+@pytest.mark.faults
 def test_two_commands_share_a_study_and_run_nothing_twice(settings, tmp_path):
     sweep = ("-m", "seed=0,1,2,3", *settings, "trainer.num_epochs=300")
     folder = tmp_path / "shared"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ OmegaConf.register_new_resolver("square", lambda x: x * x if isinstance(x, int |
 
 NO_LAUNCHER = "none"
 _PLAIN = (bool, int, float, str, type(None))
+
+Composing = Callable[..., DictConfig]  # overrides to a configuration, Hydra's own part included
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ def compose_command(args: argparse.Namespace) -> Composed:
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir: {folder} is not a folder")
     with _initialised(folder), _errors_with_key():
-        cells, launcher, sweeper = _expand(args)
-        composed = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])])
+        once = functools.cache(_compose_raw)  # a single run's first composition is its only one
+        cells, launcher, sweeper = _expand(args, once)
+        composed = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])], once)
         if folder is not None:
             for cell in composed:
                 require_own_names(folder, cell.choices)
@@ -120,7 +124,7 @@ def _errors_with_key() -> Iterator[None]:
         raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
 
 
-def _expand(args: argparse.Namespace) -> tuple[list[list[str]], str, str | None]:
+def _expand(args: argparse.Namespace, once: Composing) -> tuple[list[list[str]], str, str | None]:
     """The overrides of every cell, the product of the command line's and the experiment's sweeps; the launcher.
 
     Last the sweeper, if it is not Hydra's basic one: then the cell is that of every first value.
@@ -130,7 +134,7 @@ def _expand(args: argparse.Namespace) -> tuple[list[list[str]], str, str | None]
     fixed = [override.input_line for override in given if not override.is_sweep_override()]
     # The experiment says whether it is a sweep; a swept experiment or method counts with its first value.
     probe = [*fixed, *(f"{override.get_key_element()}={_first_value(override)}" for override in sweeps)]
-    composed = _compose_raw(probe)
+    composed = once(*probe)
     hydra_cfg = composed.hydra
     if hydra_cfg.job.chdir:
         raise UserError("hydra.job.chdir=true: paths are those of the folder where the command is typed; leave it out")
@@ -180,7 +184,7 @@ def _require_launcher(launcher: DictConfig) -> None:
         raise UserError("hydra/launcher=slurm: there is no srun here: start it where SLURM's commands are")
 
 
-def _compose_all(cells: list[list[str]], folders: list[Path]) -> list[Cell]:
+def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -> list[Cell]:
     """Every cell; those that differ in plain values alone take the composition of the first of them.
 
     Hydra composes some forty files for each cell, a sixth of a second: half a minute for a sweep of 200 seeds.
@@ -195,7 +199,7 @@ def _compose_all(cells: list[list[str]], folders: list[Path]) -> list[Cell]:
         rest = [line for line, o in zip(overrides, read) if o.key_or_group not in values]
         key = (*rest, *sorted(values))
         if key not in known:
-            full = _compose_raw(overrides)
+            full = once(*overrides)
             cfg = OmegaConf.masked_copy(full, [str(name) for name in full if name != "hydra"])
             known[key] = cfg, choices_of(full.hydra)
         cfg, choices = copy.deepcopy(known[key][0]), dict(known[key][1])
@@ -231,9 +235,9 @@ def choices_of(hydra_cfg: DictConfig) -> dict[str, str]:
     return {group: option for group, option in hydra_cfg.runtime.choices.items() if "hydra" not in group}
 
 
-def _compose_raw(overrides: list[str]) -> DictConfig:
+def _compose_raw(*overrides: str) -> DictConfig:
     try:
-        return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+        return compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
     except UserError:  # a file of the user's own
         raise
     except Exception as error:  # Hydra lets errors of every kind through; none of our code runs here
@@ -271,4 +275,4 @@ def _first_sentence(error: Exception) -> str:
 def recompose_group(group: str, option: str) -> DictConfig:
     """The values of one group's option, on their own. Raises UserError if there is no such option."""
     with _initialised():
-        return _compose_raw([f"{group}={option}"])[group]
+        return _compose_raw(f"{group}={option}")[group]
