@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from lpc_runner.store.log import rows_of as rows_with_pictures
 from lpc_runner.store.runs import RunDirectory
 from lpc_runner.study.study import read_study
 from lpc_runner.testing import check_objective
-from lpc_runner.training.learner import Adam, Learner
+from lpc_runner.training.learner import AdamOptimizer, Learner
 from lpc_runner.training.update import UpdateNoise
 
 
@@ -362,7 +363,7 @@ def test_a_batch_over_ranks_is_the_batch(objective, maps):
 def learner_of(objective, sampler):
     torch.manual_seed(0)
     model = hierarchy().double()
-    return Learner(model, model.build_encoder().double(), sampler, objective, Adam(1e-2, [0.9, 0.999], 1e-8))
+    return Learner(model, model.build_encoder().double(), sampler, objective, AdamOptimizer(1e-2, [0.9, 0.999], 1e-8))
 
 
 @pytest.mark.parametrize("objective, sampler", [
@@ -417,6 +418,34 @@ def test_levels_and_maps_that_do_not_fit():
     for shape in ((3, 30, 30), (1, 28, 32), (64, 64)):
         with pytest.raises(ValueError, match="maps are of square images of .28, 32, 64. pixels"):
             hierarchy(shape, (2, 2), (4, 1))
+
+
+def test_the_experiment_compares_at_equal_parameters_and_passes(workplace):
+    for name, data_shape in (("hierarchy", (3, 32, 32)), ("hierarchy_small", (1, 28, 28))):
+        cells = cells_of(f"experiment={name}", "method=vae,lpc_top_down", "seed=0")
+        facts = {"data_shape": data_shape, "num_train": 1, "num_held_out": 0}
+        built = [build(cell.cfg, cell.choices, facts) for cell in cells]
+        assert sorted(len(one.model.levels) for one in built) == [1, 1, 2, 2, 3, 3]
+        sizes = [sum(part.numel() for part in one.model.parameters()) for one in built]
+        assert max(sizes) < 1.01 * min(sizes)
+        assert len({max(1, one.sampler.num_steps) * one.trainer.num_epochs for one in built}) == 1
+
+
+def test_the_page_has_a_hierarchy_of_ones_own():
+    """docs/extending.md: its levels are drawn one given the other, and chains, encoder and objective take it."""
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+    (imports,) = re.findall(r"`mine.py`:\n\n```python\n(.*?)\n\n\nclass ", page, re.S)
+    (text,) = re.findall(r"```python\n(class TwoLevels.*?)```", page, re.S)
+    found: dict = {}
+    exec(imports + "\n" + text, found)
+    model = found["TwoLevels"]((1, 2, 3), Gaussian("learned", 0.5, 0.9), 2)
+    low, top = (torch.eye(4)[block] for block in model.blocks.values())
+    moved = (
+        model.decode(low[:1]) - model.decode(torch.zeros(1, 4)),
+        model.decode(low[:1] + top[:1]) - model.decode(top[:1]),
+    )
+    torch.testing.assert_close(*moved)
+    check_objective(WeightedKL(0.5, 0.5), model, batch_of(count=4, dtype=torch.float32))
 
 
 def test_a_run_says_and_shows_its_levels(command):

@@ -131,6 +131,7 @@ def gradients_through_rnns() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
+BY_BLOCK = ("kl", "active_units")  # what stands for each named block of z as well, as kl_<block>
 ACTIVE = 0.01  # variance over x of E_q[z|x] above which a latent counts as used (Burda et al. 2016)
 
 
