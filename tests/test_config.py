@@ -45,6 +45,9 @@ BESIDE = {
     ("sampler", "hmc"): ("preconditioning=none",),
     ("sampler", "mala"): ("preconditioning=none",),
     ("step_size", "blocks"): ("model=lfads", "dataset=test_spikes"),
+    ("step_size", "levels"): ("model=hierarchical",),
+    ("method", "lpc_top_down"): ("model=hierarchical",),
+    ("method", "vae_top_down"): ("model=hierarchical",),
     ("metrics", "sequences"): ("model=lfads", "dataset=test_spikes"),
     ("method", "vem"): ("model=lfads", "dataset=test_spikes"),
 }
@@ -82,7 +85,7 @@ def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
 
 
 # Large products in the default tests by one seed, which changes nothing in how a cell is composed; all of it is slow.
-LARGE = ("tune", "fig4", "fig2", "compute", "table1")
+LARGE = ("tune", "fig4", "fig2", "compute", "table1", "hierarchy", "hierarchy_small")
 
 
 @functools.cache

@@ -206,7 +206,8 @@ def test_every_option_keeps_its_groups_contract(group, option):
     part = instantiate(OmegaConf.to_container(recompose_group(group, option), resolve=True), group, [])
     if group == "sampler":
         part = part(step_size=Constant(0.01), preconditioner=Identity())
-    blocks = {"initial_condition": slice(0, 2), "inputs": slice(2, 6)}
+    names = getattr(part, "values", ("first", "second"))
+    blocks = dict(zip(names, (slice(0, 2), slice(2, 6)), strict=True))
     declared(part, Part, "bind")(SimpleNamespace(blocks=blocks), torch.device("cpu"))
     check = {"preconditioning": testing.check_preconditioner}.get(group) or getattr(testing, f"check_{group}")
     check(part)

@@ -216,6 +216,15 @@ class DiagonalGaussian:
         """The same distribution, cut from the encoder's graph."""
         return DiagonalGaussian(self.mean.detach(), self.variance.detach())
 
+    def at(self, z: Tensor) -> DiagonalGaussian:
+        """Each coordinate's law given those of z (B, d) that q draws before it: here they are independent."""
+        del z
+        return self
+
+    def repeat(self, count: int) -> DiagonalGaussian:
+        """q of `count` copies of the batch, one after another: (count B, d)."""
+        return DiagonalGaussian(self.mean.repeat(count, 1), self.variance.repeat(count, 1))
+
 
 @dataclass(frozen=True)
 class BlockGaussian:
@@ -267,6 +276,17 @@ class BlockGaussian:
     def detach(self) -> BlockGaussian:
         """The same distribution, cut from the encoder's graph."""
         return BlockGaussian(self.mean.detach(), tuple(factor.detach() for factor in self.factors))
+
+    def at(self, z: Tensor) -> BlockGaussian:
+        """As of DiagonalGaussian: here the blocks are independent, and each is drawn at once."""
+        del z
+        return self
+
+    def repeat(self, count: int) -> BlockGaussian:
+        """q of `count` copies of the batch, one after another: (count B, d)."""
+        return BlockGaussian(
+            self.mean.repeat(count, 1), tuple(factor.repeat(count, 1, 1, 1) for factor in self.factors)
+        )
 
 
 SERIES_START = -15.0  # below it log softplus(η) = η - exp(η)/2 to float64's rounding of exp(2η)

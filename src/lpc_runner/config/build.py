@@ -155,8 +155,9 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
         )
     _require_acceptance(sampler, choices)
     if asks("needs_factorised_q") and not model.factorised_q:
+        remedy = " (objective.num_kept_states=10 would fit)" if hasattr(objective, "num_kept_states") else ""
         raise UserError(
-            f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none"
+            f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none{remedy}"
         )
     experiment = Experiment(
         dataset=dataset,

@@ -50,6 +50,7 @@ PLACES = {
     "lpc_runner.inference.step_sizes.Constant": "lpc_runner.inference.step_sizes.Constant",
     "lpc_runner.inference.step_sizes.Polynomial": "lpc_runner.inference.step_sizes.Polynomial",
     "lpc_runner.models.conv.Conv": "lpc_runner.models.conv.Conv",
+    "lpc_runner.models.hierarchical.Hierarchical": "lpc_runner.models.hierarchical.Hierarchical",
     "lpc_runner.models.linear.Linear": "lpc_runner.models.dense.Linear",
     "lpc_runner.models.mlp.MLP": "lpc_runner.models.dense.MLP",
     "lpc_runner.models.sequential.FactorAnalysis": "lpc_runner.models.sequential.FactorAnalysis",

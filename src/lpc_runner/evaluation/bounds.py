@@ -59,7 +59,7 @@ def importance_bound(
 
 def repeat(q: DiagonalGaussian, count: int) -> DiagonalGaussian:
     """q of `count` copies of the batch, one after another: (count B, d)."""
-    return DiagonalGaussian(q.mean.repeat(count, 1), q.variance.repeat(count, 1))
+    return q.repeat(count)
 
 
 _LATE = 0.8  # the part of the steps after which convergence is asked about
@@ -131,6 +131,7 @@ def gradients_through_rnns() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
+BY_BLOCK = ("kl", "active_units")  # what stands for each named block of z as well, as kl_<block>
 ACTIVE = 0.01  # variance over x of E_q[z|x] above which a latent counts as used (Burda et al. 2016)
 
 
@@ -140,10 +141,11 @@ def encoder_bound(
 ) -> dict[str, float]:
     """ELBO and KL in nats per example (one z ~ q each), active units; bits per dimension where p(x|z) is a probability.
 
-    The KL is analytic; every example of the split is used.
+    The KL is analytic, of a q that is not factorised that of its conditionals at z; every example of the split is used.
+    KL and active units stand for each named block of z, too.
     """
     device = next(model.parameters()).device
-    elbo, kl, means = 0.0, 0.0, []
+    elbo, kl, means, by_block = 0.0, 0.0, [], dict.fromkeys(model.blocks, 0.0)
     for number, start in enumerate(range(0, len(split), chunk)):
         values = split.values[start : start + chunk].to(device)
         index = torch.arange(start, start + len(values), device=device)
@@ -151,13 +153,18 @@ def encoder_bound(
         q = encoder(batch)
         source = generator(seed, "bound", number, device=device)
         z = q.rsample(torch.randn(q.mean.shape, generator=source, device=device))
-        divergence = q.kl(model.prior)
+        terms = q.at(z).kl_per_dimension(model.prior)
+        divergence = terms.sum(1)
         log_likelihood = model.log_joint(batch.x, z) - model.prior.log_prob(z)
         elbo += float((log_likelihood - divergence).double().sum())
         kl += float(divergence.double().sum())
         means.append(q.mean)
-    numbers = {"elbo": elbo / len(split), "kl": kl / len(split)}
-    numbers["active_units"] = float((torch.cat(means).var(0) > ACTIVE).sum())
+        for name, block in model.blocks.items():
+            by_block[name] += float(terms[:, block].double().sum())
+    active = torch.cat(means).var(0) > ACTIVE
+    numbers = {"elbo": elbo / len(split), "kl": kl / len(split), "active_units": float(active.sum())}
+    for name, block in model.blocks.items():
+        numbers |= {f"kl_{name}": by_block[name] / len(split), f"active_units_{name}": float(active[block].sum())}
     if is_probability(dataset, model):
         dimensions = math.prod(split.values.shape[1:])
         numbers["bits_per_dim"] = -numbers["elbo"] / (dimensions * math.log(2))

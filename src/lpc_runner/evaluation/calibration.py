@@ -157,7 +157,7 @@ class PosteriorEvaluator(HeldOut):
             q = self._free(model, x, None).q  # a table's rows are of training examples
         place = declared(sampler, Sampler, "start")
         place = declared(sampler, Sampler, "first_start") if place == "persistent" else place
-        repeated = None if q is None else DiagonalGaussian(q.mean.repeat(copies, 1), q.variance.repeat(copies, 1))
+        repeated = None if q is None else q.repeat(copies)
         source = generator(self.seed, stream, number, device=x.device)
         shape, like = (copies * len(x), model.latent_dim), next(model.parameters())
         noise = torch.randn(shape, generator=source, device=x.device, dtype=like.dtype)

@@ -32,6 +32,7 @@ from lpc_runner.evaluation.distances import (
 )
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor
+from lpc_runner.evaluation.level_pictures import draw_levels
 from lpc_runner.evaluation.references import VERSION, Reference
 from lpc_runner.evaluation.samples import draw_image_data, draw_images, sample_images, share_of
 
@@ -268,4 +269,6 @@ class ImageEvaluator(Evaluator):
         draw_image_data(self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
-        return draw_images(trained, self.dataset, self.data, self.seed, folder, update)
+        pictures = draw_images(trained, self.dataset, self.data, self.seed, folder, update)
+        levels = draw_levels(trained, self.dataset, self.data, self.seed, folder) if update is None else {}
+        return pictures | levels

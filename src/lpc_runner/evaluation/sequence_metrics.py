@@ -21,6 +21,7 @@ from lpc_runner.evaluation import kalman, spike_metrics
 from lpc_runner.evaluation.bounds import COLD, FreePosterior, fit_free_posterior, importance_bound
 from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
+from lpc_runner.models.latent import LatentVariableModel
 
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
 PER_TRIAL = "nats per trial"

@@ -111,29 +111,54 @@ def constant(parameters: Sequence[Tensor]) -> Iterator[None]:
 class Moments:
     """Σ_t (z(t) - centre) and Σ_t (z(t) - centre)² over `count` states, each (B, d).
 
-    The centre is the encoder's mean: sums of raw squares would lose the variance to rounding in float32.
+    The centre is the encoder's mean: sums of raw squares would lose the variance to rounding in float32. kept: some of
+    the states themselves, each (B, d): num_kept of every `period` steps, evenly apart and the last with them.
     """
 
     centre: Tensor
+    num_kept: int = 0
+    period: int = 1
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
     count: int = 0
+    kept: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.first, self.second = torch.zeros_like(self.centre), torch.zeros_like(self.centre)
+
+    def _keeps(self, t: int) -> bool:
+        count = min(self.num_kept, self.period)
+        return (t - 1) % self.period + 1 in {number * self.period // count for number in range(1, count + 1)}
 
     def add(self, z: Tensor) -> None:
         difference = z - self.centre
         self.first += difference
         self.second += difference.square()
         self.count += 1
+        if self._keeps(self.count):
+            self.kept.append(z)
 
     def add_states(self, states: Tensor) -> None:
         """The same of several states at once, (k, B, d)."""
         difference = states - self.centre
         self.first += difference.sum(0)
         self.second += difference.square().sum(0)
+        self.kept += [z.clone() for t, z in enumerate(states, self.count + 1) if self._keeps(t)]
         self.count += len(states)
+
+    def thin(self) -> None:
+        """Of the kept states num_kept at most, evenly apart and the last with them."""
+        count, found = min(self.num_kept, len(self.kept)), len(self.kept)
+        self.kept = [self.kept[number * found // count - 1] for number in range(1, count + 1)]
+
+
+def moments_of(z: Tensor, centre: Tensor | None, sampler, num_kept: int) -> Moments:
+    """Empty, about the centre or 0, for a chain from z (B, d) that keeps num_kept states.
+
+    Where the chain may end with any block, as many are kept of each, and thinned when it has ended.
+    """
+    period = block_length(sampler) if stops(sampler) else sampler.num_steps
+    return Moments(torch.zeros_like(z) if centre is None else centre.detach(), num_kept, max(1, period))
 
 
 class ChainNoise:
@@ -201,17 +226,18 @@ def run_chain(
     centre: Tensor | None = None,
     q: DiagonalGaussian | None = None,
     observe: Callable[[State, Info], None] | None = None,
+    num_kept: int = 0,
 ) -> Chain:
     """Run `sampler` from z(0) = z on log p(x, z) and gather what Algorithm 1 needs from its states.
 
     log_joint: z (B, d) -> (B,) nats. noise: t -> ξ(t), (B, d). parameters: θ, empty for sampling only. centre: about
     which the moments are taken (the encoder's mean; zero without one). q: the encoder's, for preconditioning=encoder.
-    observe: called after every step, for pictures.
+    observe: called after every step, for pictures. num_kept: see `moments_of`.
     """
     potential = FusedPotential(log_joint, parameters)
     along = theta_along(sampler, parameters)
     z = z.detach()
-    moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
+    moments = moments_of(z, centre, sampler, num_kept)
     trace = empty_trace(sampler.num_steps, z)
     square = torch.zeros_like(z[:1]) if needs_drift_square(sampler) else None
     judged, first, length, seen = judge_of(sampler), None, block_length(sampler), []
@@ -338,6 +364,7 @@ def finish_chain(
     judged: Acceptance | None,
 ) -> Chain:
     """The last state's gradient where it is wanted, and means instead of sums."""
+    moments.thin()
     num_steps = moments.count  # T, or fewer where chains have settled
     num_states = -(-num_steps // sampler.theta_every)
     trace = {name: values[:num_steps] for name, values in trace.items()}

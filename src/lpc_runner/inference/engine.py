@@ -18,7 +18,6 @@ from lpc_runner.base.tensors import products_in
 from lpc_runner.inference.chain import (
     Chain,
     FusedPotential,
-    Moments,
     advance,
     begin,
     block_length,
@@ -27,6 +26,7 @@ from lpc_runner.inference.chain import (
     empty_trace,
     finish_chain,
     judge_of,
+    moments_of,
     needs_drift_square,
     record,
     run_chain,
@@ -140,6 +140,7 @@ class Eager:
         centre: Tensor | None = None,
         q: DiagonalGaussian | None = None,
         observe: Callable | None = None,
+        num_kept: int = 0,
     ) -> Chain:
         """`run_chain` on log_joint(*inputs, z); inputs: the tensors that change from batch to batch (x).
 
@@ -147,7 +148,9 @@ class Eager:
         observer every engine runs this chain step by step.
         """
         potential = partial(self.potential_of(log_joint), *inputs)
-        return run_chain(potential, z, sampler, noise, parameters=parameters, centre=centre, q=q, observe=observe)
+        return run_chain(
+            potential, z, sampler, noise, parameters=parameters, centre=centre, q=q, observe=observe, num_kept=num_kept
+        )
 
 
 def _clone(value: Any) -> Any:
@@ -221,17 +224,18 @@ class Blocked(Eager):
         """One step of the sampler, as this engine makes it."""
         return sampler.step
 
-    def run(self, log_joint, inputs, z, sampler, noise, *, parameters=(), centre=None, q=None, observe=None) -> Chain:
+    def run(
+        self, log_joint, inputs, z, sampler, noise, *, parameters=(), centre=None, q=None, observe=None, num_kept=0
+    ) -> Chain:
         if observe is not None or sampler.num_steps == 0:
-            return super().run(
-                log_joint, inputs, z, sampler, noise, parameters=parameters, centre=centre, q=q, observe=observe
-            )
+            given = {"parameters": parameters, "centre": centre, "q": q, "observe": observe, "num_kept": num_kept}
+            return super().run(log_joint, inputs, z, sampler, noise, **given)
         z = z.detach()
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, z))
         key = (log_joint, sampler, shapes, tuple(map(id, parameters)))
         if key not in self._programs:
             self._programs[key] = _Program(self, log_joint, inputs, sampler, parameters)
-        return self._programs[key](inputs, z, q, noise, centre)
+        return self._programs[key](inputs, z, q, noise, centre, num_kept)
 
 
 class _Program:
@@ -253,7 +257,9 @@ class _Program:
             self.launchers[length] = self.engine.launcher(self.blocks[length])
         self.times = torch.arange(num_steps, dtype=torch.float64, device=start.z.device)  # made before each step
 
-    def __call__(self, inputs, z: Tensor, q: DiagonalGaussian | None, noise, centre: Tensor | None) -> Chain:
+    def __call__(
+        self, inputs, z: Tensor, q: DiagonalGaussian | None, noise, centre: Tensor | None, num_kept: int
+    ) -> Chain:
         for target, source in zip(self.inputs, inputs):
             target.copy_(source)
         spent = -self.potential.num_evaluations
@@ -263,7 +269,7 @@ class _Program:
             self.build(state)
         for total in self.potential.sums:
             total.zero_()
-        moments = Moments(torch.zeros_like(z) if centre is None else centre.detach())
+        moments = moments_of(z, centre, self.sampler, num_kept)
         trace, first = empty_trace(self.sampler.num_steps, z), None
         square = torch.zeros_like(z[:1]) if needs_drift_square(self.sampler) else None
         judged = judge_of(self.sampler)

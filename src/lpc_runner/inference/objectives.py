@@ -32,26 +32,40 @@ def forward_kl(q: DiagonalGaussian, moments: Moments) -> Tensor:
     return 0.5 * (square / q.variance + q.variance.log() + LOG_2PI).sum(1)
 
 
+def forward_kl_of(q: Any, states: Tensor) -> Tensor:
+    """`forward_kl` of k states of the chain, (k, B, d), one by one, for every q that has a log-density; nats, (B,)."""
+    return -q.repeat(len(states)).log_prob(states.flatten(0, 1)).view(states.shape[:2]).mean(0)
+
+
 def reverse_kl(q: DiagonalGaussian, prior: Prior, z: Tensor, log_joint: Tensor, drift: Tensor) -> Tensor:
     """L_R = -ELBO = -log p(x|z) + KL(q ‖ p(z)) in nats, (B,), z = q.rsample(noise): KL(q ‖ p(z|x)) up to log p(x).
 
     The gradient through z is the drift ∇z log p(x, z) less the prior's score, both already known, so neither the
-    decoder is run again nor can a gradient reach θ. log_joint: log p(x, z) (B,). drift: (B, d).
+    decoder is run again nor can a gradient reach θ. log_joint: log p(x, z) (B,). drift: (B, d). Where q is not
+    factorised, its KL is that of its conditionals at z, whose mean over z ~ q it is.
     """
     point = z.detach()
     log_likelihood = log_joint - prior.log_prob(point)
     pathwise = ((drift - prior.score(point)) * (z - point)).sum(1)  # value 0, gradient ∇z log p(x|z) · dz/dφ
-    return q.kl(prior) - (log_likelihood + pathwise)
+    return q.at(z).kl(prior) - (log_likelihood + pathwise)
 
 
 class WeightedKL(interfaces.Objective):
-    """w_f · forward KL + w_r · reverse KL; (1, 0) forward, (0, 1) reverse, (½, ½) Jeffreys, (0, 0) no encoder."""
+    """w_f · forward KL + w_r · reverse KL; (1, 0) forward, (0, 1) reverse, (½, ½) Jeffreys, (0, 0) no encoder.
+
+    num_kept_states: null takes forward KL from all states of a chain, by two sums, which a factorised q allows; a
+    number keeps so many of them, evenly apart and the last one with them, and takes it from these, whatever q is.
+    """
 
     allows_chain = True
 
     @checked
-    def __init__(self, forward: Weight, reverse: Weight) -> None:
-        self.forward, self.reverse = forward, reverse
+    def __init__(self, forward: Weight, reverse: Weight, num_kept_states: PositiveInt | None = None) -> None:
+        if num_kept_states is not None and forward == 0:
+            raise ValueError(
+                f"num_kept_states is of forward KL, whose weight is 0: null would fit, got {num_kept_states}"
+            )
+        self.forward, self.reverse, self.num_kept_states = forward, reverse, num_kept_states
 
     @property
     def uses_encoder(self) -> bool:
@@ -66,7 +80,7 @@ class WeightedKL(interfaces.Objective):
     @property
     def needs_factorised_q(self) -> bool:
         """Two sums over the states suffice where q's coordinates are independent."""
-        return self.forward > 0
+        return self.forward > 0 and self.num_kept_states is None
 
     @property
     def capturable(self) -> bool:
@@ -103,6 +117,7 @@ class WeightedKL(interfaces.Objective):
             centre=q.mean if q is not None else None,
             q=q,
             observe=_all_of([watch for watch in (context.observe, shadow) if watch is not None]),
+            num_kept=self.num_kept_states or 0,
         )
         theta = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
         phi, (scalars, maxima), num_evaluations = [], _describe(chain, sampler), chain.num_evaluations
@@ -118,11 +133,15 @@ class WeightedKL(interfaces.Objective):
             def negative_elbo() -> Tensor:
                 return reverse_kl(q, model.prior, warm, *at_warm)
 
-            loss = self.loss(lambda: forward_kl(q, chain.moments), negative_elbo).mean()
+            def negative_log_q() -> Tensor:
+                kept = chain.moments.kept
+                return forward_kl_of(q, torch.stack(kept)) if kept else forward_kl(q, chain.moments)
+
+            loss = self.loss(negative_log_q, negative_elbo).mean()
             phi = list(torch.autograd.grad(loss, context.phi))
             with torch.no_grad():
                 scalars |= {"train/encoder_loss": loss, "train/elbo": -negative_elbo().mean()}
-            scalars |= describe_encoder(model, q)
+            scalars |= describe_encoder(model, q, warm)
         return Gradients(theta, phi, chain.z, num_evaluations, scalars, maxima, chain)
 
 
@@ -162,8 +181,12 @@ class VariationalEM(WeightedKL):
 
 
 @torch.no_grad()
-def describe_encoder(model: Any, q: DiagonalGaussian) -> dict[str, Tensor]:
-    """KL(q ‖ p) in nats per example, in all and per named block of z, and q's mean standard deviation."""
+def describe_encoder(model: Any, q: DiagonalGaussian, z: Tensor) -> dict[str, Tensor]:
+    """KL(q ‖ p) in nats per example, in all and per named block of z, and q's mean standard deviation.
+
+    z: (B, d), drawn from q; where q is not factorised, both are those of its conditionals at z.
+    """
+    q = q.at(z)
     kl = q.kl_per_dimension(model.prior)
     blocks = {f"train/kl_{name}": kl[:, block].sum(1).mean() for name, block in model.blocks.items()}
     return {"train/kl": kl.sum(1).mean(), **blocks, "train/encoder_scale": q.variance.sqrt().mean()}
@@ -219,7 +242,7 @@ class ImportanceWeighted(Objective):
         found = importance_gradients(context.log_joint, q, noise, context.theta)
         theta = [-gradient for gradient in found.theta]
         phi = list(torch.autograd.grad(found.loss.mean(), context.phi))
-        scalars = describe_encoder(context.model, q) | {
+        scalars = describe_encoder(context.model, q, found.z) | {
             "train/importance_bound": found.bound.mean(),
             "train/effective_sample_size": found.weights.square().sum(0).reciprocal().mean(),
             "train/log_joint": found.log_joint.mean(),

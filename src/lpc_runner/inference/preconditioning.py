@@ -5,6 +5,7 @@ The chain drops the Γ term (derivatives of G), as the paper does; where G is co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -120,6 +121,11 @@ class Fisher(Preconditioner):
     def __init__(self, memory: Decay, prior_scale: PositiveFloat) -> None:
         self.memory, self.prior_scale = memory, prior_scale
         self.second_moment: Tensor | None = None  # m
+        self.blocks: Mapping[str, slice] = {}
+
+    def bind(self, model: Any, device: torch.device) -> None:
+        """model.blocks: coordinates of z by name, of which m is logged."""
+        self.blocks = model.blocks
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> Tensor:
         if self.second_moment is None:
@@ -139,9 +145,11 @@ class Fisher(Preconditioner):
         self.second_moment = torch.lerp(new, past, self.memory)
 
     def scalars(self) -> dict[str, Tensor]:
-        """The smallest and the largest of m."""
-        assert self.second_moment is not None  # set by the update's `observe`
-        return {"chain/fisher_min": self.second_moment.min(), "chain/fisher_max": self.second_moment.max()}
+        """The smallest and the largest of m, and its mean over each named block of z."""
+        m = self.second_moment
+        assert m is not None  # set by the update's `observe`
+        means = {f"chain/fisher_{name}": m[:, block].mean() for name, block in self.blocks.items()}
+        return {"chain/fisher_min": m.min(), "chain/fisher_max": m.max(), **means}
 
     def state_dict(self) -> dict[str, Tensor | None]:
         return {"second_moment": self.second_moment}

@@ -13,7 +13,8 @@ from lpc_runner.models.upsampling import Doubling, FromPoint
 SIDES = (28, 32, 64)
 
 
-def _decoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
+def table_2_decoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
+    """From z (B, latent_dim) to η (B, channels, side, side), side 28, 32 or 64; maps of 4x4, 8x8, 16x16 between."""
     # The second to last layer is the only one that depends on the image side.
     last_hidden = {
         28: nn.Conv2d(32, 32, 3, 1, 0),
@@ -30,7 +31,8 @@ def _decoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-def _encoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
+def table_2_encoder(latent_dim: int, channels: int, side: int) -> nn.Sequential:
+    """From x (B, channels, side, side) to (B, 2 latent_dim)."""
     first = nn.Conv2d(channels, 32, 3, 3, 1) if side == 64 else nn.Conv2d(channels, 32, 4, 2, 1)
     fourth = nn.Conv2d(64, 64, 3, 2, 1) if side == 28 else nn.Conv2d(64, 64, 4, 2, 1)
     return nn.Sequential(
@@ -62,11 +64,11 @@ class Conv(LatentVariableModel):
                 f"model=conv takes square images of {SIDES} pixels, got {'x'.join(map(str, sides))} (model=mlp: any)"
             )
         self.channels, self.side, self.variance_beta = channels, sides[0], variance_beta
-        self.decoder = _decoder(latent_dim, channels, self.side).to(memory_format=torch.channels_last)
+        self.decoder = table_2_decoder(latent_dim, channels, self.side).to(memory_format=torch.channels_last)
 
     def predict(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
     def build_encoder(self) -> Encoder:
-        body = _encoder(self.latent_dim, self.channels, self.side).to(memory_format=torch.channels_last)
+        body = table_2_encoder(self.latent_dim, self.channels, self.side).to(memory_format=torch.channels_last)
         return Encoder(body, self.variance_beta)

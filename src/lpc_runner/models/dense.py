@@ -17,7 +17,8 @@ from lpc_runner.models.latent import Encoder, LatentVariableModel
 ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def _network(sizes: list[int], activation: str) -> list[nn.Module]:
+def network(sizes: list[int], activation: str) -> list[nn.Module]:
+    """Layers from sizes[0] numbers to sizes[-1], the activation between them."""
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(sizes):
         layers += [nn.Linear(width_in, width_out), ACTIVATIONS[activation]()]
@@ -42,7 +43,7 @@ class MLP(LatentVariableModel):
         self.hidden, self.activation, self.variance_beta = hidden, activation, variance_beta
         self.data_dim = math.prod(data_shape)
         self.decoder = nn.Sequential(
-            *_network([latent_dim, *hidden, self.data_dim], activation), nn.Unflatten(1, tuple(data_shape))
+            *network([latent_dim, *hidden, self.data_dim], activation), nn.Unflatten(1, tuple(data_shape))
         )
 
     def predict(self, z: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class MLP(LatentVariableModel):
 
     def build_encoder(self) -> Encoder:
         sizes = [self.data_dim, *reversed(self.hidden), 2 * self.latent_dim]
-        return Encoder(nn.Sequential(nn.Flatten(), *_network(sizes, self.activation)), self.variance_beta)
+        return Encoder(nn.Sequential(nn.Flatten(), *network(sizes, self.activation)), self.variance_beta)
 
 
 class Linear(LatentVariableModel):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lpc_runner.base.pictures import picture_style
 from lpc_runner.paper.chain_figures import chain_pictures, trajectory_pictures
-from lpc_runner.paper.quality_figures import grid_pictures, objective_pictures
+from lpc_runner.paper.quality_figures import grid_pictures, level_pictures, objective_pictures
 from lpc_runner.paper.sweep_figures import sweep_pictures
 from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.curve_figures import compute_pictures, curve_pictures, metric_names
@@ -25,6 +25,7 @@ def study_pictures(study: Study, warnings: list[str]) -> Iterator[Picture]:
             yield from chain_pictures(dataset, groups, warnings)
             yield from sweep_pictures(dataset, groups)
             yield from grid_pictures(dataset, groups, warnings)
+            yield from level_pictures(dataset, groups, warnings)
             yield from sequence_pictures(dataset, groups)
             settings = curve_settings(groups)
             for setting in settings:

@@ -137,9 +137,30 @@ MAX_GRIDS = 12
 
 def grid_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) -> Iterator[Picture]:
     """The data and the final samples of each group's first run: VAE, then LPC without and with preconditioning."""
-    panels = _panels(groups, warnings)
+    panels = _panels(groups, warnings, "final.png", ("data.png",))
     if all(title == "data" for title, _ in panels):
         return
+    caption = f"{dataset}: data and final samples, of each method's first seed (Fig. 5A, 9)"
+    yield _grids(file_name(dataset, "samples"), caption, panels)
+
+
+def level_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) -> Iterator[Picture]:
+    """Of hierarchies, samples and reconstructions level by level, of each group's first run."""
+    runs = [group.counted[0] for group in groups if group.counted]
+    names = sorted({path.name for run in runs for path in (run.path / "samples").glob("level-*.png")})
+    for name in names:
+        panels = _panels(groups, warnings, name)
+        if panels:
+            level = name.removeprefix("level-").removesuffix(".png")
+            what = (
+                "an image, then its reconstructions from the top level, the top two .. all of them"
+                if level == "reconstructions"
+                else f"rows have the same levels above {level}; below that, every image draws its own"
+            )
+            yield _grids(file_name(dataset, name.removesuffix(".png")), f"{dataset}: {what}; first seeds", panels)
+
+
+def _grids(name: str, caption: str, panels: list[tuple[str, Any]]) -> Picture:
     left_out = len(panels) - MAX_GRIDS
     panels = panels[:MAX_GRIDS]
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
@@ -152,11 +173,13 @@ def grid_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) ->
         axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axis.set_title(wrapped(title, 34), fontsize=15)
     more = f"; {left_out} more groups are not shown" if left_out > 0 else ""
-    caption = f"{dataset}: data and final samples, of each method's first seed (Fig. 5A, 9){more}"
-    yield Picture(file_name(dataset, "samples"), caption, figure)
+    return Picture(name, caption + more, figure)
 
 
-def _panels(groups: Sequence[Group], warnings: list[str]) -> list[tuple[str, Any]]:
+def _panels(
+    groups: Sequence[Group], warnings: list[str], picture: str, first: tuple[str, ...] = ()
+) -> list[tuple[str, Any]]:
+    """Titles and pictures of each group's first run; first: those that stand once before them."""
     import matplotlib.image
 
     shown = sorted([group for group in groups if group.counted], key=_order)
@@ -164,8 +187,8 @@ def _panels(groups: Sequence[Group], warnings: list[str]) -> list[tuple[str, Any
     for group, title in zip(shown, short_labels(shown, panel_title)):
         run = group.counted[0]
         mark = "\nlast finite state" if group.diverged else ""
-        wanted += [("data", run.path / "samples" / "data.png")] * (not wanted)
-        wanted.append((f"{title}{mark}\nseed {run.seed}{_cut(run, group)}", run.path / "samples" / "final.png"))
+        wanted += [(Path(name).stem, run.path / "samples" / name) for name in first if not wanted]
+        wanted.append((f"{title}{mark}\nseed {run.seed}{_cut(run, group)}", run.path / "samples" / picture))
     panels = []
     for title, path in wanted:
         if path.exists():

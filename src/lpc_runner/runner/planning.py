@@ -263,7 +263,8 @@ def _images(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
             note = f"{facts[f'{metric}_floor']:.3g} between the references and {facts['num_floor']:,} other real images"
         rows.append((metric, f"{metrics[metric]:.4g}", note))
     for metric in (metric for metric in _ordered(metrics) if metric not in quality):
-        note = {"elbo": "nats per image", "kl": "nats per image", "bits_per_dim": "from the ELBO"}.get(metric, "")
+        note = {"elbo": "nats per image", "bits_per_dim": "from the ELBO"}.get(metric, "")
+        note = "nats per image" if metric == "kl" or metric.startswith("kl_") else note
         rows.append((metric, f"{metrics[metric]:.4g}", note))
     sources = (
         f"N = {facts['num_samples']:,} samples against {facts['num_references']:,} {facts['reference']} images, "

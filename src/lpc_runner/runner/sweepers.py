@@ -18,6 +18,7 @@ from lpc_runner.base.files import write_atomically
 from lpc_runner.base.schema import declared
 from lpc_runner.base.vocabulary import IS_BETTER_HIGHER
 from lpc_runner.config.compose import Cell, cell_from, cell_text
+from lpc_runner.evaluation.bounds import BY_BLOCK
 from lpc_runner.evaluation.evaluator import Metrics
 from lpc_runner.runner.plan import Planned, plan
 
@@ -83,7 +84,11 @@ def value_of(planned: Planned, result: dict[str, Any]) -> float:
 
 
 def _names(planned: Planned) -> tuple[str, ...] | None:
-    return declared(planned.experiment.metrics, Metrics, "names")()
+    names = declared(planned.experiment.metrics, Metrics, "names")()
+    if names is None:
+        return None
+    blocks = planned.experiment.model.blocks
+    return *names, *(f"{name}_{block}" for name in BY_BLOCK if name in names for block in blocks)
 
 
 def _distance(names: Any) -> str | None:

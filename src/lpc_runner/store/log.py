@@ -131,6 +131,8 @@ def rows_of(run: RunDirectory) -> dict[int, Row]:
     for name, picture in (("samples", "final.png"), ("reconstructions", "reconstructions.png")):
         if (run.samples / picture).exists():
             rows.setdefault(last, Row()).pictures[name] = run.samples / picture
+    for path in sorted(run.samples.glob("level-*.png")):
+        rows.setdefault(last, Row()).pictures[path.stem] = path
     return dict(sorted(rows.items()))
 
 

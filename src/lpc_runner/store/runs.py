@@ -45,6 +45,7 @@ FIRST_VALUES = {
     "sampler.first_steps": None,
     "sampler.noise": "independent",
     "sampler.stop": "never",
+    "objective.num_kept_states": None,
 }
 # What every record holds, by type.
 _RECORDS = {
