@@ -15,6 +15,8 @@ import matplotlib.pyplot
 import pytest
 import torch
 from conftest import TINY, cell_of, cells_of, environment, only_run, result_of, rows_of
+from hydra._internal.core_plugins.file_config_source import FileConfigSource as HydrasFiles
+from hydra._internal.sources_registry import SourcesRegistry
 from omegaconf import OmegaConf
 
 import lpc_runner
@@ -27,6 +29,7 @@ from lpc_runner.base.schema import declared
 from lpc_runner.config.build import build, instantiate
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.config.options import options_of
+from lpc_runner.config.variants import FileConfigSource, variants_read
 from lpc_runner.data.dataset import Batch
 from lpc_runner.evaluate import main as evaluate
 from lpc_runner.inference.context import Context
@@ -588,6 +591,14 @@ def test_a_variant_is_what_a_file_of_its_own_would_be(workplace, command):
     assert answer.code == 0 and "max_updates: 7" in answer.out and "rerun: 1" in answer.out
     own_file("experiment/mine_small", HEADER + TWIN)  # a file goes before a variant
     assert cells_of(*words) == variants
+
+
+def test_a_worker_may_register_hydras_own_class_where_variants_are_read():
+    """A launcher's worker takes this registry over, and then registers Hydra's plugins."""
+    with variants_read():
+        SourcesRegistry.instance().register(HydrasFiles)
+        assert SourcesRegistry.instance().resolve("file") is FileConfigSource
+    assert SourcesRegistry.instance().resolve("file") is HydrasFiles
 
 
 @pytest.mark.parametrize("name", ["experiment/fig4_small", "method/vae_lr_1e-3"])

@@ -90,23 +90,26 @@ def compose_command(args: argparse.Namespace) -> Composed:
         composed = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])])
         for cell in composed if folder else []:
             require_own_names(folder, cell.choices)
-        first = {cell.choices["dataset"]: cell for cell in reversed(composed) if cell.cfg.check}
-        return Composed(
-            composed, launcher, sweeper, tuple(filter(None, map(chosen_by_dataset, reversed(first.values()))))
-        )
+        chosen = map(_chosen_by_dataset, _of_each_dataset(composed)) if composed[0].cfg.check else ()
+        return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)))
 
 
-def chosen_by_dataset(cell: Cell) -> str:
-    """What a cell has from its dataset's file alone, options of other groups and their values; empty if nothing."""
-    option = cell.choices["dataset"]
+def _of_each_dataset(cells: list[Cell]) -> list[list[Cell]]:
+    names = dict.fromkeys(cell.choices["dataset"] for cell in cells)
+    return [[cell for cell in cells if cell.choices["dataset"] == name] for name in names]
+
+
+def _chosen_by_dataset(cells: list[Cell]) -> str:
+    """Options and values of other groups that some of a dataset's cells have from its file alone; empty if none."""
+    option = cells[0].choices["dataset"]
     file = GlobalHydra.instance().config_loader().repository.load_config(f"dataset/{option}")
     groups = {item.group.strip("/"): item.value for item in file.defaults_list if item.is_override()}
-    words = {group: value for group, value in groups.items() if cell.choices.get(group) == value}
+    words = {key: value for key, value in groups.items() if any(cell.choices.get(key) == value for cell in cells)}
     content = OmegaConf.to_container(file.config) if "dataset" in file.config else {}
     for key, value in _leaves({name: node for name, node in content.items() if name != "dataset"}):
-        if OmegaConf.select(cell.cfg, key) == value:
+        if any(OmegaConf.select(cell.cfg, key) == value for cell in cells):
             words[key] = value
-    named = {override.key_or_group for override in parsed(cell.overrides)}
+    named = {override.key_or_group for cell in cells for override in parsed(cell.overrides)}
     said = ", ".join(f"{key}={value}" for key, value in words.items() if key not in named)
     return f"dataset={option} also chose {said}" if said else ""
 

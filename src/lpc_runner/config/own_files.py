@@ -14,12 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.config.options import CONF_DIR, OF_SEVERAL, groups, owners, root_keys
-from lpc_runner.config.variants import KEY, WithVariants, file_of, has_option
+from lpc_runner.config.variants import KEY, FileConfigSource, file_of, has_option
 
 _PACKAGE_LINE = "# @package _global_"
 
 
-class OwnFiles(WithVariants):
+class OwnFiles(FileConfigSource):
     """A user's folder as Hydra reads it, every file checked when it is read. Raises UserError (one line)."""
 
     @staticmethod

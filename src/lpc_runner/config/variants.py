@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
@@ -57,8 +57,12 @@ def _variants(path: Path) -> dict[str, Any]:
     return {str(name): section for name, section in found.items()} if isinstance(found, dict) else {}
 
 
-class WithVariants(FileConfigSource):
-    """A folder of groups as Hydra reads it, with the variants."""
+class FileConfigSource(file_config_source.FileConfigSource):
+    """A folder of groups as Hydra reads it, with the variants.
+
+    It has the name of Hydra's class, for which it stands: a worker registers that one again, and a second class of
+    another name would be refused there.
+    """
 
     def is_config(self, config_path: str) -> bool:
         return super().is_config(config_path) or self.variant(config_path) is not None
@@ -104,9 +108,9 @@ def variants_read() -> Iterator[None]:
     """Within it, what Hydra starts reads the variants of conf/ and of a user's folder, here and in its workers."""
     Plugins.instance()  # registers Hydra's own, once
     types = SourcesRegistry.instance().types
-    before = types[WithVariants.scheme()]
-    types[WithVariants.scheme()] = WithVariants
+    before = types[FileConfigSource.scheme()]
+    types[FileConfigSource.scheme()] = FileConfigSource
     try:
         yield
     finally:
-        types[WithVariants.scheme()] = before
+        types[FileConfigSource.scheme()] = before
