@@ -24,11 +24,12 @@ from lpc_runner.config.build import GIVEN_LATER, build
 from lpc_runner.config.identity import flat_keys, run_hash
 from lpc_runner.config.options import CONF_DIR
 
-OPTIONS = sorted(
-    (path.parent.relative_to(CONF_DIR).as_posix(), path.stem)
+FILES = {
+    (path.parent.relative_to(CONF_DIR).as_posix(), path.stem): OmegaConf.to_container(OmegaConf.load(path))
     for path in CONF_DIR.rglob("*.yaml")
     if path.parent != CONF_DIR and "hydra" not in path.relative_to(CONF_DIR).parts
-)
+}
+OPTIONS = sorted([*FILES, *((group, name) for (group, _), file in FILES.items() for name in file.get("variants", ()))])
 STUDIES = ("experiment", "method")
 # What an option does not go without.
 BESIDE = {
@@ -121,6 +122,24 @@ def check_cells(group: str, option: str, data: Path, *more: str) -> None:
             files = (group, option) in NEEDS or any("=test_" in item for item in beside(group, option, data))
             digest = run_hash(cell, {"files": "of the user"} if files else experiment.dataset.identity())
             assert HASHES.get(frozen) == digest, f'tests/fixtures/hashes.json lacks "{frozen}": "{digest}"'
+
+
+def test_every_option_that_ever_was_is_one_of_a_file_or_a_variant():
+    """Users' notes and run.json name them: no word is lost, and none stands in two places."""
+    assert {f"{group}={option}" for group, option in OPTIONS} == set(HASHES) and len(set(OPTIONS)) == len(OPTIONS)
+
+
+@pytest.mark.parametrize("option", [option for group, option in FILES if group == "dataset"])
+def test_a_datasets_header_says_what_else_it_chooses(option):
+    file = FILES["dataset", option]
+    words = [
+        f"{key.removeprefix('override /')}={value}" for item in file.get("defaults", ()) for key, value in item.items()
+    ]
+    others = {group: node for group, node in file.items() if group not in ("defaults", "dataset")}
+    words += [f"{group}.{key}" for group, node in others.items() for key in node]
+    text = (CONF_DIR / "dataset" / f"{option}.yaml").read_text(encoding="utf-8")
+    header = " ".join(line.removeprefix("#").strip() for line in text.partition("\n\n")[0].splitlines())
+    assert (f"Also chooses {', '.join(words)}." in header) if words else ("Also chooses" not in header)
 
 
 @pytest.mark.parametrize("group, option", [pair for pair in OPTIONS if pair[0] not in (*STUDIES, "tuned")])

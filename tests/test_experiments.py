@@ -1,4 +1,4 @@
-"""The paper's experiments: what each shares with the others, and the small siblings from one word to their pictures."""
+"""The paper's experiments: what each shares with the others, and the small variants from one word to their pictures."""
 
 import html.parser
 from pathlib import Path
@@ -40,7 +40,7 @@ def runs_of(*words: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_experiment_has_a_small_sibling_with_its_own_study(name):
+def test_every_experiment_has_a_small_variant_with_its_own_study(name):
     *_, large = cells_of(f"experiment={name}", "dataset=svhn", "seed=0")
     *_, small = cells_of(f"experiment={name}_small", "seed=0")
     assert (large.cfg.study, small.cfg.study) == (name, f"{name}_small")
@@ -123,7 +123,7 @@ QUICK = ("fig2", "fig6")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PICTURES]
 )
-def test_a_small_sibling_runs_from_one_word_to_its_pictures(name, command):
+def test_a_small_variant_runs_from_one_word_to_its_pictures(name, command):
     words = [*SHORT, *NARROWED.get(name, ())]
     answer = command(f"experiment={name}_small", *words)
     assert answer.code == 0, answer.err

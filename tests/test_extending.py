@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import matplotlib.pyplot
 import pytest
 import torch
-from conftest import TINY, cell_of, environment, only_run, result_of, rows_of
+from conftest import TINY, cell_of, cells_of, environment, only_run, result_of, rows_of
+from hydra._internal.core_plugins.file_config_source import FileConfigSource as HydrasFiles
+from hydra._internal.sources_registry import SourcesRegistry
 from omegaconf import OmegaConf
 
 import lpc_runner
@@ -27,6 +29,7 @@ from lpc_runner.base.schema import declared
 from lpc_runner.config.build import build, instantiate
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.config.options import options_of
+from lpc_runner.config.variants import FileConfigSource, variants_read
 from lpc_runner.data.dataset import Batch
 from lpc_runner.evaluate import main as evaluate
 from lpc_runner.inference.context import Context
@@ -510,6 +513,12 @@ MISREAD = {
     "no package": (b"trainer:\n  max_updates: 2\n", "line 1: the first line must be `# @package _global_`"),
     "package second": (b"# mine\n" + HEADER + b"seed: 1\n", "line 2: `# @package` counts in the first line only"),
     "package with a word too many": (b"# @package _global_ mine\nseed: 1\n", "line 1: Too many components"),
+    "variants without names": (HEADER + b"variants: fig4\n", "line 2: below variants stand names"),
+    "a variant of nothing": (HEADER + b"seed: 1\nvariants:\n  mine_2:\n", "line 3: mine_2 holds nothing"),
+    "an unknown key of a variant": (
+        HEADER + b"variants:\n  mine_2:\n    max_updates: 2\n",
+        "line 2: mine_2: unknown key max_updates",
+    ),
     "an option as a value": (HEADER + b"dataset: lds\n", "line 2:", "`- override /dataset: lds`"),
 }
 
@@ -553,6 +562,51 @@ def test_an_option_of_the_package_is_not_replaced_in_silence(workplace):
     own_file("dataset/digits", b"# @package _global_\ndataset:\n  _target_: mine.Digits\n")
     with pytest.raises(UserError, match=r"digits.yaml: dataset=digits is an option of the package"):
         cell_of("--config-dir=own")
+
+
+SWEEP = b"hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,1\n"
+SECTION = b"""
+    defaults: [small, override /objective: reverse]
+    dataset:
+      binarise: static
+    hydra: {sweeper: {params: {seed: '3,4'}}}
+"""
+TWIN = b"defaults:\n  - mine\n  - small\n  - _self_\n  - override /objective: reverse\nstudy: mine_small\ndataset:\n"
+TWIN += b"  binarise: static\nhydra:\n  sweeper:\n    params:\n      seed: 3,4\n"
+
+
+def test_a_variant_is_what_a_file_of_its_own_would_be(workplace, command):
+    own_file("experiment/mine", HEADER + b"study: mine\n" + SWEEP + b"variants:\n  mine_small:" + SECTION)
+    own_file("method/short", HEADER + b"trainer:\n  max_updates: 7\nvariants:\n  short_7:\n    rerun: 1\n")
+    own_file("experiment/built_on", HEADER + b"defaults:\n  - fig4_small\n  - _self_\nstudy: built_on\n")
+    words = ("--config-dir=own", "experiment=mine_small", "method=short")
+    variants = cells_of(*words)
+    assert [cell.cfg.seed for cell in variants] == [3, 4] and variants[0].cfg.study == "mine_small"
+    assert [cell.cfg.seed for cell in cells_of("--config-dir=own", "experiment=mine")] == [0, 1]
+    assert cell_of("--config-dir=own", "method=short_7").cfg.rerun == 1
+    one = cell_of("--config-dir=own", "experiment=built_on", "method=vae", "step_size.value=0.1")
+    assert one.cfg.study == "built_on" and one.choices["model"] == "mlp"
+    matched = cells_of("-m", "experiment=glob([fig1*])", "dataset=digits", "seed=0")
+    assert [cell.cfg.study for cell in matched] == ["fig1", "fig1_small"]
+    answer = command("--config-dir=own", "method=short_7", "--cfg=job")  # composed by Hydra, as a run's job is
+    assert answer.code == 0 and "max_updates: 7" in answer.out and "rerun: 1" in answer.out
+    own_file("experiment/mine_small", HEADER + TWIN)  # a file goes before a variant
+    assert cells_of(*words) == variants
+
+
+def test_a_worker_may_register_hydras_own_class_where_variants_are_read():
+    """A launcher's worker takes this registry over, and then registers Hydra's plugins."""
+    with variants_read():
+        SourcesRegistry.instance().register(HydrasFiles)
+        assert SourcesRegistry.instance().resolve("file") is FileConfigSource
+    assert SourcesRegistry.instance().resolve("file") is not FileConfigSource
+
+
+@pytest.mark.parametrize("name", ["experiment/fig4_small", "method/vae_lr_1e-3"])
+def test_a_variant_of_the_package_is_not_replaced_in_silence(name, workplace):
+    own_file(name, HEADER + b"seed: 3\n")
+    with pytest.raises(UserError, match="is an option of the package, which is taken"):
+        cells_of("--config-dir=own", name.replace("/", "="))
 
 
 @pytest.mark.parametrize("folder", ["own 'quoted' (1)", "ö=[x],{y}", "a${b}"])

@@ -413,10 +413,10 @@ def test_levels_and_maps_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             hierarchy((3, 32, 32), **given)
-    with pytest.raises(ValueError, match="^num_kept_states is of forward KL, whose weight is 0"):
+    with pytest.raises(ValueError, match=r"^num_kept_states is of forward KL, whose weight is 0"):
         WeightedKL(0.0, 1.0, 3)
     for shape in ((3, 30, 30), (1, 28, 32), (64, 64)):
-        with pytest.raises(ValueError, match="maps are of square images of .28, 32, 64. pixels"):
+        with pytest.raises(ValueError, match=r"maps are of square images of .28, 32, 64. pixels"):
             hierarchy(shape, (2, 2), (4, 1))
 
 

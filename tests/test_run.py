@@ -157,9 +157,21 @@ def test_check_shows_the_plan_and_starts_nothing(run, command, workplace):
     assert answer.code == 0 and "2 runs (1 done, 0 resume, 1 new)" in answer.out
     assert "to download" not in answer.out
     answer = command("-m", "check=true", "dataset=cifar10", "metrics.extractor=inception", "seed=0,1", *TINY)
+    assert "dataset=cifar10 also chose metrics=paper, tuned.beta=0.25" in answer.out.splitlines()
     says = "to download first: cifar10 into data, Inception's weights into data/features"
     assert answer.code == 0 and says in answer.out.splitlines()
     assert contents(workplace) == before
+
+
+def test_the_plan_says_what_the_dataset_chose_and_nothing_that_the_command_did():
+    from lpc_runner.config.compose import compose_command
+    from lpc_runner.config.words import parse_arguments
+
+    words = "dataset=lorenz,lds,mnist model=lfads trainer.batch_size=80 method=vae check=true -m"
+    assert compose_command(parse_arguments(words.split())[0]).chosen == tuple(
+        f"dataset={name} also chose tuned=sequences, metrics=sequences, trainer.num_prior_batches=0"
+        for name in ("lorenz", "lds")
+    )
 
 
 def test_what_was_taken_of_the_users_files_stands_in_the_plan_the_log_and_the_result(command, tmp_path):

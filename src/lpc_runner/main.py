@@ -84,7 +84,7 @@ def _run() -> None:
                     _hydra(args)
             return
         if cells[0].cfg.check:
-            print_plan(planned)
+            print_plan(planned, composed.chosen)
             if searches:
                 print(
                     f"this is a run of the first values; hydra/sweeper={composed.sweeper} proposes its own, one by one"
@@ -126,11 +126,12 @@ def _hydra(args: argparse.Namespace) -> None:
     import hydra
 
     from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
+    from lpc_runner.config.variants import variants_read
 
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account and leaves
     try:
-        with words_for_workers(sys.argv):
+        with words_for_workers(sys.argv), variants_read():
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
     except UserError:
         raise

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -28,6 +29,7 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.config.classes import name_classes
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, as_dict, dotted, unknown_key
 from lpc_runner.config.own_files import OwnFiles, require_own_names
+from lpc_runner.config.variants import variants_read
 from lpc_runner.config.words import as_text, parsed, values_of
 
 # What our launchers, and a sweeper, build on, and the extra of pyproject.toml that brings it.
@@ -51,6 +53,8 @@ class Composed:
     launcher: str
     # Hydra's sweeper, if it chooses every run by those before; `cells` is then one that it could propose.
     sweeper: str | None = None
+    # With check=true: what each dataset chose besides, in words.
+    chosen: tuple[str, ...] = ()
 
     @property
     def is_sweep(self) -> bool:
@@ -91,7 +95,36 @@ def compose_command(args: argparse.Namespace) -> Composed:
         if folder is not None:
             for cell in composed:
                 require_own_names(folder, cell.choices)
-        return Composed(composed, launcher, sweeper)
+        chosen = map(_chosen_by_dataset, _of_each_dataset(composed)) if composed[0].cfg.check else ()
+        return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)))
+
+
+def _of_each_dataset(cells: list[Cell]) -> list[list[Cell]]:
+    names = dict.fromkeys(cell.choices["dataset"] for cell in cells)
+    return [[cell for cell in cells if cell.choices["dataset"] == name] for name in names]
+
+
+def _chosen_by_dataset(cells: list[Cell]) -> str:
+    """Options and values of other groups that some of a dataset's cells have from its file alone; empty if none."""
+    option = cells[0].choices["dataset"]
+    file = GlobalHydra.instance().config_loader().repository.load_config(f"dataset/{option}")
+    groups = {item.group.strip("/"): item.value for item in file.defaults_list if item.is_override()}
+    words = {key: value for key, value in groups.items() if any(cell.choices.get(key) == value for cell in cells)}
+    content = OmegaConf.to_container(file.config) if "dataset" in file.config else {}
+    for key, value in _leaves({name: node for name, node in content.items() if name != "dataset"}):
+        if any(OmegaConf.select(cell.cfg, key) == value for cell in cells):
+            words[key] = value
+    named = {override.key_or_group for cell in cells for override in parsed(cell.overrides)}
+    said = ", ".join(f"{key}={value}" for key, value in words.items() if key not in named)
+    return f"dataset={option} also chose {said}" if said else ""
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 @contextmanager
@@ -102,7 +135,7 @@ def _initialised(own: Path | None = None) -> Iterator[None]:
     before = base.version_base, runtime.get("name"), instance.hydra
     instance.clear()
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        with variants_read(), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             if own is not None:
                 loader = GlobalHydra.instance().config_loader()
                 places = loader.get_search_path()

@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if path.is_dir())
 CONFIG_NAME = "config"
 # Groups whose options set the keys of others and have none of their own.
-_WITHOUT_KEYS = ("experiment", "method", "hydra")
+OF_SEVERAL = ("experiment", "method")
 
 
 def options_of(group: str) -> list[str]:
@@ -78,7 +78,7 @@ def _plain(name: str) -> str:
 
 def owners(group: str, name: str) -> list[str]:
     """The options of a group that have a key of this name."""
-    if group.split("/", maxsplit=1)[0].split(".", maxsplit=1)[0] in _WITHOUT_KEYS:
+    if group.split("/", maxsplit=1)[0].split(".", maxsplit=1)[0] in (*OF_SEVERAL, "hydra"):
         return []
     return [option for option in options_of(group) if name in keys_of(group, option)]
 

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.config.options import as_dict, groups, options_of, owners, root_keys
+from lpc_runner.config.options import CONF_DIR, OF_SEVERAL, as_dict, groups, owners, root_keys
+from lpc_runner.config.variants import KEY, FileConfigSource, file_of, has_option
 
 _PACKAGE_LINE = "# @package _global_"
-# Groups whose options set the keys of other groups: without that line they would set keys of their own name.
-_OF_SEVERAL = ("experiment", "method")
 
 
 class OwnFiles(FileConfigSource):
@@ -29,7 +27,7 @@ class OwnFiles(FileConfigSource):
         return "own"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        path = Path(self.path) / self._normalize_file_name(config_path)
+        path = self.variant(config_path) or Path(self.path) / self._normalize_file_name(config_path)
         _check(path, config_path.rpartition("/")[0])
         return super().load_config(config_path)
 
@@ -40,8 +38,8 @@ SourcesRegistry.instance().register(OwnFiles)
 def require_own_names(folder: Path, choices: dict[str, str]) -> None:
     """Raises UserError for an option chosen that stands in a user's folder and in conf/, where it is taken from."""
     for group, option in choices.items():
-        path = folder / group / f"{option}.yaml"
-        if option in options_of(group) and path.is_file():
+        path = file_of(folder, group, option) or folder / group / f"{option}.yaml"
+        if path.is_file() and has_option(CONF_DIR, group, option):
             raise UserError(f"{path}: {group}={option} is an option of the package, which is taken: rename the file")
 
 
@@ -56,11 +54,14 @@ def _check(path: Path, group: str) -> None:
     late = re.search(r"^\s*#\s*@package\b", text, re.M)
     if package is None and late:
         raise UserError(f"{path}, line {_line(text, late.end())}: `# @package` counts in the first line only")
-    if package is None and (group in _OF_SEVERAL or group in entries):
+    if package is None and (group in OF_SEVERAL or group in entries):
         raise UserError(f"{path}, line 1: the first line must be `{_PACKAGE_LINE}`: the file names groups")
     if package == "_global_":
         for key, (value, line) in entries.items():
-            _check_root_entry(f"{path}, line {line}", key, value)
+            if key == KEY and group in OF_SEVERAL:
+                _check_variants(f"{path}, line {line}", value)
+            else:
+                _check_root_entry(f"{path}, line {line}", key, value)
 
 
 def _text(path: Path) -> str:
@@ -99,6 +100,16 @@ def _entries(path: Path, text: str) -> dict[str, tuple[Any, int]]:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value} if root else {}
     return {str(key): (value, lines.get(str(key), 1)) for key, value in content.items()}
+
+
+def _check_variants(where: str, variants: Any) -> None:
+    if not isinstance(variants, dict):
+        raise UserError(f"{where}: below {KEY} stand names, and below each what it changes")
+    for name, section in variants.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{where}: {name} holds nothing: what it changes is indented below it")
+        for key, value in section.items():
+            _check_root_entry(f"{where}: {name}", str(key), value)
 
 
 def _check_root_entry(where: str, key: str, value: Any) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,8 +129,11 @@ def unfinished(planned: list[Planned]) -> list[str]:
     return lines
 
 
-def print_plan(planned: list[Planned]) -> None:
-    """What a command would do, run by run, what it would download, and how long the rest of it will train."""
+def print_plan(planned: list[Planned], chosen: Sequence[str] = ()) -> None:
+    """What a command would do, run by run, what it would download, and how long the rest of it will train.
+
+    chosen: lines on what the datasets chose.
+    """
     from lpc_runner.runner.pace import Pace
 
     console, pace = Console(), Pace()
@@ -145,6 +148,8 @@ def print_plan(planned: list[Planned]) -> None:
             console.print(f"{facts if first else '':<32}   {line}", highlight=False, soft_wrap=True)
     states = [run.directory.state() for run in planned]
     fetched = dict.fromkeys(what for run, state in zip(planned, states) if state != "done" for what in run.to_fetch())
+    for line in chosen:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in dict.fromkeys(line for run in planned for line in run.experiment.dataset.account()):
         console.print(f"data: {line}", markup=False, highlight=False, soft_wrap=True)
     if fetched:
