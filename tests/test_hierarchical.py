@@ -16,6 +16,7 @@ from lpc_runner.base.distributions import Bernoulli, DiagonalGaussian, Discretis
 from lpc_runner.base.errors import UserError
 from lpc_runner.config.build import build
 from lpc_runner.data.dataset import Batch
+from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.bounds import importance_bound
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.context import Context
@@ -158,6 +159,21 @@ def test_a_top_down_q_that_is_the_posterior_has_constant_weights():
     bound = importance_bound(model, x, q, 3, seed=0)
     torch.testing.assert_close(bound.iwae, evidence_of(weight, bias, x))
     torch.testing.assert_close(bound.effective_samples, torch.full_like(bound.iwae, 3))
+
+
+def test_annealing_from_a_top_down_q_encloses_the_evidence():
+    """From the Gaussian along an untrained encoder's path of means; both bounds near log p(x), one alone is not."""
+    model, weight, bias = linear([2, 1])
+    model.requires_grad_(False)
+    encoder, e = model.build_encoder().double().requires_grad_(False), torch.randn(40, 3, dtype=torch.float64)
+    x = model.predict(e) + torch.randn(40, 5, dtype=torch.float64)
+    q, evidence = encoder(Batch(x, torch.arange(40))), evidence_of(weight, bias, x).mean().item()
+    gaps = []
+    for num_temperatures in (1, 20):
+        ais = AnnealedImportance(num_chains=8, num_temperatures=num_temperatures, num_leapfrog=3, start="encoder")
+        found = ais.bounds(model, x, q, 0, "t", e)
+        gaps.append((evidence - found.lower.mean().item(), found.upper.mean().item() - evidence))
+    assert all(0 < gap < 1 for gap in gaps[1]) and min(gaps[0]) > 2
 
 
 # Any hierarchy.
@@ -350,6 +366,21 @@ def test_all_states_kept_one_by_one_are_the_two_sums():
     )  # fmt: skip
     wanted = [states[t - 1] for t in (17, 35, 52, 70)]
     assert all(torch.equal(torch.stack(chain.moments.kept), torch.stack(wanted)) for chain in chains)
+
+
+def test_a_chain_that_settles_keeps_states_of_all_its_steps():
+    """As many as asked for, evenly apart and the last with them, wherever the chain has ended; in every engine."""
+    model = linear([2, 1])[0]
+    x = torch.randn(8, 5, dtype=torch.float64)
+    sampler = Langevin(200, "all", Constant(0.2), Identity(), stop="settled")
+    for engine in (Eager(), Blocked()):
+        chain = engine.run(
+            model.log_joint, (x,), torch.zeros(8, 3, dtype=torch.float64), sampler,
+            ChainNoise(0, 0, (8, 3), "cpu", torch.float64), num_kept=4,
+        )  # fmt: skip
+        assert chain.moments.count in (32, 64, 96, 128, 160, 192) and len(chain.moments.kept) == 4
+        assert torch.equal(chain.moments.kept[-1], chain.z)
+        assert len({float(z.sum()) for z in chain.moments.kept}) == 4
 
 
 @pytest.mark.parametrize("objective", [WeightedKL(0.5, 0.5, 3), WeightedKL(0.0, 1.0)], ids=["jeffreys", "reverse"])
