@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -138,6 +139,7 @@ def _initialised(own: Path | None = None) -> Iterator[None]:
         with variants_read(), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             if own is not None:
                 loader = GlobalHydra.instance().config_loader()
+                assert isinstance(loader, ConfigLoaderImpl)
                 places = loader.get_search_path()
                 places.prepend("command-line", f"{OwnFiles.scheme()}://{own}", "schema")
                 loader.repository.initialize_sources(places)
