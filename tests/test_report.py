@@ -123,6 +123,14 @@ def test_a_missing_metric_is_a_dash_and_fewer_seeds_are_said(disk):
     assert bounds["VAE"]["elbo"] == "-3.00 ± –" and "LPC jeffreys" not in bounds
 
 
+def test_a_seed_without_the_measurement_of_the_others_is_left_out_of_their_table(disk):
+    facts = {"kind": "likelihood", "start": "encoder"}
+    disk.run("a0", LPC, 0, metrics={"log_likelihood": -90.0}, measurement=facts)
+    disk.run("a1", LPC, 1, metrics={"elbo": -95.0})
+    rows, _ = table(read_study(disk.study), "log p(x)")
+    assert rows["LPC jeffreys"]["log_likelihood"] == "-90.00 ± – (n=1)"
+
+
 def test_numbers_have_the_decimals_that_their_size_deserves():
     assert [show(x) for x in (None, 12345.6, 113.29, 5.0, 0.63, 0.0002)] == [
         "–", "12,346", "113.3", "5.00", "0.630", "0.0002"

@@ -99,6 +99,11 @@ def compose_command(args: argparse.Namespace) -> Composed:
         return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)))
 
 
+def _loader() -> Any:
+    """Hydra's, which has a `repository` beside what Hydra declares."""
+    return GlobalHydra.instance().config_loader()
+
+
 def _of_each_dataset(cells: list[Cell]) -> list[list[Cell]]:
     names = dict.fromkeys(cell.choices["dataset"] for cell in cells)
     return [[cell for cell in cells if cell.choices["dataset"] == name] for name in names]
@@ -107,10 +112,10 @@ def _of_each_dataset(cells: list[Cell]) -> list[list[Cell]]:
 def _chosen_by_dataset(cells: list[Cell]) -> str:
     """Options and values of other groups that some of a dataset's cells have from its file alone; empty if none."""
     option = cells[0].choices["dataset"]
-    file = GlobalHydra.instance().config_loader().repository.load_config(f"dataset/{option}")
+    file = _loader().repository.load_config(f"dataset/{option}")
     groups = {item.group.strip("/"): item.value for item in file.defaults_list if item.is_override()}
     words = {key: value for key, value in groups.items() if any(cell.choices.get(key) == value for cell in cells)}
-    content = OmegaConf.to_container(file.config) if "dataset" in file.config else {}
+    content = as_dict(file.config) if "dataset" in file.config else {}
     for key, value in _leaves({name: node for name, node in content.items() if name != "dataset"}):
         if any(OmegaConf.select(cell.cfg, key) == value for cell in cells):
             words[key] = value
@@ -137,7 +142,7 @@ def _initialised(own: Path | None = None) -> Iterator[None]:
     try:
         with variants_read(), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             if own is not None:
-                loader = GlobalHydra.instance().config_loader()
+                loader = _loader()
                 places = loader.get_search_path()
                 places.prepend("command-line", f"{OwnFiles.scheme()}://{own}", "schema")
                 loader.repository.initialize_sources(places)

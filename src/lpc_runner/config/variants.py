@@ -26,7 +26,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
-from lpc_runner.config.options import OF_SEVERAL
+from lpc_runner.config.options import OF_SEVERAL, as_dict
 
 KEY = "variants"
 
@@ -78,7 +78,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         group, _, option = self._normalize_file_name(config_path).removesuffix(".yaml").rpartition("/")
         result = super().load_config(config_path if base is None else f"{group}/{base.stem}")
         if group in OF_SEVERAL:
-            content = OmegaConf.to_container(result.config, resolve=False)
+            content = as_dict(result.config)
             sections = content.pop(KEY, None) or {}
             if base is not None:
                 section = {str(name): section for name, section in sections.items()}[option] or {}

@@ -18,12 +18,13 @@ import time
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
 from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import PositiveInt, checked
 from lpc_runner.inference.chain import FusedPotential
+from lpc_runner.models.latent import LatentVariableModel
 
 # Parts of what a number is, so no settings: how many chains of an example share one draw of noise, and are run at once.
 CHAINS = 8
@@ -55,7 +56,7 @@ class Annealing:
     x: (B, *data_shape). q: over (B, d). A pass is one forward and backward of the decoder.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, q: DiagonalGaussian) -> None:
+    def __init__(self, model: LatentVariableModel, x: Tensor, q: DiagonalGaussian) -> None:
         self.model, self.x, self.mean, self.scale = model, x, q.mean.detach(), q.variance.detach().sqrt()
         self.log_volume = self.scale.double().log().sum(1)
         self._potentials: dict[int, FusedPotential] = {}
@@ -112,7 +113,9 @@ class Annealing:
 
     def step_sizes(self, temperatures: list[float], num_leapfrog: int, source: torch.Generator) -> list[Tensor]:
         """ε (B,) for each inner temperature b_1 .. b_{S-1}, from PILOTS chains: log ε follows their mean acceptance."""
-        point = self.point(self.normal(PILOTS, source)) if len(temperatures) > 2 else None
+        if len(temperatures) <= 2:
+            return []
+        point = self.point(self.normal(PILOTS, source))
         log_step = torch.full((len(self.mean),), math.log(FIRST_STEP), dtype=self.mean.dtype, device=self.mean.device)
         found = []
         for b in temperatures[1:-1]:
@@ -177,7 +180,13 @@ class AnnealedImportance:
         self.start, self.temperatures = start, schedule(num_temperatures)
 
     def bounds(
-        self, model: nn.Module, x: Tensor, q: DiagonalGaussian, seed: int, stream: str, z: Tensor | None = None
+        self,
+        model: LatentVariableModel,
+        x: Tensor,
+        q: DiagonalGaussian,
+        seed: int,
+        stream: str,
+        z: Tensor | None = None,
     ) -> Bounds:
         """Bounds on log p(x) of x (B, *data_shape). seed, stream: name the noise. z: exact draws of p(z|x), (B, d).
 
@@ -213,7 +222,7 @@ class AnnealedImportance:
         chains = self.num_chains * (2 if backward else 1) + (PILOTS if self.num_temperatures > 1 else 0)
         return chains * (1 + self.num_leapfrog * (self.num_temperatures - 1))
 
-    def seconds_per_move(self, model: nn.Module, x: Tensor, q: DiagonalGaussian) -> float:
+    def seconds_per_move(self, model: LatentVariableModel, x: Tensor, q: DiagonalGaussian) -> float:
         """The slowest of three moves of a full group on these examples, after one that pays for the first use."""
         path, source = Annealing(model, x, q), generator(0, "ais/timing", device=x.device)
         step = torch.full((len(x),), 1e-3, dtype=x.dtype, device=x.device)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.randomness import generator
@@ -25,6 +25,7 @@ from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, f
 from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut, require_examples
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
+from lpc_runner.models.latent import LatentVariableModel
 
 KEPT_NUMBERS = 2**25  # of the states of chains that are kept at once; changes no number but by what couples a batch
 MIN_STATES = 20  # of a chain that is split in two and ranked
@@ -161,11 +162,12 @@ class PosteriorEvaluator(HeldOut):
         source = generator(self.seed, stream, number, device=x.device)
         shape, like = (copies * len(x), model.latent_dim), next(model.parameters())
         noise = torch.randn(shape, generator=source, device=x.device, dtype=like.dtype)
-        at_q = repeated is not None and (place == "encoder" or sampler.num_steps == 0)
-        return Start(repeated.rsample(noise) if at_q else model.prior.scale * noise, repeated)
+        if repeated is not None and (place == "encoder" or sampler.num_steps == 0):
+            return Start(repeated.rsample(noise), repeated)
+        return Start(model.prior.scale * noise, repeated)
 
     def _run(
-        self, model: nn.Module, x: Tensor, start: Start, sampler: Any, name: tuple[str, int], keep: Callable
+        self, model: LatentVariableModel, x: Tensor, start: Start, sampler: Any, name: tuple[str, int], keep: Callable
     ) -> Chain:
         stream, number = name
         noise = ChainNoise(self.seed, number, tuple(start.z.shape), x.device, start.z.dtype, stream=f"{stream} noise")
@@ -243,7 +245,7 @@ class PosteriorEvaluator(HeldOut):
 
     # Gaps ---------------------------------------------------------------------------------------------------
 
-    def _free(self, model: nn.Module, x: Tensor, start: DiagonalGaussian | None) -> Any:
+    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> Any:
         """A free q per example (`FreePosterior`), from `start`, or from the prior by a first fit with larger steps."""
         settings = self.settings
         fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}

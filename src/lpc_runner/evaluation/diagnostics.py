@@ -24,8 +24,9 @@ def effective_sample_size(chains: np.ndarray) -> np.ndarray:
     total = num_chains * num_states
     centred = values - values.mean(1, keepdims=True)
     length = fft.next_fast_len(2 * num_states, real=True)
-    spectrum = fft.rfft(centred, length, axis=1)
-    covariance = fft.irfft(spectrum * spectrum.conj(), length, axis=1)[:, :num_states].mean(0) / num_states
+    spectrum = np.asarray(fft.rfft(centred, length, axis=1))
+    products = np.asarray(fft.irfft(spectrum * spectrum.conj(), length, axis=1))
+    covariance = products[:, :num_states].mean(0) / num_states
     within = covariance[0] * num_states / (num_states - 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation = 1 - (within - covariance) / (covariance[0] + values.mean(1).var(0, ddof=1))

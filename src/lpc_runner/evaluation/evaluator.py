@@ -6,7 +6,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ def finite(numbers: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if name not in left_out}
 
 
-def is_amortised(encoder: nn.Module | None) -> bool:
+def is_amortised(encoder: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether an encoder answers for examples that it was not trained on."""
     return encoder is not None and declared(encoder, EncoderInterface, "amortised")
 

@@ -139,7 +139,8 @@ def exact_log_evidence(model: torch.nn.Module, x: Tensor) -> Tensor | None:
     """log p(x; θ), of a sequence's held-in neurons, in nats, (B,) float64, for any model that knows it; else None."""
     if is_linear_gaussian(model):
         return log_likelihood(model, x)
-    return model.log_evidence(x).double() if hasattr(model, "log_evidence") else None
+    known = getattr(model, "log_evidence", None)
+    return None if known is None else known(x).double()
 
 
 def posterior(model: LFADS, x: Tensor) -> MultivariateNormal:

@@ -56,8 +56,9 @@ def _reconstructed(trained: Trained, dataset: Dataset, values: Tensor) -> Tensor
     """(B, 1 + number of blocks, C, H, W) uint8, of values (B, C, H, W) as stored."""
     values = values.to(next(trained.model.parameters()).device)
     batch = Batch(dataset.to_model(values), torch.arange(len(values), device=values.device))
+    assert trained.encoder is not None
     mean, columns = trained.encoder(batch).mean, [values]
-    for block in reversed(trained.model.blocks.values()):
+    for block in reversed(list(trained.model.blocks.values())):
         z = torch.zeros_like(mean)
         z[:, block.start :] = mean[:, block.start :]
         columns.append(to_uint8(trained.model.decode(z)))

@@ -9,12 +9,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
@@ -31,6 +31,7 @@ from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite,
 from lpc_runner.evaluation.kalman import exact_log_evidence
 from lpc_runner.evaluation.posterior import evaluating
 from lpc_runner.evaluation.samples import draw_image_data, draw_images
+from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.tracking.progress import Progress, show_duration
 
 EXAMPLES = 64  # measured at once, and kept when they are done; they share draws of noise, so it is no setting
@@ -51,7 +52,8 @@ class HeldOut(Evaluator):
         else:
             from lpc_runner.evaluation.sequence_pictures import data_picture
 
-            data_picture(self.data.train, self.dataset, folder / "data.png")
+            dataset: Any = self.dataset  # a SequenceDataset, being no images
+            data_picture(self.data.train, dataset, folder / "data.png")
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         """Of images, samples, and at the end reconstructions; of sequences nothing."""
@@ -89,7 +91,9 @@ class HeldOut(Evaluator):
         return x
 
     @torch.no_grad()
-    def simulate(self, model: nn.Module, count: int, stream: str, number: int) -> tuple[Tensor, Tensor] | None:
+    def simulate(
+        self, model: LatentVariableModel, count: int, stream: str, number: int
+    ) -> tuple[Tensor, Tensor] | None:
         """z ~ p(z) and x ~ p(x|z), so that z is an exact draw of p(z|x); None where p(x|z) cannot be sampled."""
         like = next(model.parameters())
         source = generator(self.seed, stream, number, device=like.device)
@@ -242,9 +246,12 @@ class LikelihoodEvaluator(HeldOut):
         """Per simulated example of a chunk: upper - lower bound, and the lower one."""
 
         def rows(number: int, part: slice) -> Tensor:
-            z, x = self.simulate(trained.model, part.stop - part.start, "bdmc", number)
+            drawn = self.simulate(trained.model, part.stop - part.start, "bdmc", number)
+            assert drawn is not None  # else `final` asks for none
+            z, x = drawn
             q = self.q(trained, x, torch.arange(part.start, part.stop), self.settings.ais.start)
             found = self.settings.ais.bounds(trained.model, x, q, self.seed, f"simulated/{number}", z)
+            assert found.upper is not None  # as z was given
             return torch.stack([found.upper - found.lower, found.lower], 1)
 
         return rows
@@ -258,7 +265,11 @@ class LikelihoodEvaluator(HeldOut):
         path = None if key is None else self.cache_dir / f"likelihood-{key}-{self.ranks.rank}-{self.ranks.size}.npz"
         done = _read(path)
         parts, length = [], 0 if done is None else len(done)
-        if length and length == sum(chunks[i].stop - chunks[i].start for i in mine[: -(-length // EXAMPLES)]):
+        if (
+            done is not None
+            and length
+            and length == sum(chunks[i].stop - chunks[i].start for i in mine[: -(-length // EXAMPLES)])
+        ):
             parts, mine = [done], mine[-(-length // EXAMPLES) :]
             _log.info("%s: %d of %d examples were done before", name, length, counts[self.ranks.rank])
         else:
@@ -337,7 +348,7 @@ class LikelihoodEvaluator(HeldOut):
             numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
         if math.isfinite(numbers["log_likelihood"]):  # else the parameters are not, and closed forms raise
             parts = (exact_log_evidence(trained.model, self.examples(part)) for part in self.index.split(EXAMPLES))
-            exact = list(takewhile(lambda part: part is not None, parts))
+            exact = [part for part in parts if part is not None]
             numbers |= {"log_evidence": float(torch.cat(exact).mean())} if exact else {}
         return numbers
 

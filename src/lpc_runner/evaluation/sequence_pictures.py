@@ -122,7 +122,7 @@ def factors_picture(trials: Trials, path: Path) -> None:
         shown = _array(readout(trials.means.factors[trial]))
         names = [f"latent {number + 1}" for number in range(min(3, latents.shape[2]))]
     with figure_to(path, (13, 6)) as figure:
-        left, right = figure.subfigures(1, 2)
+        left, right = figure.subfigures(1, 2, squeeze=False)[0]
         axis = left.subplots()
         for colour, number in zip(LINES, chosen):
             x, y = paths[number, :, 0], paths[number, :, 1] if paths.shape[2] > 1 else trials.seconds

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class Acceptance:
     """
 
     def __init__(self, first: int) -> None:
-        self.first, self.probability, self.size, self.count = first, 0.0, 0.0, 0
+        self.first, self.count = first, 0
+        self.probability: Any = 0.0  # 0-d tensors from the first step on
+        self.size: Any = 0.0
 
     def add(self, errors: Tensor, t: int) -> None:
         """Those that steps t, t + 1 .. saw, (k, B); NaN counts as infinite."""
@@ -179,7 +182,8 @@ class ChainNoise:
     ) -> None:
         self.seed, self.update, self.shape, self.rows, self.stream = seed, update, shape, rows, stream
         self.device, self.dtype = device, dtype
-        self.block_index, self.block = None, None
+        self.block_index: int | None = None
+        self.block = torch.empty(0)
 
     def __call__(self, t: int) -> Tensor:
         index, offset = divmod(t - 1, NOISE_BLOCK)
@@ -244,12 +248,14 @@ def run_chain(
     state = begin(sampler, z, q, potential, noise, along)
     for t in range(1, sampler.num_steps + 1):
         accumulate = along and (t - 1) % sampler.theta_every == 0
-        state, info = advance(sampler, sampler.step, state, potential, accumulate, draws(sampler, noise, t))
+        drawn = draws(sampler, noise, t) if sampler.noisy else None
+        state, info = advance(sampler, sampler.step, state, potential, accumulate, drawn)
         moments.add(state.z)
         first = first or (info.log_joint, info.drift)
         if square is not None:
             square += info.drift.square().sum(0)
         if judged is not None:
+            assert info.energy_error is not None  # as the sampler declares
             judged.add(info.energy_error[None], t)
         record(trace["noise_variance"], t - 1, info.noise_variance)
         for name, value in diagnostics(info.log_joint, info.drift).items():
@@ -263,10 +269,8 @@ def run_chain(
     return finish_chain(potential, sampler, state.z, moments, first, trace, square, judged)
 
 
-def draws(sampler, noise: Callable[[int], Tensor], t: int) -> Tensor | None:
-    """What step t takes of ξ(1), ξ(2) ..: one of them, (B, d), or the next num_draws, (num_draws, B, d)."""
-    if not sampler.noisy:
-        return None
+def draws(sampler, noise: Callable[[int], Tensor], t: int) -> Tensor:
+    """What step t of a noisy sampler takes of ξ(1), ξ(2) ..: one, (B, d), or the next num_draws, (num_draws, B, d)."""
     count = declared(sampler, Sampler, "num_draws")
     return noise(t) if count == 1 else torch.stack([noise(count * (t - 1) + k) for k in range(1, count + 1)])
 

@@ -193,6 +193,7 @@ class Block:
             self.drifts[index].copy_(info.drift)
             record(self.variances, index, info.noise_variance)
             if self.errors is not None:
+                assert info.energy_error is not None  # as the sampler declares
                 self.errors[index].copy_(info.energy_error)
         self.load(state)
         self.num_evaluations = self.potential.num_evaluations - before

@@ -207,7 +207,7 @@ def _describe(chain: Chain, sampler: Any) -> tuple[dict[str, Tensor], dict[str, 
         return scalars, {}
     if stops(sampler):
         scalars["chain/num_steps"] = torch.full_like(scalars["train/log_joint"], float(chain.moments.count))
-    if chain.acceptance is not None:
+    if chain.acceptance is not None and chain.energy_error is not None:
         scalars |= {"chain/acceptance": chain.acceptance, "chain/energy_error": chain.energy_error}
     scalars |= {
         "chain/delta_log_joint": trace["log_joint"][-1] - trace["log_joint"][0],

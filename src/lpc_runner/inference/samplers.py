@@ -135,6 +135,7 @@ class MarkovChain(Sampler):
         return State(z, self.preconditioner.init(z, q), 0)
 
     def step(self, state: State, potential: Potential, noise: Tensor | None) -> tuple[State, Info]:
+        assert self.move is not None  # or the class has a step of its own
         return self.move(state, *potential(state.z), noise)
 
 
@@ -331,6 +332,7 @@ class MALA(MarkovChain):
 
     def step(self, state: State, potential: Potential, noise: Tensor) -> tuple[State, Info]:
         t = state.t + 1
+        assert state.seen is not None  # as `chain.begin` leaves it
         (momentum, other), (log_joint, drift) = noise, state.seen
         metric, scale = self.preconditioner.update(state.metric, drift, t)
         variance = 2 * (self.step_size(t) * scale)

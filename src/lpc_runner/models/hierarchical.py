@@ -88,6 +88,7 @@ class Hierarchical(LatentVariableModel):
                 z = mean + F.softplus(raw + UNIT_SCALE) * z
             stream = self.ladder.join(level, stream, z)
             latents.insert(0, z)
+        assert stream is not None  # there is at least one level
         return latents, stream
 
     def split(self, e: Tensor) -> list[Tensor]:
@@ -184,10 +185,12 @@ class _Maps:
         """The map on which the next level is, with what this one adds."""
         side = self.maps[level]
         if side == 1:
-            stream = z.flatten(1)
+            joined = z.flatten(1)
+        elif stream is None or not self.skip:
+            joined = self.into[level](z)
         else:
-            stream = self.into[level](z) if stream is None or not self.skip else stream + self.into[level](z)
-        return stream if level == 0 else self._through(stream, REACHED[side], REACHED[self.maps[level - 1]])
+            joined = stream + self.into[level](z)
+        return joined if level == 0 else self._through(joined, REACHED[side], REACHED[self.maps[level - 1]])
 
     def read(self, stream: Tensor) -> Tensor:
         return self._through(stream, REACHED[self.maps[0]], None)

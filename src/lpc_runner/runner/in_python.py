@@ -90,7 +90,9 @@ def run(words: Sequence[str]) -> CompletedRun | list[CompletedRun]:
 
 
 def _completed(directory: RunDirectory) -> CompletedRun:
-    return CompletedRun(directory.path.absolute(), directory.result())
+    result = directory.result()
+    assert result is not None  # nothing is unfinished
+    return CompletedRun(directory.path.absolute(), result)
 
 
 def _require_runs_here(composed: Composed) -> None:

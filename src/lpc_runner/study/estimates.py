@@ -59,8 +59,8 @@ def estimate_tables(dataset: str, groups: Sequence[Group]) -> list[Table]:
 def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> Table:
     kind = setting[0]
     shown = [group for group in groups if any(run.estimate(setting) for run in group.counted)]
-    runs = [run for group in shown for run in group.counted if run.estimate(setting)]
-    present = {name for run in runs for name in run.estimate(setting).values}
+    found = [estimate for group in shown for run in group.counted if (estimate := run.estimate(setting)) is not None]
+    present = {name for estimate in found for name in estimate.values}
     names = [name for name in COLUMNS[kind] if name in present]
     columns, rows = ["method", "seeds"], []
     for name in names:
@@ -76,11 +76,10 @@ def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> T
                     _difference(group, shown[0], setting, name),
                 ]
         rows.append([group.marked_label, str(len(group.counted)), *cells])
-    facts = runs[0].estimate(setting).facts
+    facts = found[0].facts
     notes = [*NOTES[kind]]
     if kind == "likelihood":
-        starts = {run.estimate(setting).facts.get("start"): group.label for group in shown for run in group.counted}
-        if len(starts) > 1:
+        if len({estimate.facts.get("start") for estimate in found}) > 1:
             priors = [group.label for group in shown if _start(group, setting) == "prior"]
             notes.append(f"Annealed from the encoder's q, and from the prior without one: {', '.join(priors)}.")
         notes.append(f"Difference: to {shown[0].label}, seed by seed, ± standard error of the mean.")
@@ -99,7 +98,8 @@ def _is_main(kind: str, name: str) -> bool:
 
 
 def _start(group: Group, setting: tuple[Any, ...]) -> Any:
-    return next(run.estimate(setting).facts.get("start") for run in group.counted if run.estimate(setting))
+    found = (run.estimate(setting) for run in group.counted)
+    return next(estimate.facts.get("start") for estimate in found if estimate is not None)
 
 
 def _values(group: Group, setting: tuple[Any, ...], name: str) -> dict[Any, float]:

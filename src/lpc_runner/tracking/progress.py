@@ -95,7 +95,7 @@ class Progress:
         speed = self.seconds_per_update()
         epoch = f"epoch {self._values['epoch']:.2f}  " if "epoch" in self._values else ""
         pace = f"-- ms/{self._unit}  ETA --"
-        if speed is not None:
+        if speed is not None and self._total is not None:
             pace = f"{1000 * speed:.3g} ms/{self._unit}  ETA {_clock(speed * (self._total - self._done))}"
         return f"{epoch}{self._unit} {self._done}/{self._total}  {pace}"
 
