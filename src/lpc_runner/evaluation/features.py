@@ -23,8 +23,9 @@ from lpc_runner.base.files import sha256_of, write_atomically
 from lpc_runner.base.tensors import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
 from lpc_runner.data.dataset import Data
 from lpc_runner.evaluation.classifier import Classifier
+from lpc_runner.evaluation.imagenet import ImageNet
 
-ExtractorName = Literal["random_conv", "classifier", "inception"]
+ExtractorName = Literal["random_conv", "classifier", "inception", "imagenet"]
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_HASH = "6726825d"  # how the SHA-256 of the only weights that may be called FID begins
@@ -55,8 +56,8 @@ def make_extractor(
 ) -> Extractor:
     """The extractor called `name`, not yet prepared; UserError when images are too small for it.
 
-    data, identity: what the classifier trains on and is cached under. weights: file with Inception weights,
-    None for the published ones in `cache_dir`.
+    data, identity: what the classifier trains on and is cached under. weights: file with the weights of Inception,
+    None for the published ones in `cache_dir`, or of imagenet's network, None for those of its package.
     """
     num_channels, height, width = data.train.values.shape[1:]
     if name == "random_conv":
@@ -68,7 +69,16 @@ def make_extractor(
         return RandomConv(num_channels).to(device)
     if name == "classifier":
         return Classifier(data, identity, cache_dir).to(device)
-    return Inception(num_channels, cache_dir, weights).to(device)
+    return pretrained(name, num_channels, cache_dir, weights).to(device)
+
+
+def pretrained(
+    name: ExtractorName, num_channels: int, cache_dir: Path, weights: str | None
+) -> Inception | ImageNet | None:
+    """The extractor called `name`, not yet prepared, if it is a network with published weights; else None."""
+    if name == "inception":
+        return Inception(num_channels, cache_dir, weights)
+    return ImageNet(num_channels, weights) if name == "imagenet" else None
 
 
 class RandomConv:

@@ -31,7 +31,7 @@ from lpc_runner.evaluation.distances import (
     moments,
 )
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite
-from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor
+from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor, pretrained
 from lpc_runner.evaluation.level_pictures import draw_levels
 from lpc_runner.evaluation.references import VERSION, Reference
 from lpc_runner.evaluation.samples import draw_image_data, draw_images, sample_images, share_of
@@ -73,7 +73,7 @@ class SampleQuality(Metrics):
         for name, count in counts.items():
             if count is not None and count <= k:
                 raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
-        if weights is not None and extractor != "inception":
+        if weights is not None and extractor not in ("inception", "imagenet"):
             _log.warning("metrics.weights has no effect with metrics.extractor=%s", extractor)
         self.extractor: ExtractorName = extractor
         self.weights, self.k = weights, k
@@ -91,8 +91,9 @@ class SampleQuality(Metrics):
 
     def require(self, dataset: Dataset, cache_dir: Path) -> None:
         """UserError (one line) when the extractor's weights cannot be fetched or images are too few; loads no data."""
-        if self.extractor == "inception":
-            Inception(dataset.shape[0], Path(cache_dir), self.weights).prepare()
+        network = pretrained(self.extractor, dataset.shape[0], Path(cache_dir), self.weights)
+        if network is not None:
+            network.prepare()
         if self.reference == "train":
             self.check(dataset.num_train)
 
