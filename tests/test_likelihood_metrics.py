@@ -184,6 +184,18 @@ def test_an_exact_sampler_is_calibrated_and_one_of_twice_the_variance_is_told(li
     assert numbers["amortisation_gap"] > -0.1
 
 
+def test_chains_that_would_end_early_are_measured_whole(linear, tmp_path):
+    """Ranks are among num_states of T steps, and mixing is of num_chain_steps, whatever training spares itself."""
+    trained, data = linear
+    trained.sampler = Exact(trained.model, 100, 1.0)
+    settings = {"num_simulated": 20, "num_states": 50, "num_examples": 2, "num_chains": 2, "num_chain_steps": 100}
+    settings |= {"free_steps": 2, "free_samples": 2, "free_learning_rate": 0.05, "ais": ais(1, 2)}
+    numbers, facts = evaluator(data, tmp_path, PosteriorMetrics(**settings)).final(trained)
+    trained.sampler.stop = "settled"
+    same, of_same = evaluator(data, tmp_path, PosteriorMetrics(**settings)).final(trained)
+    assert same == numbers and of_same["num_ranks"] == facts["num_ranks"] == 51
+
+
 def test_a_run_is_measured_by_both_and_the_report_shows_it(command, caplog):
     """As the group of a run, of binary images; again afterwards, with a picture of the ranks."""
     from lpc_runner.evaluate import main

@@ -38,6 +38,14 @@ def follow(model, batch, chosen, seed=0):
     return trajectory(model, None, chosen, batch, seed, GRID)
 
 
+def test_chains_that_would_end_early_are_drawn_whole(model, batch):
+    """A picture is of all T steps, whatever training spares itself."""
+    one, other = (Langevin(200, "all", Constant(0.02), Identity(), stop=stop) for stop in ("settled", "never"))
+    found, expected = follow(model, batch, one), follow(model, batch, other)
+    assert found["coordinates"].shape[0] == 201
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_the_surface_is_log_joint_and_the_chain_lies_on_it(model, batch):
     """On a quadratic potential the grid's values obey their own second differences, and at the origin z(T)'s value."""
     found = follow(model, batch, sampler())

@@ -23,7 +23,7 @@ from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.bounds import COLD, fit_free_posterior, importance_bound
 from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
 from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut, require_examples
-from lpc_runner.inference.chain import Chain, ChainNoise, run_chain
+from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
 from lpc_runner.models.latent import LatentVariableModel
 
@@ -174,7 +174,7 @@ class PosteriorEvaluator(HeldOut):
         centre = None if start.q is None else start.q.mean
         observe = lambda state, info: keep(state.z)
         joint = partial(model.log_joint, x)
-        return run_chain(joint, start.z, sampler, noise, centre=centre, q=start.q, observe=observe)
+        return run_chain(joint, start.z, to_the_end(sampler), noise, centre=centre, q=start.q, observe=observe)
 
     def _calibration(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]] | None:
         """Ranks of z* among thinned states of a chain on x ~ p(x|z*), z* ~ p(z) (Talts et al. 2018)."""

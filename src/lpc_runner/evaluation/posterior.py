@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.randomness import generator
 from lpc_runner.evaluation.bounds import gradients_through_rnns
-from lpc_runner.inference.chain import ChainNoise, run_chain, stops
+from lpc_runner.inference.chain import ChainNoise, run_chain, to_the_end
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,7 @@ def chain_means(
     All T, whatever sampler.stop says.
     """
     average = _Average(model)
-    if stops(sampler):
-        sampler = copy.copy(sampler)
-        sampler.stop = "never"
+    sampler = to_the_end(sampler)
     num_chains = -(-num_states // sampler.num_steps)
     with gradients_through_rnns():
         for number in range(num_chains):

@@ -5,6 +5,7 @@ Memory does not grow with T: of the states z(1) .. z(T) two running sums remain,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -315,6 +316,14 @@ def block_length(sampler) -> int:
 def stops(sampler) -> bool:
     """Whether the chains of a batch end where they have settled."""
     return declared(sampler, Sampler, "stop") == "settled"
+
+
+def to_the_end(sampler):
+    """The same sampler, all of whose chains make T steps: for whoever measures a chain or draws it."""
+    if stops(sampler):
+        sampler = copy.copy(sampler)
+        sampler.stop = "never"
+    return sampler
 
 
 def settled(log_joint: Tensor) -> Tensor:

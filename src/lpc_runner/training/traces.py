@@ -18,7 +18,7 @@ from lpc_runner.base.files import write_atomically
 from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, at_least, checked, declared
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.chain import run_chain
+from lpc_runner.inference.chain import run_chain, to_the_end
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.inference.samplers import Info, State
 from lpc_runner.models.latent import LatentVariableModel
@@ -117,7 +117,7 @@ def trajectory(
     start = model.prior.scale * normal("start") if q is None else q.rsample(normal("start"))
     states = [start]
     keep = lambda state, info: states.append(state.z)
-    run_chain(log_joint, start, sampler, lambda t: normal("chain", t), q=q, observe=keep)
+    run_chain(log_joint, start, to_the_end(sampler), lambda t: normal("chain", t), q=q, observe=keep)
     values = torch.stack([log_joint(z) for z in states])
     if not all(bool(found.isfinite().all()) for found in (*states, values)):
         return None
