@@ -48,18 +48,13 @@ def importance_bound(
         count = min(at_once, num_samples - start)
         # One draw per sample, so that its noise does not depend on how many are decoded at once.
         noise = [torch.randn(q.mean.shape, generator=source, device=x.device, dtype=x.dtype) for _ in range(count)]
-        repeated = repeat(q, count)
+        repeated = q.repeat(count)
         z = repeated.rsample(torch.cat(noise))
         log_weight = model.log_joint(x.repeat(count, *[1] * (x.ndim - 1)), z).double() - repeated.log_prob(z).double()
         weights[start : start + count] = log_weight.view(count, len(x))
     iwae = torch.logsumexp(weights, 0) - math.log(num_samples)
     effective = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
     return Importance(iwae, weights.mean(0), effective)
-
-
-def repeat(q: DiagonalGaussian, count: int) -> DiagonalGaussian:
-    """q of `count` copies of the batch, one after another: (count B, d)."""
-    return q.repeat(count)
 
 
 _LATE = 0.8  # the part of the steps after which convergence is asked about
@@ -76,10 +71,22 @@ class FreePosterior:
     drift: Tensor
 
 
+def prior_of(model: LatentVariableModel, num_examples: int) -> DiagonalGaussian:
+    """p(z) as the q(z|x) of so many examples, in the model's dtype and on its device."""
+    zero = next(model.parameters()).new_zeros(num_examples, model.latent_dim).detach()
+    return DiagonalGaussian(zero, torch.full_like(zero, model.prior.scale**2))
+
+
+def require_pairs(free_samples: int) -> None:
+    """Raises ValueError (one line) for a number of draws that `fit_free_posterior` cannot make."""
+    if free_samples % 2:
+        raise ValueError(f"free_samples must be even, for they are drawn in antithetic pairs, got {free_samples}")
+
+
 def fit_free_posterior(
     model: LatentVariableModel,
     x: Tensor,
-    start: DiagonalGaussian,
+    start: DiagonalGaussian | None,
     seed: int,
     *,
     num_steps: int,
@@ -91,9 +98,27 @@ def fit_free_posterior(
 
     Adam on mean and log variance with a cosine decay to 0; num_samples z per step (even: in antithetic pairs). The
     gradient goes through z alone (Roeder et al. 2017): where q is the posterior it has no variance. Examples do not
-    interact, but every step visits all of them.
+    interact, but every step visits all of them. Without a start, larger steps lead from the prior into the
+    neighbourhood first.
     """
-    assert num_samples % 2 == 0
+    require_pairs(num_samples)
+    if start is None:
+        _, start = _descend(model, x, prior_of(model, len(x)), seed, num_steps, num_samples, COLD * learning_rate)
+    late, fitted = _descend(model, x, start, seed, num_steps, num_samples, learning_rate)
+    bounds = [importance_bound(model, x, q, num_drift_samples, seed).elbo for q in (late, fitted)]
+    return FreePosterior(fitted, bounds[1] - bounds[0])
+
+
+def _descend(
+    model: LatentVariableModel,
+    x: Tensor,
+    start: DiagonalGaussian,
+    seed: int,
+    num_steps: int,
+    num_samples: int,
+    learning_rate: float,
+) -> tuple[DiagonalGaussian, DiagonalGaussian]:
+    """q before the last fifth of the steps, and after all of them."""
     mean = start.mean.detach().clone().requires_grad_()
     log_variance = start.variance.detach().log().clone().requires_grad_()
     rates = {id(mean): learning_rate, id(log_variance): _LOG_VARIANCE_RATE * learning_rate}
@@ -109,15 +134,13 @@ def fit_free_posterior(
                 late = current()
             half = torch.randn(num_samples // 2, *mean.shape, generator=source, device=x.device, dtype=mean.dtype)
             noise = torch.cat([half, -half]).flatten(0, 1)
-            q = repeat(DiagonalGaussian(mean, log_variance.exp()), num_samples)
+            q = DiagonalGaussian(mean, log_variance.exp()).repeat(num_samples)
             z = q.rsample(noise)
             loss = -(model.log_joint(repeated, z) - q.detach().log_prob(z)).sum() / num_samples
             mean.grad, log_variance.grad = torch.autograd.grad(loss, [mean, log_variance])
             optimizer.step()
             schedule.step()
-    fitted = current()
-    bounds = [importance_bound(model, x, q, num_drift_samples, seed).elbo for q in (late, fitted)]
-    return FreePosterior(fitted, bounds[1] - bounds[0])
+    return late, current()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lpc_runner.base.schema import PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.evaluation import diagnostics
 from lpc_runner.evaluation.ais import AnnealedImportance
-from lpc_runner.evaluation.bounds import COLD, fit_free_posterior, importance_bound
+from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
 from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
 from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut, require_examples
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
@@ -57,8 +57,7 @@ class PosteriorMetrics(Metrics):
         free_learning_rate: PositiveFloat,
         ais: AnnealedImportance,
     ) -> None:
-        if free_samples % 2:
-            raise ValueError(f"free_samples must be even, for they are drawn in antithetic pairs, got {free_samples}")
+        require_pairs(free_samples)
         self.num_simulated, self.num_states, self.num_examples = num_simulated, num_states, num_examples
         self.num_chains, self.num_chain_steps, self.ais = num_chains, num_chain_steps, ais
         self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
@@ -245,16 +244,11 @@ class PosteriorEvaluator(HeldOut):
 
     # Gaps ---------------------------------------------------------------------------------------------------
 
-    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> Any:
-        """A free q per example (`FreePosterior`), from `start`, or from the prior by a first fit with larger steps."""
+    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> FreePosterior:
+        """A free q per example (`FreePosterior`), from `start` if there is one."""
         settings = self.settings
         fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}
-        rate = settings.free_learning_rate
-        if start is None:
-            zero = torch.zeros(len(x), model.latent_dim, dtype=next(model.parameters()).dtype, device=x.device)
-            prior = DiagonalGaussian(zero, torch.full_like(zero, model.prior.scale**2))
-            start = fit_free_posterior(model, x, prior, self.seed, learning_rate=COLD * rate, **fit).q
-        return fit_free_posterior(model, x, start, self.seed, learning_rate=rate, **fit)
+        return fit_free_posterior(model, x, start, self.seed, learning_rate=settings.free_learning_rate, **fit)
 
     def _gaps(self, trained: Trained) -> dict[str, float]:
         """log p(x) - ELBO of a free q, and what the encoder's loses beside that (Cremer et al. 2018)."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
@@ -38,6 +38,20 @@ def finite(numbers: dict[str, float]) -> dict[str, float]:
 def is_amortised(encoder: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether an encoder answers for examples that it was not trained on."""
     return encoder is not None and declared(encoder, EncoderInterface, "amortised")
+
+
+def evenly_spaced(available: int, count: int | None, device: torch.device | str = "cpu") -> Tensor:
+    """Indices of `count` of the available examples, evenly spaced; of all where count is None or more."""
+    count = available if count is None else min(count, available)
+    return torch.linspace(0, available - 1, count, device=device).round().long()
+
+
+def without_held_out(x: Tensor, count: int) -> Tensor:
+    """x (B, T, N) with its last `count` neurons as NaN: whoever reads one will not go unnoticed."""
+    if count:
+        x = x.clone()
+        x[..., -count:] = torch.nan
+    return x
 
 
 class Evaluator(ABC):

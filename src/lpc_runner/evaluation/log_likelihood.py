@@ -26,11 +26,20 @@ from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.evaluation.ais import AnnealedImportance
-from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability
-from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite, is_amortised
+from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability, prior_of
+from lpc_runner.evaluation.evaluator import (
+    Evaluator,
+    Metrics,
+    Trained,
+    evenly_spaced,
+    finite,
+    is_amortised,
+    without_held_out,
+)
 from lpc_runner.evaluation.kalman import exact_log_evidence
 from lpc_runner.evaluation.posterior import evaluating
 from lpc_runner.evaluation.samples import draw_image_data, draw_images
+from lpc_runner.inference.chain import constant
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.tracking.progress import Progress, show_duration
 
@@ -64,31 +73,18 @@ class HeldOut(Evaluator):
     @contextmanager
     def measuring(self, trained: Trained) -> Iterator[None]:
         """Evaluation mode, gradients of z alone, through any network."""
-        parameters = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
-        with evaluating(trained.model, trained.encoder), gradients_through_rnns():
-            try:
-                for parameter in parameters:
-                    parameter.requires_grad_(False)
-                yield
-            finally:
-                for parameter in parameters:
-                    parameter.requires_grad_(True)
+        theta = list(trained.model.parameters())
+        with evaluating(trained.model, trained.encoder), gradients_through_rnns(), constant(theta):
+            yield
 
     def chosen(self, count: int | None) -> Tensor:
         """Indices of so many test examples, evenly spaced; None for all."""
-        available = len(self.data.test)
-        return torch.linspace(0, available - 1, available if count is None else min(count, available)).round().long()
+        return evenly_spaced(len(self.data.test), count)
 
     def examples(self, index: Tensor) -> Tensor:
         """What the model sees of those test examples, held-out neurons as NaN."""
-        return self.hidden(self.dataset.to_model(self.data.test.values[index].to(self.device)))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """x with its held-out neurons as NaN: whoever reads one will not go unnoticed."""
-        if self.dataset.num_held_out:
-            x = x.clone()
-            x[..., -self.dataset.num_held_out :] = torch.nan
-        return x
+        x = self.dataset.to_model(self.data.test.values[index].to(self.device))
+        return without_held_out(x, self.dataset.num_held_out)
 
     @torch.no_grad()
     def simulate(
@@ -100,17 +96,14 @@ class HeldOut(Evaluator):
         z = torch.randn(count, model.latent_dim, generator=source, device=like.device, dtype=like.dtype)
         z = model.prior.scale * z
         x = draw(model.likelihood, model.predict(z), source)
-        return None if x is None else (z, self.hidden(x))
+        return None if x is None else (z, without_held_out(x, self.dataset.num_held_out))
 
     @torch.no_grad()
     def q(self, trained: Trained, x: Tensor, index: Tensor, start: str) -> DiagonalGaussian:
         """Of x (B, ...): the encoder's where `start` says so and there is one for new examples, else the prior."""
         if start == "encoder" and is_amortised(trained.encoder):
             return trained.encoder(Batch(x, index.to(x.device)))
-        zero = torch.zeros(
-            len(x), trained.model.latent_dim, device=x.device, dtype=next(trained.model.parameters()).dtype
-        )
-        return DiagonalGaussian(zero, torch.full_like(zero, trained.model.prior.scale**2))
+        return prior_of(trained.model, len(x))
 
 
 class LikelihoodMetrics(Metrics):

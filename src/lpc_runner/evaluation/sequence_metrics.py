@@ -18,8 +18,17 @@ from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, a
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
 from lpc_runner.evaluation import kalman, spike_metrics
-from lpc_runner.evaluation.bounds import COLD, FreePosterior, fit_free_posterior, importance_bound
-from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
+from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
+from lpc_runner.evaluation.evaluator import (
+    Evaluator,
+    Idle,
+    Metrics,
+    Trained,
+    evenly_spaced,
+    finite,
+    is_amortised,
+    without_held_out,
+)
 from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
 from lpc_runner.models.latent import LatentVariableModel
 
@@ -49,8 +58,7 @@ class SequenceQuality(Metrics):
         num_posterior_samples: PositiveInt,
         every_epochs: NonNegativeInt,
     ) -> None:
-        if free_samples % 2:
-            raise ValueError(f"free_samples must be even, for they are drawn in antithetic pairs, got {free_samples}")
+        require_pairs(free_samples)
         self.num_importance_samples, self.num_gap_trials = num_importance_samples, num_gap_trials
         self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
         self.num_posterior_samples, self.every_epochs = num_posterior_samples, every_epochs
@@ -119,12 +127,8 @@ class SequenceEvaluator(Evaluator):
         self.held_in = slice(0, dataset.shape[1] - self.held_out)
         self.values = data.test.values.to(device)
         self.extras = {name: values.to(device) for name, values in data.test.extras.items()}
-        self.x = dataset.to_model(self.values)
-        if self.held_out:
-            self.x = self.x.clone()
-            self.x[..., self.held_in.stop :] = torch.nan  # whoever reads a held-out neuron will not go unnoticed
-        count = len(self.x) if settings.num_gap_trials is None else min(settings.num_gap_trials, len(self.x))
-        self.gap_index = torch.linspace(0, len(self.x) - 1, count, device=device).round().long()
+        self.x = without_held_out(dataset.to_model(self.values), self.held_out)
+        self.gap_index = evenly_spaced(len(self.x), settings.num_gap_trials, device)
         self.last: Inferred | None = None  # of the last final measurement, for the pictures
         self.gaps: dict[str, float] = {}
 
@@ -222,12 +226,8 @@ class SequenceEvaluator(Evaluator):
         model, settings, x = trained.model, self.settings, self.x[self.gap_index]
         numbers, proposals = {}, {}
         if is_amortised(trained.encoder):
-            start = self._encoded(trained, self.gap_index)
-            proposals["encoder"] = start
-        else:
-            ones = torch.ones(len(x), model.latent_dim, dtype=x.dtype, device=x.device)
-            start = DiagonalGaussian(0 * ones, model.prior.scale**2 * ones)
-        fitted = self._free(model, x, start, cold="encoder" not in proposals)
+            proposals["encoder"] = self._encoded(trained, self.gap_index)
+        fitted = self._free(model, x, proposals.get("encoder"))
         proposals["free"] = fitted.q
         for name, q in proposals.items():
             found = importance_bound(model, x, q, settings.num_importance_samples, self.seed)
@@ -249,21 +249,13 @@ class SequenceEvaluator(Evaluator):
             numbers["elbo"] = float(whole.elbo.mean())
         return numbers, fitted.q
 
-    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian, cold: bool) -> FreePosterior:
-        """The best factorised q of every trial: in closed form where there is one, else fitted from `start`.
-
-        cold: the start knows nothing of x, so that large steps lead into the neighbourhood first.
-        """
+    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> FreePosterior:
+        """The best factorised q of every trial: in closed form where there is one, else fitted, from `start` if any."""
         if kalman.is_linear_gaussian(model):
             return FreePosterior(kalman.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
         settings = self.settings
-        rate, fit = (
-            settings.free_learning_rate,
-            {"num_steps": settings.free_steps, "num_samples": settings.free_samples},
-        )
-        if cold:
-            start = fit_free_posterior(model, x, start, self.seed, learning_rate=COLD * rate, **fit).q
-        return fit_free_posterior(model, x, start, self.seed, learning_rate=rate, **fit)
+        fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}
+        return fit_free_posterior(model, x, start, self.seed, learning_rate=settings.free_learning_rate, **fit)
 
     def _of_reconstruction(self, reconstruction: Tensor) -> dict[str, float]:
         """E_q[log p(x|z)] of the gap trials, (B,), and whether it explains their spikes better than the true rates do.

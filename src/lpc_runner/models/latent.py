@@ -72,7 +72,7 @@ class EncoderInterface(ABC):
         """q(z|x), differentiable with respect to φ; batch: x (B, *data_shape) and index (B,)."""
 
     def build_optimizer(self, optimizer: Any) -> Any:
-        """φ's optimiser, made by `training.optimizers.Adam`."""
+        """φ's optimiser, made by `training.learner.AdamOptimizer`."""
         return optimizer.build(self.parameters())
 
 
