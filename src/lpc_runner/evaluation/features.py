@@ -69,7 +69,9 @@ def make_extractor(
         return RandomConv(num_channels).to(device)
     if name == "classifier":
         return Classifier(data, identity, cache_dir).to(device)
-    return pretrained(name, num_channels, cache_dir, weights).to(device)
+    network = pretrained(name, num_channels, cache_dir, weights)
+    assert network is not None  # as every other name is of a network with published weights
+    return network.to(device)
 
 
 def pretrained(

