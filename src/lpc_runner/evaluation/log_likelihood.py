@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import math
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.files import is_refusal, write_cache
 from lpc_runner.base.likelihoods import draw
 from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
@@ -39,6 +37,7 @@ from lpc_runner.evaluation.evaluator import (
 from lpc_runner.evaluation.kalman import exact_log_evidence
 from lpc_runner.evaluation.posterior import evaluating
 from lpc_runner.evaluation.samples import draw_image_data, draw_images
+from lpc_runner.evaluation.sealed import read_sealed, write_sealed
 from lpc_runner.inference.chain import constant
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.tracking.progress import Progress, show_duration
@@ -256,14 +255,11 @@ class LikelihoodEvaluator(HeldOut):
         counts = [sum(chunks[i].stop - chunks[i].start for i in share) for share in shares]
         mine = shares[self.ranks.rank].tolist()
         path = None if key is None else self.cache_dir / f"likelihood-{key}-{self.ranks.rank}-{self.ranks.size}.npz"
-        done = _read(path)
-        parts, length = [], 0 if done is None else len(done)
-        if (
-            done is not None
-            and length
-            and length == sum(chunks[i].stop - chunks[i].start for i in mine[: -(-length // EXAMPLES)])
-        ):
-            parts, mine = [done], mine[-(-length // EXAMPLES) :]
+        kept = read_sealed(path, "", "its examples") if path is not None and path.exists() else None
+        done = kept["rows"] if kept is not None and "rows" in kept else torch.empty(0)
+        parts, length, num_done = [], len(done), -(-len(done) // EXAMPLES)
+        if length and length == sum(chunks[i].stop - chunks[i].start for i in mine[:num_done]):
+            parts, mine = [done], mine[num_done:]
             _log.info("%s: %d of %d examples were done before", name, length, counts[self.ranks.rank])
         else:
             length = 0
@@ -273,7 +269,7 @@ class LikelihoodEvaluator(HeldOut):
                 parts.append(compute(number, part).cpu())
                 length += part.stop - part.start
                 if path is not None:
-                    _write(path, torch.cat(parts))
+                    write_sealed(path, {"rows": torch.cat(parts)}, "")
                 progress.update(length, counts[self.ranks.rank], {})
         width = parts[0].shape[1] if parts else 1
         rows = torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.float64)
@@ -378,25 +374,3 @@ class LikelihoodEvaluator(HeldOut):
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean and its standard error (standard deviation over n - 1, divided by √n) of values (n,)."""
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
-
-
-def _write(path: Path, rows: Tensor) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, rows=rows.numpy(), seal=hash_of_tensors({"rows": rows}))
-    write_cache(path, buffer.getvalue())
-
-
-def _read(path: Path | None) -> Tensor | None:
-    """What was kept; None where nothing was, and, with a warning, where it is not whole."""
-    if path is None or not path.exists():
-        return None
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            rows, seal = torch.from_numpy(archive["rows"]), str(archive["seal"])
-        if hash_of_tensors({"rows": rows}) != seal:
-            raise ValueError("its hash does not fit its content")
-    except Exception as error:  # zip, header and shape errors alike mean: compute it again
-        what = "cannot be read" if is_refusal(error) else "is damaged"
-        _log.warning("%s %s (%s); computing its examples again", path, what, type(error).__name__)
-        return None
-    return rows

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lpc_runner.base.files import is_refusal, write_cache
-from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.evaluation.distances import FeatureMoments, frechet_distance, moments, squared_radii, within_term
 from lpc_runner.evaluation.features import Extractor, extract
+from lpc_runner.evaluation.sealed import read_sealed, write_sealed
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,15 +46,8 @@ class Reference:
     @classmethod
     def read(cls, path: Path, key: str) -> Reference | None:
         """The reference kept under `key`; None, with a warning, when the file is not whole or not its."""
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                stored = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "seal"}
-                whole = str(archive["seal"]) == _seal(stored, key)
-            if not whole:
-                raise ValueError("its hash does not fit its content")
-        except Exception as error:  # zip, header and shape errors alike mean: compute it again
-            what = "cannot be read" if is_refusal(error) else "is damaged"
-            _log.warning("%s %s (%s); computing the reference again", path, what, type(error).__name__)
+        stored = read_sealed(path, key, "the reference")
+        if stored is None:
             return None
         within, floor, num_floor = stored["scalars"].tolist()
         return cls(
@@ -84,11 +69,4 @@ class Reference:
             "covariance": self.moments.covariance,
             "scalars": torch.tensor([self.within, floor, self.num_floor], dtype=torch.float64),
         }
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in stored.items()}
-        np.savez(buffer, seal=_seal(stored, key), **arrays)
-        write_cache(path, buffer.getvalue())
-
-
-def _seal(stored: dict[str, Tensor], key: str) -> str:
-    return hashlib.sha256((hash_of_tensors(stored) + key).encode()).hexdigest()
+        write_sealed(path, stored, key)
