@@ -80,6 +80,19 @@ def test_no_files_import_each_other_in_a_circle():
     assert not left
 
 
+@each_file
+def test_a_name_at_the_top_of_a_file_means_one_thing(path):
+    """The second of two constants of one name would change what stands above it, and no linter says so."""
+    names = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            stored = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store))
+            names += [part.id for part in stored]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+    assert sorted(names) == sorted(set(names))
+
+
 def test_commands_alone_change_how_threads_wait():
     """A caller of `lpc_runner.load` keeps the environment that he has."""
     calls = set()

@@ -250,7 +250,7 @@ def test_a_study_cannot_leave_the_output_folder(study, workplace):
 @pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "builtins.eval", "pathlib.Path", "os.nothing"])
 def test_a_configuration_cannot_call_the_system(target, finished):
     text = (finished.path / "config.yaml").read_text()
-    text = text.replace("lpc_runner.training.learner.AdamOptimizer", target)
+    text = text.replace("lpc_runner.training.optimizers.Adam", target)
     (finished.path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=f"_target_={target}"):
         load(finished.path)

@@ -27,7 +27,7 @@ MISTAKES = [
     ("sampler.num_step=1", ["unknown key sampler.num_step", "sampler.num_steps"]),
     ("+trainer.epochs=1", ["unknown key trainer.epochs", "trainer.num_epochs"]),
     ("+model.likelihood.sigma=1", ["unknown key model.likelihood.sigma"]),
-    ("method=vem", ["unknown key model.encoder", "a key of model=factor_analysis, lds, lfads"]),
+    ("method=vem", ["unknown key model.encoder", "a key of model=factor_analysis, hierarchical, lds, lfads"]),
     ("sed=1", ["unknown key sed", "seed"]),
     ("+sed=1", ["unknown key sed", "seed"]),
     ("smapler=none", ["unknown key smapler", "sampler"]),

@@ -238,8 +238,8 @@ class TestLinearSystem:
 
 def test_constructing_imports_nothing_heavy(tmp_path):
     code = (
-        "import sys; from lpc_runner.data import chaotic_rnn, linear_system, lorenz, spikes;"
-        "spikes.Spikes('a.h5', None, 0.02); lorenz.Lorenz('data', 0, 5, 5, 3, 5.0, 0);"
+        "import sys; from lpc_runner.data import simulated, spikes;"
+        "spikes.Spikes('a.h5', None, 0.02); simulated.Lorenz('data', 0, 5, 5, 3, 5.0, 0);"
         "print([m for m in ('h5py', 'scipy', 'matplotlib', 'sklearn', 'hydra', 'wandb') if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -112,18 +112,20 @@ def test_a_pipe_that_does_not_block_gets_everything(tmp_path):
 
 
 def test_no_backend_and_no_settings_of_a_users_reach_the_pictures(tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 3\n")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 3\naxes.linewidth: 9\n")
     program = (
-        "from lpc_runner.base.surroundings import picture_style, settle; settle()\n"
+        "from lpc_runner.base.surroundings import settle; settle()\n"
+        "from lpc_runner.base.pictures import picture_style\n"
         "import matplotlib\n"
         "from matplotlib.figure import Figure\n"
         "assert matplotlib.rcParams['text.usetex']\n"
-        "with picture_style({'axes.titlesize': 14}):\n"
+        "with picture_style(**{'axes.titlesize': 14}):\n"
         "    figure = Figure(); figure.subplots().set_title('t'); figure.savefig('x.png')\n"
-        "    print(matplotlib.rcParams['text.usetex'], matplotlib.rcParams['font.size'])\n"
+        "    print(*(matplotlib.rcParams[name] for name in ('text.usetex', 'font.size', 'axes.linewidth')))\n"
     )
     done = shell(f"$PYTHON -c {shlex.quote(program)}", tmp_path, MPLBACKEND="module://nowhere.backend")
-    assert done.stdout.split() == [b"False", b"10.0"] and (tmp_path / "x.png").exists(), done.stderr
+    # The project's own size, and of what it sets nothing matplotlib's.
+    assert done.stdout.split() == [b"False", b"13.0", b"0.8"] and (tmp_path / "x.png").exists(), done.stderr
 
 
 def test_a_command_settles_what_its_workers_inherit(command, monkeypatch):

@@ -14,6 +14,9 @@ from types import ModuleType
 MOVED = {
     "lpc_runner.data.batches": "lpc_runner.data.dataset",
     "lpc_runner.data.binarise": "lpc_runner.data.dataset",
+    "lpc_runner.data.chaotic_rnn": "lpc_runner.data.simulated",
+    "lpc_runner.data.linear_system": "lpc_runner.data.simulated",
+    "lpc_runner.data.lorenz": "lpc_runner.data.simulated",
     "lpc_runner.distributions": "lpc_runner.base.distributions",
     "lpc_runner.emissions": "lpc_runner.base.distributions",
     "lpc_runner.errors": "lpc_runner.base.errors",

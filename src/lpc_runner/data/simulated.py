@@ -154,7 +154,7 @@ def random_system(draw: np.random.Generator, dim: int, num_neurons: int, emissio
     return LinearSystem(transition, np.zeros(dim), noise, np.zeros(dim), stationary, loadings, offsets, 0.5)
 
 
-_STEP = 0.006  # time of the attractor per millisecond
+_LORENZ_STEP = 0.006  # time of the attractor per millisecond
 _MILLISECONDS = 1000
 _BIN = 20  # milliseconds
 
@@ -223,12 +223,12 @@ def lorenz_states(start: np.ndarray, num_steps: int) -> np.ndarray:
     states, state = np.empty((len(start), num_steps, 3)), start
     for step in range(num_steps):
         x, y, z = state.T
-        state = state + _STEP * np.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], axis=1)
+        state = state + _LORENZ_STEP * np.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], axis=1)
         states[:, step] = state
     return states
 
 
-_STEP, _TIME_CONSTANT = 0.010, 0.025  # seconds
+_RNN_STEP, _TIME_CONSTANT = 0.010, 0.025  # seconds
 _NUM_BINS = 100
 _PULSE_BINS = (25, 75)
 _PULSE = 20.0
@@ -244,7 +244,7 @@ class ChaoticRNN(SimulatedDataset):
     """
 
     name = "chaotic_rnn"
-    bin_seconds = _STEP
+    bin_seconds = _RNN_STEP
 
     @checked
     def __init__(
@@ -289,7 +289,7 @@ class ChaoticRNN(SimulatedDataset):
         if self.pulses:
             inputs[np.arange(count), pulse_bin] = _PULSE
         states = network_states(recurrent, into, start, inputs)
-        rates = _MAX_RATE * _STEP * (1 + np.tanh(states)) / 2
+        rates = _MAX_RATE * _RNN_STEP * (1 + np.tanh(states)) / 2
         arrays = {"values": smallest_counts(draw.poisson(rates)), "rates": rates.astype(np.float32)}
         if self.pulses:
             arrays |= {"inputs": inputs[..., None].astype(np.float32), "pulse_bin": pulse_bin}
@@ -301,6 +301,6 @@ def network_states(recurrent: np.ndarray, into: np.ndarray, start: np.ndarray, i
     states, state = np.empty((*inputs.shape, len(into))), start
     for step in range(inputs.shape[1]):
         drive = -state + np.tanh(state) @ recurrent.T + inputs[:, step, None] * into
-        state = state + _STEP / _TIME_CONSTANT * drive
+        state = state + _RNN_STEP / _TIME_CONSTANT * drive
         states[:, step] = state
     return states
