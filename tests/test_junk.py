@@ -215,6 +215,13 @@ def test_records_of_a_run(count, finished):
     check()
 
 
+@pytest.mark.parametrize("content", ["false", "3", "[1]", "", "a: [", "null"])
+def test_a_configuration_that_is_no_mapping_is_one_line(content, finished):
+    (finished.path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="config.yaml is missing or damaged"):
+        load(finished.path)
+
+
 @pytest.mark.parametrize("changed", [{"extractor": None}, {"num_samples": "many"}, {"extractor_hash": 7}])
 def test_a_measurement_edited_by_hand_is_one_line(changed, finished, command):
     result = finished.result()

@@ -87,6 +87,10 @@ def _read_config(path: Path) -> DictConfig:
         cfg = OmegaConf.load(path)
     except (FileNotFoundError, ValueError, YAMLError, OmegaConfBaseException):
         cfg = None
+    except OSError as error:
+        if error.errno is not None:  # the system's refusal; OmegaConf's own means content that is no mapping
+            raise
+        cfg = None
     if not isinstance(cfg, DictConfig) or not cfg:
         raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
     defaults = DictConfig(OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml"))
