@@ -218,7 +218,7 @@ def test_records_of_a_run(count, finished):
 @pytest.mark.parametrize("content", ["false", "3", "[1]", "", "a: [", "null"])
 def test_a_configuration_that_is_no_mapping_is_one_line(content, finished):
     (finished.path / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match="config.yaml is missing or damaged"):
+    with pytest.raises(UserError, match=r"config\.yaml is missing or damaged"):
         load(finished.path)
 
 
