@@ -438,7 +438,7 @@ def test_looking_at_the_configuration_loads_no_torch(tmp_path):
         check=True,
     )
     assert done.stdout.endswith("loaded: []\n")
-    assert "num_steps: ${tuned.num_steps}" in done.stdout  # --cfg job
+    assert "num_epochs: ${tuned.persistent_num_epochs}" in done.stdout  # --cfg job, of what would run
     assert "objective: forward, iwae, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout  # --help
     assert list(tmp_path.iterdir()) == []
 
@@ -474,7 +474,9 @@ def test_a_sweep_over_values_composes_once(monkeypatch):
 
     calls, composed = [], compose._compose_raw
     monkeypatch.setattr(compose, "_compose_raw", lambda *given: calls.append(given) or composed(*given))
-    assert [cell.cfg.seed for cell in cells_of("-m", "seed=range(20)", "step_size.value=0.1")] == list(range(20))
+    assert [cell.cfg.seed for cell in cells_of("-m", "dataset=mnist", "seed=range(20)", "step_size.value=0.1")] == list(
+        range(20)
+    )
     assert len(calls) == 2  # the question whether it is a sweep, and the cells
 
 

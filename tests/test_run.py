@@ -492,7 +492,7 @@ def test_ctrl_c_in_python_saves_and_the_same_words_resume(workplace, monkeypatch
 
 def test_a_command_that_says_nothing_of_the_method_runs_what_its_plan_says(command):
     """Hydra composes a single run once more by itself."""
-    words = [word for word in TINY if not word.startswith(("step_size", "sampler"))]
+    words = [word for word in TINY if not word.startswith(("tuned", "sampler"))]
     for more in ((), ("-m", "seed=0,1")):
         answer = command(*words, *more)
         assert answer.code == 0, answer.err
