@@ -3,7 +3,7 @@
 #     python examples/own_loop.py
 #
 # Langevin predictive coding on the embedded digits. The weights are those of
-# `python -m lpc_runner model=mlp trainer.num_epochs=3`, bit for bit on the CPU.
+# `python -m lpc_runner method=lpc_jeffreys model=mlp trainer.num_epochs=3`, bit for bit on the CPU.
 # docs/algorithm.md says where each line of Algorithm 1 is computed.
 import torch
 

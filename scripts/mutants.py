@@ -119,7 +119,7 @@ MUTANTS = [
            persistent("first_visits")),
     Mutant("first visits are as long as others", TRAINER, "first_epoch=epoch == 0", "first_epoch=False",
            ("tests/test_resume.py", "died_ends and persistent")),
-    Mutant("an annealed γ falls on", SIZES, "min(made / self.num_updates, 1.0)", "(made / self.num_updates)",
+    Mutant("an annealed γ falls on", SIZES, "min(made / self.falling, 1.0)", "(made / self.falling)",
            persistent("annealed")),
     Mutant("an annealed γ is another tensor", SIZES, "self.size.fill_(self.after(self.made))",
            "self.size = torch.full_like(self.size, self.after(self.made))", persistent("annealed")),

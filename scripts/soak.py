@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 SETTINGS = (
+    "method=lpc_jeffreys",
     "device=cpu",
     "tracker=none",
     "num_threads=1",

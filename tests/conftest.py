@@ -28,6 +28,7 @@ TINY = (
     "model.hidden=[16]",
     "model.latent_dim=4",
     "sampler.num_steps=3",
+    "tuned.method=null",  # digits would choose persistent chains
     "trainer.batch_size=16",
     "trainer.num_prior_batches=2",
     "trainer.max_updates=6",

@@ -86,12 +86,14 @@ def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
 
 
 # Large products in the default tests by one seed, which changes nothing in how a cell is composed; all of it is slow.
-LARGE = ("tune", "fig4", "fig2", "compute", "table1", "hierarchy", "hierarchy_small")
+LARGE = ("tune", "fig4", "fig2", "compute", "cost", "table1", "hierarchy", "hierarchy_small")
 
 
 @functools.cache
 def cells_with(group: str, option: str, data: Path, *more: str):
-    return cells_of(*beside(group, option, data), f"{group}={option}", *more)
+    # What digits trains without a word on the method is no part of what an option of another group is.
+    apart = () if group in (*STUDIES, "dataset") else ("method=none",)
+    return cells_of(*beside(group, option, data), *apart, f"{group}={option}", *more)
 
 
 @pytest.mark.parametrize("group, option", OPTIONS)
@@ -179,7 +181,7 @@ def test_every_shipped_class_has_one_name_for_ever():
 def test_a_class_that_has_moved_leaves_the_run_what_it_is(tmp_path, workplace, monkeypatch):
     """Its file, its YAML's `_target_` and its row: then hash, config.yaml and what names the old path stay good."""
     old = "lpc_runner.inference.step_sizes.Constant"
-    before = plan_of()
+    before = plan_of("method=none")
     (tmp_path / "moved.py").write_text(
         "import lpc_runner.inference.step_sizes as old\n\n\nclass Constant(old.Constant):\n    pass\n"
     )
@@ -286,15 +288,15 @@ def test_what_changes_the_result_changes_the_hash(workplace):
         "preconditioning=encoder",
         "preconditioning=encoder model.prior_scale=2",
     )
-    digests = [plan_of().digest, *(plan_of(*other.split()).digest for other in others)]
+    digests = [plan_of("method=none", *other.split()).digest for other in ("", *others)]
     assert len(set(digests)) == len(digests)
-    assert plan_of("trainer.init_from=null").digest == digests[0]
+    assert plan_of("method=none", "trainer.init_from=null").digest == digests[0]
 
 
 # Of runs made before an option had all of its keys: what they computed then is what they compute now.
 FIRST_HASHES = {
-    "": "4f4dab03b49f441027ba8c9704b88cf63f318e0bb69f7d9cf25d592d66a1659c",
-    "model=mlp": "cfeb40338afd148fe6221c7b343c6d46c7839519566f8bc77ff117c957ec205d",
+    "method=none": "4f4dab03b49f441027ba8c9704b88cf63f318e0bb69f7d9cf25d592d66a1659c",
+    "method=none model=mlp": "cfeb40338afd148fe6221c7b343c6d46c7839519566f8bc77ff117c957ec205d",
     "preconditioning=encoder": "f35d001eef31ae1462dacd864d9001e441efc9acbd0c610c741fb4fd516027a3",
 }
 
@@ -436,7 +438,7 @@ def test_looking_at_the_configuration_loads_no_torch(tmp_path):
         check=True,
     )
     assert done.stdout.endswith("loaded: []\n")
-    assert "num_steps: ${tuned.num_steps}" in done.stdout  # --cfg job
+    assert "num_epochs: ${tuned.persistent_num_epochs}" in done.stdout  # --cfg job, of what would run
     assert "objective: forward, iwae, jeffreys, prior, reverse" in done.stdout and "Examples" in done.stdout  # --help
     assert list(tmp_path.iterdir()) == []
 
@@ -472,5 +474,30 @@ def test_a_sweep_over_values_composes_once(monkeypatch):
 
     calls, composed = [], compose._compose_raw
     monkeypatch.setattr(compose, "_compose_raw", lambda *given: calls.append(given) or composed(*given))
-    assert [cell.cfg.seed for cell in cells_of("-m", "seed=range(20)", "step_size.value=0.1")] == list(range(20))
+    assert [cell.cfg.seed for cell in cells_of("-m", "dataset=mnist", "seed=range(20)", "step_size.value=0.1")] == list(
+        range(20)
+    )
     assert len(calls) == 2  # the question whether it is a sweep, and the cells
+
+
+def test_a_dataset_says_what_is_trained_where_a_command_says_nothing_of_it(data):
+    arrays = f"dataset.train={data}/images.npz"
+    for words in (
+        (),
+        ("model=mlp",),
+        ("step_size.value=0.2",),
+        ("dataset=arrays", arrays),
+        ("tuned.method=lpc_persistent",),
+    ):
+        cell = cell_of(*words)
+        assert (cell.choices["method"], cell.choices["objective"], cell.cfg.sampler.start) == (
+            "lpc_persistent",
+            "prior",
+            "persistent",
+        )
+    for words in (("objective=jeffreys",), ("preconditioning=adam",), ("method=none",), ("experiment=small",)):
+        assert cell_of(*words).choices["method"] == "none"
+    assert cell_of("dataset=mnist").choices["method"] == "none"
+    assert cell_of("method=lpc_jeffreys").cfg.sampler.start == "encoder"
+    first, second = cells_of("-m", "seed=0,1")
+    assert first.choices["method"] == second.choices["method"] == "lpc_persistent" and second.cfg.seed == 1

@@ -10,7 +10,22 @@ from PIL import Image
 
 from lpc_runner.report import main as report
 
-NAMES = ("table1", "fig1", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "table4", "tune", "compute")
+NAMES = (
+    "table1",
+    "fig1",
+    "fig2",
+    "fig3",
+    "fig4",
+    "fig5",
+    "fig6",
+    "fig7",
+    "fig8",
+    "fig9",
+    "table4",
+    "tune",
+    "compute",
+    "cost",
+)
 # Networks, chains and counts so small that a run takes a second; the cells are those of the experiment.
 SHORT = (
     "tracker=none",
@@ -30,6 +45,17 @@ SHORT = (
     "metrics.num_samples_during=20",
     "seed=0",
 )
+
+
+@pytest.mark.parametrize("name, data", [("cost", "svhn"), ("cost_small", "digits")])
+def test_every_method_of_cost_makes_as_many_decoder_gradients_and_is_measured_as_often(name, data):
+    spent, counts = set(), set()
+    for cell in cells_of(f"experiment={name}", f"dataset={data}", "seed=0"):
+        per_visit = cell.cfg.sampler.get("num_steps") or cell.cfg.objective.get("num_samples", 1)
+        epochs = cell.cfg.trainer.num_epochs
+        spent.add(epochs * per_visit)
+        counts.add(epochs // cell.cfg.metrics.every_epochs)
+    assert len(spent) == 1 and min(counts) >= 12 and max(counts) <= 15
 
 
 def runs_of(*words: str) -> set[str]:

@@ -25,7 +25,7 @@ from lpc_runner.base.distributions import Gaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.moved import MOVED
 from lpc_runner.base.ranks import Ranks
-from lpc_runner.base.schema import declared
+from lpc_runner.base.schema import accepted, declared
 from lpc_runner.config.build import build, instantiate
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.config.options import options_of
@@ -209,6 +209,8 @@ def test_every_option_keeps_its_groups_contract(group, option):
     part = instantiate(OmegaConf.to_container(recompose_group(group, option), resolve=True), group, [])
     if group == "sampler":
         part = part(step_size=Constant(0.01), preconditioner=Identity())
+    if group == "step_size":
+        part = part(**accepted(part.func, {"updates_per_epoch": 10}))
     names = getattr(part, "values", ("first", "second"))
     blocks = dict(zip(names, (slice(0, 2), slice(2, 6)), strict=True))
     declared(part, Part, "bind")(SimpleNamespace(blocks=blocks), torch.device("cpu"))
@@ -640,7 +642,13 @@ def test_a_loop_of_ones_own_trains_the_weights_of_the_run(workplace):
     text = (EXAMPLES / "own_loop.py").read_text(encoding="utf-8")
     exec(with_values(text, NUM_EPOCHS=1, NUM_STEPS=2, LATENT_DIM=3, HIDDEN=[8]), found)
     small = [word for word in TINY if word.startswith(("device", "tracker", "num_threads", "metrics.", "model="))]
-    own = ["model.hidden=[8]", "model.latent_dim=3", "sampler.num_steps=2", "trainer.num_epochs=1"]
+    own = [
+        "method=lpc_jeffreys",
+        "model.hidden=[8]",
+        "model.latent_dim=3",
+        "sampler.num_steps=2",
+        "trainer.num_epochs=1",
+    ]
     run = lpc_runner.run([*small, *own, "traces.updates=[]", "traces.num_chains=0"]).load()
     assert run.update == found["update"] + 1 == 22
     for part, trained in ((run.model, found["model"]), (run.encoder, found["encoder"])):

@@ -41,7 +41,7 @@ MISTAKES = [
         for value, got in [("abc", "'abc'"), ("null", "null"), ("0", "0"), ("-3", "-3"), ("2.5", "2.5")]
     ),
     *(
-        (f"preconditioning.beta={value}", ["preconditioning.beta", "(0, 1)", value, "preconditioning=none"])
+        (f"method=none preconditioning.beta={value}", ["preconditioning.beta", "(0, 1)", value, "preconditioning=none"])
         for value in ("1.5", "0", "1", "-0.1", "nan")
     ),
     ("step_size.value=0", ["step_size.value must be a number above 0"]),
@@ -61,8 +61,8 @@ MISTAKES = [
     ("sampler=map step_size=adapted", ["step_size=adapted", "sampler=map have none", "mala"]),
     ("sampler.num_steps=1 step_size=adapted", ["step_size=adapted", "two steps", "sampler=mala"]),
     ("step_size=adapted step_size.target=1", ["step_size.target must be a number in (0, 1) or null"]),
-    ("sampler.first_steps=5", ["sampler.first_steps is of start=persistent, and start is encoder"]),
-    ("sampler.first_start=prior", ["sampler.first_start is of start=persistent, and start is encoder"]),
+    ("method=none sampler.first_steps=5", ["sampler.first_steps is of start=persistent, and start is encoder"]),
+    ("method=none sampler.first_start=prior", ["sampler.first_start is of start=persistent, and start is encoder"]),
     ("model.likelihood.scale=huge", ["model.likelihood.scale", "fixed, learned, optimal"]),
     ("seed=${nope}", ["nope"]),
     ("-m tuned.beta=1,${tuned.beta}", ["nterpolation"]),

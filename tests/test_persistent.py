@@ -131,7 +131,7 @@ def test_every_engine_makes_the_same_persistent_training(weights):
     """With a metric, a step size and states that change between updates, first visits longer than others."""
     found = []
     for engine in (Eager(), Blocked()):
-        sampler = persistent(Annealed(0.5, 0.05, 8), Fisher(0.9, 1.3), 2, first_steps=5)
+        sampler = persistent(Annealed(0.5, 0.05, 2.0, 4), Fisher(0.9, 1.3), 2, first_steps=5)
         learner = learner_of(sampler, 12, weights, engine)
         for update in range(12):
             rows = torch.randperm(12, generator=torch.Generator().manual_seed(update))[:6]
@@ -267,13 +267,13 @@ def test_an_adapted_step_size_gives_up():
 
 
 def test_an_annealed_step_size_falls_geometrically_and_is_changed_in_place():
-    sizes = Annealed(1.0, 0.01, 4)
+    sizes = Annealed(1.0, 0.01, 2.0, 2)
     held, logged = sizes(1), []
     for _ in range(6):
         logged.append(float(held))
         sizes.observe({})
         assert float(sizes.scalars()["chain/step_size"]) == logged[-1]
     assert logged == pytest.approx([1.0, 10**-0.5, 0.1, 10**-1.5, 0.01, 0.01])
-    other = Annealed(1.0, 0.01, 4)
+    other = Annealed(1.0, 0.01, 2.0, 2)
     other.load_state_dict({"made": 2})
     assert float(other(1)) == logged[2]

@@ -35,7 +35,7 @@ def test_persistent_chains_of_one_step_recover_probabilistic_pca():
     x = observed()
     best = PCA(LATENT_DIM, svd_solver="full").fit(x.numpy()).score(x.numpy())
     model = Linear((DATA_DIM,), LATENT_DIM, 1.0, Gaussian("learned", 1.5, 0.9), 0.3)
-    sampler = Langevin(1, "all", Annealed(1.0, 0.1, 400), Fisher(0.99, 1.0), start="persistent")
+    sampler = Langevin(1, "all", Annealed(1.0, 0.1, 40.0, 10), Fisher(0.99, 1.0), start="persistent")
     optimizer = AdamOptimizer(2e-2, [0.9, 0.999], 1e-8)
     learner = Learner(model, None, sampler, WeightedKL(0.0, 0.0), optimizer, num_train=NUM_EXAMPLES)
     start = model.log_evidence(x).mean().item()

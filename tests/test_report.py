@@ -95,17 +95,20 @@ def test_what_all_share_is_said_once_and_labels_hold_the_rest(disk):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "objective", "name"),
+    ("sampler", "objective", "start", "name"),
     [
-        ("none", "reverse", "VAE"),
-        ("map", "prior", "PC"),
-        ("langevin", "prior", "LPC prior"),
-        ("langevin", "forward", "LPC forward"),
-        ("mala", "jeffreys", "mala jeffreys"),
+        ("none", "reverse", None, "VAE"),
+        ("map", "prior", None, "PC"),
+        ("langevin", "prior", None, "LPC prior"),
+        ("langevin", "forward", None, "LPC forward"),
+        ("langevin", "prior", "persistent", "LPC persistent"),
+        ("langevin", "forward", "persistent", "LPC forward persistent"),
+        ("langevin", "reverse", "prior", "LPC reverse, start=prior"),
+        ("mala", "jeffreys", None, "mala jeffreys"),
     ],
 )
-def test_methods_have_the_names_of_the_field(sampler, objective, name):
-    assert method_of(sampler, objective) == name
+def test_methods_have_the_names_of_the_field(sampler, objective, start, name):
+    assert method_of(sampler, objective, start) == name
 
 
 # Numbers --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ CASES = {
     "prior": (("objective=prior", *EACH), (7,)),
     "fisher": (("preconditioning=fisher", *EACH), (1, 7)),
     "persistent": (
-        ("method=lpc_persistent", "sampler.num_steps=1", "sampler.first_steps=5", "step_size.num_updates=8", *EACH),
+        ("method=lpc_persistent", "sampler.num_steps=1", "sampler.first_steps=5", "step_size.num_visits=2", *EACH),
         (2, 7),
     ),
     "adapted": (

@@ -488,3 +488,13 @@ def test_ctrl_c_in_python_saves_and_the_same_words_resume(workplace, monkeypatch
     assert [row["update"] for row in rows_of(run.path) if "train/elbo" in row] == [1, 2, 3, 4, 5, 6]
     sessions = (run.path / "sessions.jsonl").read_text().splitlines()
     assert len(sessions) == 3 and run.result["status"] == "finished"
+
+
+def test_a_command_that_says_nothing_of_the_method_runs_what_its_plan_says(command):
+    """Hydra composes a single run once more by itself."""
+    words = [word for word in TINY if not word.startswith(("tuned", "sampler"))]
+    for more in ((), ("-m", "seed=0,1")):
+        answer = command(*words, *more)
+        assert answer.code == 0, answer.err
+    names = sorted(path.name for path in Path("outputs/default").iterdir())
+    assert len(names) == 2 and all("langevin-prior-fisher" in name for name in names)

@@ -65,6 +65,10 @@ def _run() -> None:
         with _first(ranks):
             if not looking:
                 composed = compose_command(args)  # all, so that a mistake in the last is found before the first runs
+                if composed.method_word is not None:
+                    sys.argv.insert(
+                        1, composed.method_word
+                    )  # the same words from here on: for Hydra, and in the records
         if looking or args.cfg:
             _hydra(args)
             return

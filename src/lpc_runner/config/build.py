@@ -61,6 +61,7 @@ GROUPS = (
 # functools.partial until then, whatever `_partial_` in the file says.
 GIVEN_LATER = {
     "model": {"data_shape", "num_train", "num_held_out"},
+    "step_size": {"updates_per_epoch"},
     "sampler": {"step_size", "preconditioner"},
     "tracker": {"run_id", "name", "group", "config", "folder", "resume_step", "more_tags"},
 }
@@ -120,10 +121,6 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
 
     _require_methods(parts, choices)
     dataset, objective = parts["dataset"], parts["objective"]
-    beside = {"step_size": parts["step_size"], "preconditioner": parts["preconditioning"]}
-    if len(accepted(parts["sampler"].func, beside)) < len(beside):
-        raise UserError(f"sampler={choices['sampler']}: its constructor must take {' and '.join(beside)}")
-    sampler = _call_for_key("sampler", parts["sampler"], **beside)
     target = parts["model"].func
     users = {"model": target, "metrics": parts["metrics"]}
     if (likelihood := parts["model"].keywords.get("likelihood")) is not None:
@@ -136,13 +133,20 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
                 f"{group.replace('.', '/')}={name} expects {' or '.join(user.data_kinds)}, "
                 f"dataset={choices['dataset']} holds {dataset.kind}: {_fitting(group.split('.')[0], dataset.kind)}"
             )
+    facts = facts if facts is not None else _facts(dataset)
+    of_run = {"updates_per_epoch": facts["num_train"] // parts["trainer"].batch_size}
+    of_run = accepted(parts["step_size"].func, of_run)
+    step_size = _call_for_key("step_size", parts["step_size"], **of_run)
+    beside = {"step_size": step_size, "preconditioner": parts["preconditioning"]}
+    if len(accepted(parts["sampler"].func, beside)) < len(beside):
+        raise UserError(f"sampler={choices['sampler']}: its constructor must take {' and '.join(beside)}")
+    sampler = _call_for_key("sampler", parts["sampler"], **beside)
     asks = partial(declared, objective, Objective)
     if sampler.num_steps == 0 and asks("needs_chain"):
         raise UserError(f"objective={choices['objective']} needs a chain, and sampler=none has none")
     if sampler.num_steps > 0 and not asks("allows_chain"):
         raise UserError(f"objective={choices['objective']} has no chain: it goes with sampler=none only")
     device = resolve_device(values["device"])
-    facts = facts if facts is not None else _facts(dataset)
     asked = {name: facts[name] for name in GIVEN_LATER["model"] & hints_of(target).keys()}
     with seeded_layers(values["seed"], "initialisation"):
         model = _call_for_key("model", parts["model"], **asked)
@@ -163,7 +167,7 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
         dataset=dataset,
         model=model,
         sampler=sampler,
-        step_size=parts["step_size"],
+        step_size=step_size,
         preconditioning=parts["preconditioning"],
         objective=objective,
         optimizer=parts["optimizer"],

@@ -38,9 +38,13 @@ _PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "
 
 # ${square:x} of a YAML file; what is no number is left to whoever checks x.
 OmegaConf.register_new_resolver("square", lambda x: x * x if isinstance(x, int | float) else x, replace=True)
+# ${share:n,k} of a YAML file: a k-th of the whole number n, at least 1.
+OmegaConf.register_new_resolver("share", lambda n, k: max(n // k, 1) if isinstance(n, int) else n, replace=True)
 
 NO_LAUNCHER = "none"
 _PLAIN = (bool, int, float, str, type(None))
+# A command that chooses an option of one of these has said what the method is; else the dataset does, tuned.method.
+_METHOD_WORDS = {"method", "experiment", "objective", "sampler", "preconditioning", "step_size"}
 
 Composing = Callable[..., DictConfig]  # overrides to a configuration, Hydra's own part included
 
@@ -55,6 +59,9 @@ class Composed:
     sweeper: str | None = None
     # With check=true: what each dataset chose besides, in words.
     chosen: tuple[str, ...] = ()
+    # Of a command of one cell that says nothing of the method: the word on it that the dataset adds, for Hydra, which
+    # composes such a run itself.
+    method_word: str | None = None
 
     @property
     def is_sweep(self) -> bool:
@@ -91,12 +98,13 @@ def compose_command(args: argparse.Namespace) -> Composed:
     with _initialised(folder), _errors_with_key():
         once = functools.cache(_compose_raw)  # a single run's first composition is its only one
         cells, launcher, sweeper = _expand(args, once)
-        composed = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])], once)
+        composed, words = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])], once)
         if folder is not None:
             for cell in composed:
                 require_own_names(folder, cell.choices)
         chosen = map(_chosen_by_dataset, _of_each_dataset(composed)) if composed[0].cfg.check else ()
-        return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)))
+        method_word = words[0] if len(words) == 1 else None
+        return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)), method_word)
 
 
 def _loader() -> Any:
@@ -222,13 +230,15 @@ def _require_launcher(launcher: DictConfig) -> None:
         raise UserError("hydra/launcher=slurm: there is no srun here: start it where SLURM's commands are")
 
 
-def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -> list[Cell]:
-    """Every cell; those that differ in plain values alone take the composition of the first of them.
+def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -> tuple[list[Cell], list[str | None]]:
+    """Every cell, and the word on its method that its dataset adds where its own words say nothing of it.
+
+    Those that differ in plain values alone take the composition of the first of them.
 
     Hydra composes some forty files for each cell, a sixth of a second: half a minute for a sweep of 200 seeds.
     """
-    known: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
-    composed = []
+    known: dict[tuple[str, ...], tuple[DictConfig, dict[str, str], str | None]] = {}
+    composed, chosen = [], []
     for overrides in cells:
         read = parsed(overrides)
         values = {o.key_or_group: o.value() for o in read if _is_plain(o, folders)}
@@ -238,13 +248,19 @@ def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -
         key = (*rest, *sorted(values))
         if key not in known:
             full = once(*overrides)
+            suited = OmegaConf.select(full, "tuned.method")
+            word = None
+            if suited is not None and not _METHOD_WORDS & {o.key_or_group for o in read}:
+                word = f"method={suited}"
+                full = once(*overrides, word)
             cfg = OmegaConf.masked_copy(full, [str(name) for name in full if name != "hydra"])
-            known[key] = cfg, choices_of(full.hydra)
+            known[key] = cfg, choices_of(full.hydra), word
         cfg, choices = copy.deepcopy(known[key][0]), dict(known[key][1])
         for name, value in values.items():
             OmegaConf.update(cfg, name, value, merge=True)
         composed.append(resolved(cfg, choices, overrides))
-    return composed
+        chosen.append(known[key][2])
+    return composed, chosen
 
 
 def _is_plain(override: Override, folders: list[Path]) -> bool:

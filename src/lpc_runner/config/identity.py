@@ -50,6 +50,7 @@ def flat_keys(cell: Cell) -> dict[str, Any]:
         "beta": cfg.preconditioning.get("beta") if has_chain else None,
         "num_importance_samples": None if has_e_steps else cfg.objective.get("num_samples"),
         "theta_states": cfg.sampler.get("theta_states"),
+        "start": None if (start := cfg.sampler.get("start")) == FIRST_VALUES["sampler.start"] else start,
         "learning_rate": cfg.optimizer.get("learning_rate"),
         "num_epochs": cfg.trainer.num_epochs,
         "batch_size": cfg.trainer.batch_size,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lpc_runner.base.schema import PositiveFloat, PositiveInt, between, checked
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, between, checked
 from lpc_runner.inference.interfaces import StepSize
 
 
@@ -37,22 +37,25 @@ class Polynomial(StepSize):
 
 
 class Annealed(StepSize):
-    """γ = start (value/start)^min(n/num_updates, 1) after n updates: from `start` to `value`, the same along a chain.
+    """γ = start (value/start)^min(v/num_visits, 1), v = n/updates_per_epoch: visits of an example by update n.
 
-    γ is a 0-d tensor on the device, changed in place, so that a captured chain reads it.
+    updates_per_epoch: of the run, 0 where a batch is larger than the data. γ is the same along a chain; a 0-d tensor on
+    the device, changed in place, so that a captured chain reads it.
     """
 
     constant_along_chain = True
 
     @checked
-    def __init__(self, start: PositiveFloat, value: PositiveFloat, num_updates: PositiveInt) -> None:
-        self.start, self.value, self.num_updates = start, value, num_updates
+    def __init__(
+        self, start: PositiveFloat, value: PositiveFloat, num_visits: PositiveFloat, updates_per_epoch: NonNegativeInt
+    ) -> None:
+        self.start, self.value, self.falling = start, value, max(num_visits * updates_per_epoch, 1.0)
         self.made = 0  # n
         self.size = torch.full((), start, dtype=torch.float64)
 
     def after(self, made: int) -> float:
         """γ after so many updates."""
-        return self.start * (self.value / self.start) ** min(made / self.num_updates, 1.0)
+        return self.start * (self.value / self.start) ** min(made / self.falling, 1.0)
 
     def bind(self, model: Any, device: torch.device) -> None:
         self.size = self.size.to(device)

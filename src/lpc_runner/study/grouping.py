@@ -15,7 +15,7 @@ from lpc_runner.study.runs import Run
 GROUPS = ("dataset", "model", "sampler", "objective", "preconditioning")
 CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_steps", "theta_states")
 ORDER = ("model", "preconditioning", "step_size", "beta", "num_steps", "learning_rate", "num_epochs")
-METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys")
+METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys", "LPC persistent")
 # Parts of config.yaml in which repetitions may differ.
 _FREE = ("seed", *CHANGES_NO_RESULT)
 _FREE_PATHS = ("trainer.checkpoint_seconds", "trainer.log_every", "metrics.weights", "metrics.batch_size")
@@ -62,13 +62,19 @@ class Group:
         return f"{self.label} ({self.outcome})" if self.outcome else self.label
 
 
-def method_of(sampler: str, objective: str) -> str:
-    """The name of a method: VAE, PC (no noise), LPC with its objective; other samplers by their own names."""
+def method_of(sampler: str, objective: str, start: str | None = None) -> str:
+    """The name of a method: VAE, PC (no noise), LPC with its objective; other samplers by their own names.
+
+    start: where chains start, None for the sampler's default.
+    """
     if sampler == "none":
         return {"reverse": "VAE", "iwae": "IWAE", "variational_em": "VEM"}.get(objective, f"no chain {objective}")
     if sampler == "map":
         return "PC" if objective == "prior" else f"PC {objective}"
-    return f"{'LPC' if sampler == 'langevin' else sampler} {objective}"
+    name = f"{'LPC' if sampler == 'langevin' else sampler} {objective}"
+    if start == "persistent":
+        return name.replace(" prior", "") + " persistent"
+    return name if start is None else f"{name}, start={start}"
 
 
 def group_runs(runs: Sequence[Run], warnings: list[str]) -> list[Group]:
@@ -109,7 +115,12 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
     for (properties, run), config in zip(members, configs):
         extra = {path: config.get(path) for path in differing}
         text = {key: str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset")}
-        new = Group(method_of(text["sampler"], text["objective"]), text["dataset"], properties | extra, [])
+        new = Group(
+            method_of(text["sampler"], text["objective"], properties.get("start")),
+            text["dataset"],
+            properties | extra,
+            [],
+        )
         group = found.setdefault(repr(extra), new)
         if any(run.seed == other.seed for other in group.runs):
             group.repeated.append(run)
