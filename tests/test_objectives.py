@@ -223,6 +223,9 @@ def test_scalars_are_what_their_names_say(model, encoder, batch):
     for name, value in expected.items():
         torch.testing.assert_close(scalars[name], value.detach().to(scalars[name]))
     assert not any(value.requires_grad for value in scalars.values())
+    assert "chain/delta_log_joint" in scalars
+    one_step = Context(model, encoder, Langevin(1, "all", Constant(0.02), Identity()), batch, NOISE)
+    assert "chain/delta_log_joint" not in compute_gradients(WeightedKL(0.5, 0.5), one_step).scalars
 
 
 @pytest.mark.parametrize("where", ["decoder", "encoder", "log_scale"])

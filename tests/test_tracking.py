@@ -229,7 +229,13 @@ def clock(monkeypatch):
     return clock
 
 
-VALUES = {"epoch": 1.5, "chain/delta_log_joint": 12.345, "chain/drift_norm_last": 0.5, "train/sigma": 0.125}
+VALUES = {
+    "epoch": 1.5,
+    "train/log_joint": -1234.5,
+    "chain/delta_log_joint": 12.345,
+    "chain/drift_norm_last": 0.5,
+    "train/sigma": 0.125,
+}
 
 
 def test_lines_every_ten_seconds_with_the_speed_of_this_session(clock, caplog):
@@ -244,7 +250,7 @@ def test_lines_every_ten_seconds_with_the_speed_of_this_session(clock, caplog):
     assert lines[0] == "update 901/1000  -- ms/update  ETA --  fd_random_conv 3.25"
     assert lines[1] == (
         "epoch 1.50  update 921/1000  500 ms/update  ETA 0:00:40  "
-        "Δ log p 12.35  drift 0.5  σ 0.125  fd_random_conv 3.25"
+        "log p(x, z) -1234  Δ log p 12.35  drift 0.5  σ 0.125  fd_random_conv 3.25"
     )
     assert len(lines) == 1 + 5 and lines[-1].startswith("epoch 1.50  update 1000/1000  500 ms/update  ETA 0:00:00")
 
@@ -265,7 +271,7 @@ def test_a_terminal_shows_bar_counters_and_values_within_80_columns(clock):
         logging.getLogger("lpc_runner").removeHandler(handler)
     text = screen.getvalue()
     assert "epoch 1.50  update 123004/200000  4e+03 ms/update  ETA 85:33:04" in text.replace("4000", "4e+03")
-    assert "Δ log p 12.35  drift 0.5  σ 0.125  fid 39.64" in text
+    assert "log p(x, z) -1234  Δ log p 12.35  drift 0.5  σ 0.125  fid 39.64" in text
     assert "…" not in text
 
 

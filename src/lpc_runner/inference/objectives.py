@@ -210,11 +210,12 @@ def _describe(chain: Chain, sampler: Any) -> tuple[dict[str, Tensor], dict[str, 
     if chain.acceptance is not None and chain.energy_error is not None:
         scalars |= {"chain/acceptance": chain.acceptance, "chain/energy_error": chain.energy_error}
     scalars |= {
-        "chain/delta_log_joint": trace["log_joint"][-1] - trace["log_joint"][0],
         "chain/log_joint_last": trace["log_joint"][-1],
         "chain/drift_norm_first": trace["drift_norm"][0],
         "chain/drift_norm_last": trace["drift_norm"][-1],
     }
+    if len(trace["log_joint"]) > 1:  # of one step there is no difference to see
+        scalars["chain/delta_log_joint"] = trace["log_joint"][-1] - trace["log_joint"][0]
     return scalars, {"chain/max_noise_variance": trace["noise_variance"].max()}
 
 

@@ -16,7 +16,12 @@ from rich.text import Text
 _logger = logging.getLogger("lpc_runner")
 
 # Log keys worth a glance, in order; the last value seen stays. Every Fréchet distance follows.
-_SHOWN = {"chain/delta_log_joint": "Δ log p", "chain/drift_norm_last": "drift", "train/sigma": "σ"}
+_SHOWN = {
+    "train/log_joint": "log p(x, z)",
+    "chain/delta_log_joint": "Δ log p",
+    "chain/drift_norm_last": "drift",
+    "train/sigma": "σ",
+}
 _DISTANCES = ("eval/fid", "eval/fd_")
 _REDRAW = 0.1  # seconds; an update may take less than drawing does
 
