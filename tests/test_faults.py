@@ -104,7 +104,10 @@ def test_a_folder_of_another_user_s_is_one_line_before_any_work(place, command, 
     assert list(theirs.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["two words", "Größe ñ 数据", "a=b,c [d] {e} 'f' $g;h", "-m"])
+@pytest.mark.parametrize("name", [
+    "Größe ñ 数据 'f' $g;h", "-m",
+    pytest.param("two words", marks=pytest.mark.slow), pytest.param("a=b,c [d] {e}", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_odd_paths(name, command, workplace, straight, monkeypatch):
     """Run, stop, resume, measure again, sample and list in a folder of that name."""
     import lpc_runner.evaluate

@@ -424,7 +424,7 @@ def test_training_resumes_bit_for_bit(objective, sampler):
 
 @pytest.mark.parametrize("words, message", [
     (("model.levels=[]",), "^model.levels must have a width for at least one level, got \\[\\]"),
-    (("model.encoder=top_down",), "objective=jeffreys needs a factorised q: .*top_down has none .*num_kept_states=10"),
+    (("model.encoder=top_down", "objective=jeffreys"), "=jeffreys needs a factorised q: .*num_kept_states=10"),
     (("model.encoder=top_down", "objective=iwae", "sampler=none"), "objective=iwae needs a factorised q: .* has none$"),
     (("step_size=levels", "model.levels=[2,2,2]"), "step_size.values must name each block of z .*level_3"),
 ])  # fmt: skip

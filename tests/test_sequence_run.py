@@ -158,7 +158,7 @@ def test_mistakes_are_one_line(command, arguments, facts):
 
 @pytest.mark.parametrize("name", ["gaps", "lfads_lorenz", "lfads_pulse"])
 def test_experiments_pair_their_seeds_and_measure_alike(name, workplace):
-    for study in (name, f"{name}_small"):
+    for study in (f"{name}_small", name):
         cells = cells_of(f"experiment={study}", "tracker=none", "device=cpu")
         seeds = {}
         for cell in cells:

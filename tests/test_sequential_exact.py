@@ -148,7 +148,7 @@ def test_the_approximation_gap_is_what_the_best_factorised_q_lacks():
         assert (exact_elbo(model, x, other) < exact_elbo(model, x, best)).all()
 
 
-@pytest.mark.parametrize("metric", ["none", "encoder"])
+@pytest.mark.parametrize("metric", [pytest.param("none", marks=pytest.mark.slow), "encoder"])
 def test_the_chains_moments_against_the_smoother(metric):
     """Plain Langevin of step γ ends at mean μ and covariance 2 (Λ(2I - γΛ))⁻¹; with constant G in coordinates z/√G.
 

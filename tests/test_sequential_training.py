@@ -124,8 +124,15 @@ def test_poisson_lds_is_lfads_with_a_linear_generator(tmp_path, workplace):
     torch.testing.assert_close(one.decode(z), torch.stack(want, 1))
 
 
-@pytest.mark.parametrize("kind", ["linear", "additive", "vanilla", "gru", "lstm"])
-@pytest.mark.parametrize("more", [(), ("model.inputs=none",), ("model.encoder=free", "objective=variational_em")])
+NO_INPUTS, FREE = ("model.inputs=none",), ("model.encoder=free", "objective=variational_em")
+KINDS = ("linear", "additive", "vanilla", "gru", "lstm")
+QUICK = {("linear", FREE), ("additive", ()), ("vanilla", NO_INPUTS), ("gru", ()), ("lstm", NO_INPUTS)}
+
+
+@pytest.mark.parametrize("kind, more", [
+    pytest.param(kind, more, marks=[] if (kind, more) in QUICK else pytest.mark.slow)
+    for kind in KINDS for more in ((), NO_INPUTS, FREE)
+])  # fmt: skip
 def test_every_generator_trains_from_the_command_line(kind, more, tmp_path, workplace):
     """Built from conf/, in float32: some updates raise the ELBO's estimate, and everything stays finite."""
     words = (config_dir(tmp_path), "dataset=test_spikes", "model=lfads", f"model.generator={kind}", "device=cpu")

@@ -17,12 +17,12 @@ CONV = (*(item for item in TINY if not item.startswith("model")), "sampler.num_s
 SHORT = ("sampler.num_steps=2", "trainer.max_updates=2", "metrics.num_gap_trials=2", "metrics.free_steps=2")
 LEARNING = ("preconditioning=fisher", "step_size=annealed", "sampler.start=persistent")
 FAST = {
-    "default": (*TINY, "model.likelihood.scale=optimal", "step_size=polynomial"),
     "conv": (*CONV, *LEARNING),
-    "lfads_vae": ("model=lfads", *LORENZ, *SHORT[1:], "method=vae"),
+    "vae": (*TINY_VAE, "method=vae", "model/likelihood=gaussian"),
 }
 SLOW = {
-    "vae": (*TINY_VAE, "method=vae", "model/likelihood=gaussian"),
+    "default": (*TINY, "model.likelihood.scale=optimal", "step_size=polynomial"),
+    "lfads_vae": ("model=lfads", *LORENZ, *SHORT[1:], "method=vae"),
     "iwae": (*TINY_VAE, "method=iwae"),
     "classifier": (*TINY, "metrics.extractor=classifier"),
     "pc": (*TINY, "method=pc"),

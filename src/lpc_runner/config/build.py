@@ -25,8 +25,8 @@ from lpc_runner.base.schema import (
     required_by,
 )
 from lpc_runner.config.classes import place_of
-from lpc_runner.config.compose import recompose_group
-from lpc_runner.config.options import as_dict, dotted, options_of, unknown_key
+from lpc_runner.config.compose import options_composed
+from lpc_runner.config.options import as_dict, dotted, unknown_key
 
 # Keys of the root that belong to no group, with their types.
 ROOT = {
@@ -236,8 +236,8 @@ def _require_likelihood(likelihood: Any, choices: dict[str, str], fault: str | N
 def _fitting(group: str, kind: str) -> str:
     """The options of a group that take data of this kind, with all that they bring along, in words."""
     fitting = []
-    for option in options_of(group):
-        node = as_dict(recompose_group(group, option))
+    for option, values in options_composed(group).items():
+        node = as_dict(values)
         parts = [node, *filter(_is_object, node.values())]
         if all(kind in getattr(_locate(part["_target_"], group), "data_kinds", [kind]) for part in parts):
             fitting.append(option)

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.config.classes import name_classes
-from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, as_dict, dotted, unknown_key
+from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, as_dict, dotted, options_of, unknown_key
 from lpc_runner.config.own_files import OwnFiles, require_own_names
 from lpc_runner.config.variants import variants_read
 from lpc_runner.config.words import as_text, parsed, values_of
@@ -324,6 +324,12 @@ def known_keys() -> list[str]:
 def _first_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def options_composed(group: str) -> dict[str, DictConfig]:
+    """Every option of a group of the root by name, with what it brings along, references unresolved."""
+    with _initialised():
+        return {option: compose(f"{group}/{option}")[group] for option in options_of(group)}
 
 
 def recompose_group(group: str, option: str) -> DictConfig:
