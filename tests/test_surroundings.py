@@ -115,7 +115,7 @@ def test_no_backend_and_no_settings_of_a_users_reach_the_pictures(tmp_path):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 3\naxes.linewidth: 9\n")
     program = (
         "from lpc_runner.base.surroundings import settle; settle()\n"
-        "from lpc_runner.base.pictures import picture_style\n"
+        "from lpc_runner.base.presentation import picture_style\n"
         "import matplotlib\n"
         "from matplotlib.figure import Figure\n"
         "assert matplotlib.rcParams['text.usetex']\n"

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lpc_runner.base.files import write_atomically
-from lpc_runner.base.pictures import COLOURS, picture_style
+from lpc_runner.base.presentation import COLOURS, picture_style
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.sequences import COUNTS, SequenceDataset
 from lpc_runner.evaluation.posterior import Means

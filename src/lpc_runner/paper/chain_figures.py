@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lpc_runner.base.pictures import COLOURS
+from lpc_runner.base.presentation import COLOURS
 from lpc_runner.study.curve_figures import legend
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.recorded_chains import (

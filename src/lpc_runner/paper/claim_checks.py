@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from lpc_runner.base.vocabulary import FRECHET
+from lpc_runner.base.presentation import FRECHET
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.costs import ms_per_batch
 from lpc_runner.paper.evidence import (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lpc_runner.base.vocabulary import FRECHET, SYMBOLS, base_name
+from lpc_runner.base.presentation import FRECHET, SYMBOLS, base_name
 from lpc_runner.paper import numbers as paper
 from lpc_runner.study.grouping import Group, compared_config, show_value
 from lpc_runner.study.runs import Run, Setting

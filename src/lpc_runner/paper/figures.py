@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lpc_runner.base.pictures import picture_style
+from lpc_runner.base.presentation import picture_style
 from lpc_runner.paper.chain_figures import chain_pictures, trajectory_pictures
 from lpc_runner.paper.quality_figures import grid_pictures, level_pictures, objective_pictures
 from lpc_runner.paper.sweep_figures import sweep_pictures

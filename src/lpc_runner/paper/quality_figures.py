@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.files import is_refusal
-from lpc_runner.base.pictures import COLOURS
-from lpc_runner.base.vocabulary import FRECHET, base_name
+from lpc_runner.base.presentation import COLOURS, FRECHET, base_name
 from lpc_runner.paper.evidence import as_planned
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Measurement, Run, Setting

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_runner.base.vocabulary import FRECHET, base_name
+from lpc_runner.base.presentation import FRECHET, base_name
 from lpc_runner.paper.evidence import (
     ENDED,
     EPOCHS,

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
+from lpc_runner.base.presentation import QUALITY
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
-from lpc_runner.base.vocabulary import QUALITY
 from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, resolved, starts_workers_here
 from lpc_runner.runner.leases import gpu_slot, visible_gpus
 from lpc_runner.runner.plan import Planned, plan

@@ -15,8 +15,8 @@ from typing import Any
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
+from lpc_runner.base.presentation import IS_BETTER_HIGHER
 from lpc_runner.base.schema import declared
-from lpc_runner.base.vocabulary import IS_BETTER_HIGHER
 from lpc_runner.config.compose import Cell, cell_from, cell_text
 from lpc_runner.evaluation.bounds import BY_BLOCK
 from lpc_runner.evaluation.evaluator import Metrics

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lpc_runner.base.pictures import COLOURS
-from lpc_runner.base.vocabulary import base_name
+from lpc_runner.base.presentation import COLOURS, base_name
 from lpc_runner.study.budgets import BudgetCurve, followed, mean_curve
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Point, Setting

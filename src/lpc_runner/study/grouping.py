@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpc_runner.base.vocabulary import SYMBOLS
+from lpc_runner.base.presentation import SYMBOLS
 from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES
 from lpc_runner.study.runs import Run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.vocabulary import IS_QUALITY
+from lpc_runner.base.presentation import IS_QUALITY
 from lpc_runner.store.log import MetricLog
 from lpc_runner.store.runs import follow
 

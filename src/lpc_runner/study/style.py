@@ -8,8 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lpc_runner.base.pictures import COLOURS
-from lpc_runner.base.vocabulary import FRECHET, base_name
+from lpc_runner.base.presentation import COLOURS, FRECHET, base_name
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Setting
 

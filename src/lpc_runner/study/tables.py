@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lpc_runner.base.vocabulary import QUALITY, base_name
+from lpc_runner.base.presentation import QUALITY, base_name
 from lpc_runner.study.grouping import Group, common_settings, show_value
 from lpc_runner.study.runs import STATUSES, Run, Setting
 from lpc_runner.study.study import Study

@@ -10,7 +10,7 @@ from typing import Any
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
-from lpc_runner.base.vocabulary import SYMBOLS
+from lpc_runner.base.presentation import SYMBOLS
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.uploads import Place, place_of, rows_of, runs_of, settings_of
 from lpc_runner.tracking.wandb_service import one_line, online
