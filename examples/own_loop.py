@@ -8,7 +8,7 @@
 import torch
 
 from lpc_runner.base.distributions import DiscretisedGaussian
-from lpc_runner.base.randomness import seeded_layers
+from lpc_runner.base.tensors import seeded_layers
 from lpc_runner.data.dataset import Batches
 from lpc_runner.data.digits import Digits
 from lpc_runner.inference.objectives import WeightedKL

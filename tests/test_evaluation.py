@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lpc_runner.base.distributions import Bernoulli, DiscretisedGaussian
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.digits import Digits
 from lpc_runner.evaluation import distances

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.evaluation import features, imagenet, quality
 from lpc_runner.evaluation.classifier import Classifier

@@ -9,7 +9,7 @@ import torch
 
 from lpc_runner.base.distributions import Gaussian
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Batch, Batches, Split
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.context import PersistentStates

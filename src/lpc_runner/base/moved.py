@@ -24,7 +24,7 @@ MOVED = {
     "lpc_runner.likelihoods": "lpc_runner.base.likelihoods",
     "lpc_runner.models.linear": "lpc_runner.models.dense",
     "lpc_runner.models.mlp": "lpc_runner.models.dense",
-    "lpc_runner.randomness": "lpc_runner.base.randomness",
+    "lpc_runner.randomness": "lpc_runner.base.tensors",
     "lpc_runner.runs": "lpc_runner.store.runs",
     "lpc_runner.schema": "lpc_runner.base.schema",
     "lpc_runner.training.checkpoints": "lpc_runner.store.checkpoints",

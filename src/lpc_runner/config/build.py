@@ -115,7 +115,7 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
     import torch
 
     from lpc_runner.base.likelihoods import fault_of, lacking
-    from lpc_runner.base.randomness import seeded_layers
+    from lpc_runner.base.tensors import seeded_layers
     from lpc_runner.inference.engine import make_engine
     from lpc_runner.inference.interfaces import Objective, Preconditioner
 

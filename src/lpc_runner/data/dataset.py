@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 
 Binarise = Literal["none", "static", "dynamic"]
 CHUNK = 1000  # images drawn at once; part of which draw it is, so it is no setting

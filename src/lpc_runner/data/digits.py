@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import NonNegativeInt, checked
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Binarisation, Binarise, Data
 from lpc_runner.data.images import ImageDataset, decode_all, image_split
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Binarisation, Dataset, Split
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import lock_on, sha256_of, write_atomically
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Data, Dataset, Split
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import PositiveInt, checked
+from lpc_runner.base.tensors import generator
 from lpc_runner.inference.chain import FusedPotential
 from lpc_runner.models.latent import LatentVariableModel
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Batch, Dataset, Split
 from lpc_runner.models.latent import LatentVariableModel
 

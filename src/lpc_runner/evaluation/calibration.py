@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import PositiveFloat, PositiveInt, at_least, checked, declared
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.evaluation import diagnostics
 from lpc_runner.evaluation.ais import AnnealedImportance

@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import is_refusal, write_cache
-from lpc_runner.base.randomness import generator
-from lpc_runner.base.tensors import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
+from lpc_runner.base.tensors import exact_arithmetic, generator, hash_of_tensors, he_uniform, to_unit
 from lpc_runner.data.dataset import Data, Split
 
 _log = logging.getLogger(__name__)

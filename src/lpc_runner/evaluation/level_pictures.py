@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.images import to_uint8
 from lpc_runner.evaluation.evaluator import Trained

@@ -18,10 +18,9 @@ from torch import Tensor
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.likelihoods import draw
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
-from lpc_runner.base.tensors import hash_of_tensors
+from lpc_runner.base.tensors import generator, hash_of_tensors
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability, prior_of

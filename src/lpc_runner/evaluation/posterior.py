@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.randomness import generator
+from lpc_runner.base.tensors import generator
 from lpc_runner.evaluation.bounds import gradients_through_rnns
 from lpc_runner.inference.chain import ChainNoise, run_chain, to_the_end
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
-from lpc_runner.base.tensors import hash_of_tensors
+from lpc_runner.base.tensors import generator, hash_of_tensors
 from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.evaluation.bounds import encoder_bound
 from lpc_runner.evaluation.distances import (

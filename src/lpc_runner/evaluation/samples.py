@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lpc_runner.base.files import write_atomically
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Batch, Data, Dataset
 from lpc_runner.data.images import to_uint8
 from lpc_runner.evaluation.evaluator import Trained

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import declared
+from lpc_runner.base.tensors import generator
 from lpc_runner.inference.interfaces import Part, Sampler, parts_of
 from lpc_runner.inference.samplers import Info, State, log_acceptance
 

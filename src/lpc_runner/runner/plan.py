@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import require_folder, require_writable
-from lpc_runner.base.randomness import seeded_layers
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
+from lpc_runner.base.tensors import seeded_layers
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import run_hash, run_name

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lpc_runner.base.files import write_atomically
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, at_least, checked, declared
+from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.chain import run_chain, to_the_end
 from lpc_runner.inference.interfaces import Sampler

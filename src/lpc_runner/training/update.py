@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpc_runner.base.randomness import generator
 from lpc_runner.base.ranks import SINGLE
 from lpc_runner.base.schema import declared
+from lpc_runner.base.tensors import generator
 from lpc_runner.inference.chain import Chain, ChainNoise
 from lpc_runner.inference.context import Context
 from lpc_runner.inference.interfaces import Objective, Part, parts_of
