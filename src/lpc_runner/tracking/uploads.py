@@ -11,10 +11,17 @@ from typing import Any, ClassVar
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import sha256_of
 from lpc_runner.store.log import Row, final_numbers, rows_of
-from lpc_runner.store.published import destination, note_published, read_published
 from lpc_runner.store.runs import DONE, RunDirectory, follow
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
-from lpc_runner.tracking.wandb_service import one_line, online, tear_down, under_agent
+from lpc_runner.tracking.wandb_service import (
+    destination,
+    note_published,
+    one_line,
+    online,
+    read_published,
+    tear_down,
+    under_agent,
+)
 
 _PATIENCE = 15  # seconds until a server must show what it has taken
 _PAUSE = 1.0

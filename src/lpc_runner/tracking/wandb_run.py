@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Literal
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, checked
-from lpc_runner.store.published import destination, note_published
 from lpc_runner.store.runs import DONE, last_row
 from lpc_runner.tracking.tracker import Sink, Status
 from lpc_runner.tracking.wandb_service import (
     Places,
+    destination,
+    note_published,
     one_line,
     reachable_mode,
     requested_mode,
