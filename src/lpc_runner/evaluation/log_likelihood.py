@@ -36,9 +36,9 @@ from lpc_runner.evaluation.evaluator import (
 from lpc_runner.evaluation.kalman import exact_log_evidence
 from lpc_runner.evaluation.posterior import evaluating
 from lpc_runner.evaluation.samples import draw_image_data, draw_images
-from lpc_runner.evaluation.sealed import read_sealed, write_sealed
 from lpc_runner.inference.chain import constant
 from lpc_runner.models.latent import LatentVariableModel
+from lpc_runner.store.checkpoints import read_sealed, write_sealed
 from lpc_runner.tracking.progress import Progress, show_duration
 
 EXAMPLES = 64  # measured at once, and kept when they are done; they share draws of noise, so it is no setting

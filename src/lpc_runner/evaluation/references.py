@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lpc_runner.evaluation.distances import FeatureMoments, frechet_distance, moments, squared_radii, within_term
 from lpc_runner.evaluation.features import Extractor, extract
-from lpc_runner.evaluation.sealed import read_sealed, write_sealed
+from lpc_runner.store.checkpoints import read_sealed, write_sealed
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
 

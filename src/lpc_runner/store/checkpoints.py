@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or passed over: atomic writes, the content's SHA-256 in the name, the last two kept."""
+"""Tensors in files, verified by a SHA-256 when they are read: checkpoints, and caches of what can be computed again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from lpc_runner.base.files import write_atomically
+from lpc_runner.base.files import is_refusal, write_atomically, write_cache
+from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.store.runs import checkpoint_files, lost
 
 logger = logging.getLogger(__name__)
@@ -48,3 +51,33 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
     if found:
         raise lost(f"all {len(found)} checkpoints in {folder} are damaged")
     return None
+
+
+_log = logging.getLogger(__name__)
+
+
+def write_sealed(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+    """Keep tensors in one file with a hash over their content and `key`."""
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez(buffer, seal=_seal(tensors, key), **arrays)
+    write_cache(path, buffer.getvalue())
+
+
+def read_sealed(path: Path, key: str, what: str) -> dict[str, Tensor] | None:
+    """The tensors kept under `key`; None, with a warning that `what` is computed again, if the file is not whole."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            tensors = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "seal"}
+            whole = str(archive["seal"]) == _seal(tensors, key)
+        if not whole:
+            raise ValueError("its hash does not fit its content")
+    except Exception as error:  # zip, header and shape errors alike mean: compute it again
+        state = "cannot be read" if is_refusal(error) else "is damaged"
+        _log.warning("%s %s (%s); computing %s again", path, state, type(error).__name__, what)
+        return None
+    return tensors
+
+
+def _seal(tensors: dict[str, Tensor], key: str) -> str:
+    return hashlib.sha256((hash_of_tensors(tensors) + key).encode()).hexdigest()
