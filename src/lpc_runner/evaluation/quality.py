@@ -35,8 +35,7 @@ from lpc_runner.evaluation.distances import (
 )
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor, pretrained
-from lpc_runner.evaluation.level_pictures import draw_levels
-from lpc_runner.evaluation.samples import draw_image_data, draw_images, sample_images, share_of
+from lpc_runner.evaluation.samples import draw_image_data, draw_images, draw_levels, sample_images, share_of
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes

@@ -1,4 +1,4 @@
-"""Images drawn from a model, and grids of them."""
+"""Images drawn from a model, grids of them, and what the named blocks of z say, block by block."""
 
 from __future__ import annotations
 
@@ -86,3 +86,53 @@ def draw_images(
         pictures["reconstructions"] = folder / "reconstructions.png"
         save_grid(torch.stack([values, images], 1).flatten(0, 1), pictures["reconstructions"], columns=8)
     return pictures
+
+
+SIDE = 8  # rows of a grid, and of samples its columns
+
+
+def draw_levels(trained: Trained, dataset: Dataset, data: Data, seed: int, folder: Path) -> dict[str, Path]:
+    """Pictures by name, of a model with several blocks of z; without, none.
+
+    level-l.png: a row has the same blocks above the l-th, which is drawn anew in every column with those below it.
+    level-reconstructions.png: a row is a test image, then the means of p(x|z) from the mean of q in the last block, the
+    last two .. all of them, 0 in the others.
+    """
+    pictures = {}
+    if len(trained.model.blocks) < 2:
+        return pictures
+    for name, images in _sampled(trained.model, seed):
+        pictures[name] = folder / f"{name}.png"
+        save_grid(images, pictures[name], columns=SIDE)
+    if trained.encoder is not None and len(data.test) > 0:
+        images = _reconstructed(trained, dataset, data.test.values[:SIDE])
+        pictures["level-reconstructions"] = folder / "level-reconstructions.png"
+        save_grid(images.flatten(0, 1), pictures["level-reconstructions"], columns=images.shape[1])
+    return pictures
+
+
+@torch.no_grad()
+def _sampled(model: LatentVariableModel, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """For each block but the last, (SIDE², C, H, W) uint8."""
+    like = next(model.parameters())
+    source = generator(seed, "levels", device=like.device)
+    shape = (2, SIDE, SIDE, model.latent_dim)
+    common, own = model.prior.scale * torch.randn(shape, generator=source, device=like.device, dtype=like.dtype)
+    for number, block in enumerate(list(model.blocks.values())[:-1], 1):
+        z = common[:, :1].expand_as(own).clone()
+        z[..., : block.stop] = own[..., : block.stop]
+        yield f"level-{number}", to_uint8(model.decode(z.flatten(0, 1)))
+
+
+@torch.no_grad()
+def _reconstructed(trained: Trained, dataset: Dataset, values: Tensor) -> Tensor:
+    """(B, 1 + number of blocks, C, H, W) uint8, of values (B, C, H, W) as stored."""
+    values = values.to(next(trained.model.parameters()).device)
+    batch = Batch(dataset.to_model(values), torch.arange(len(values), device=values.device))
+    assert trained.encoder is not None
+    mean, columns = trained.encoder(batch).mean, [values]
+    for block in reversed(list(trained.model.blocks.values())):
+        z = torch.zeros_like(mean)
+        z[:, block.start :] = mean[:, block.start :]
+        columns.append(to_uint8(trained.model.decode(z)))
+    return torch.stack(columns, 1)
