@@ -19,8 +19,7 @@ from lpc_runner.paper.figures import study_pictures
 from lpc_runner.paper.quality_figures import grid_pictures
 from lpc_runner.report import main, study_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings, mean_curve
-from lpc_runner.study.grouping import method_of
-from lpc_runner.study.study import read_study
+from lpc_runner.study.study import method_of, read_study
 from lpc_runner.study.style import MAX_LINES
 from lpc_runner.study.tables import show, spread
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from lpc_runner.base.presentation import COLOURS
 from lpc_runner.study.curve_figures import legend
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.recorded_chains import (
     DRIFT_NORM,
     LOG_JOINT,
@@ -20,6 +19,7 @@ from lpc_runner.study.recorded_chains import (
     traced_updates,
 )
 from lpc_runner.study.runs import Run
+from lpc_runner.study.study import Group
 from lpc_runner.study.style import MANY, Picture, file_name, label_decades, legend_below, new_figure, pages, plain
 
 if TYPE_CHECKING:

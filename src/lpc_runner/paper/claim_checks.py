@@ -37,8 +37,8 @@ from lpc_runner.paper.evidence import (
 )
 from lpc_runner.paper.sweep_figures import line_name, sweeps_of
 from lpc_runner.paper.training_checks import FORWARD, JEFFREYS, REVERSE, drift_phase, fast, sharp
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Run
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import show
 
 NO_WARM_START = "LPC prior"

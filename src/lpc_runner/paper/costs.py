@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.evidence import UNKNOWN, devices_of, epochs_of
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Run
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import DASH, Table, mean_of, show, spread
 
 

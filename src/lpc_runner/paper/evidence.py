@@ -10,8 +10,8 @@ from typing import Any
 
 from lpc_runner.base.presentation import FRECHET, SYMBOLS, base_name
 from lpc_runner.paper import numbers as paper
-from lpc_runner.study.grouping import Group, compared_config, show_value
 from lpc_runner.study.runs import Run, Setting
+from lpc_runner.study.study import Group, compared_config, show_value
 from lpc_runner.study.tables import describe_setting, mean_and_spread, show
 
 HOLDS, FAILS, CHANCE, UNMEASURED = "holds", "does not hold", "within chance", "not measured"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lpc_runner.base.files import is_refusal
 from lpc_runner.base.presentation import COLOURS, FRECHET, base_name
 from lpc_runner.paper.evidence import as_planned
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Measurement, Run, Setting
+from lpc_runner.study.study import Group
 from lpc_runner.study.style import (
     MANY,
     OBJECTIVES,

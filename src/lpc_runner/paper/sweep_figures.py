@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lpc_runner.base.presentation import COLOURS, FRECHET, base_name
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Setting
+from lpc_runner.study.study import Group
 from lpc_runner.study.style import (
     MARKERS,
     Picture,

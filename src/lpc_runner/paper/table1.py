@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lpc_runner.paper import numbers as paper
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Measurement, Setting
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import (
     DASH,
     DIVERGED,

@@ -26,9 +26,9 @@ from lpc_runner.paper.evidence import (
     sample,
 )
 from lpc_runner.study.budgets import curve_settings
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.recorded_chains import LOG_JOINT, read_trace, steps_gained, traced_updates
 from lpc_runner.study.runs import Point, Run
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import show
 
 JEFFREYS, REVERSE, FORWARD = "LPC jeffreys", "LPC reverse", "LPC forward"

@@ -8,8 +8,8 @@ from typing import Any
 
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.sweep_figures import frechet_name
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Run, Setting
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import DASH, Table, describe_setting, settings_of, show, spread
 
 CHAIN = ("step_size", "preconditioning", "beta")

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Point, Run, Setting
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import (
     DASH,
     DIVERGED,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.presentation import COLOURS, base_name
 from lpc_runner.study.budgets import BudgetCurve, followed, mean_curve
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Point, Setting
+from lpc_runner.study.study import Group
 from lpc_runner.study.style import (
     LOGARITHMIC,
     MARKERS,

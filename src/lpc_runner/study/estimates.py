@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.pairs import Difference
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import DASH, DIVERGED, Table, show, spread
 
 COLUMNS = {

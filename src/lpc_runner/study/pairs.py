@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lpc_runner.study.grouping import Group
+from lpc_runner.study.study import Group
 from lpc_runner.study.tables import DASH, Table, show
 
 # Compared where runs have them, in this order; all in nats per trial. log p(x) is exact where it is known at all;

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lpc_runner.base.files import is_refusal
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Run
+from lpc_runner.study.study import Group
 
 LOG_JOINT, DRIFT_NORM = "log_joint", "drift_norm"
 FILE = re.compile(r"update-(\d+)\.npz")

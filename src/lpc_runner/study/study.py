@@ -1,14 +1,206 @@
-"""A study: the runs of a folder, and groups of those that are repetitions of one another."""
+"""A study: the runs of a folder, which of them are repetitions of one another, and the label of each such group."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.store.runs import follow
-from lpc_runner.study.grouping import Group, group_runs
+from lpc_runner.base.presentation import SYMBOLS
+from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES, follow
 from lpc_runner.study.runs import Run, read_runs
+
+GROUPS = ("dataset", "model", "sampler", "objective", "preconditioning")
+CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_steps", "theta_states")
+ORDER = ("model", "preconditioning", "step_size", "beta", "num_steps", "learning_rate", "num_epochs")
+METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys", "LPC persistent")
+# Parts of config.yaml in which repetitions may differ.
+_FREE = ("seed", *CHANGES_NO_RESULT)
+_FREE_PATHS = ("trainer.checkpoint_seconds", "trainer.log_every", "metrics.weights", "metrics.batch_size")
+_FREE_PATHS += ("dataset.data_dir", "hydra")
+
+
+@dataclass
+class Group:
+    """Runs that differ only in seed; label: method and what sets it apart from the others of its dataset."""
+
+    method: str
+    dataset: str
+    properties: dict[str, Any]
+    runs: list[Run]
+    label: str = ""
+    repeated: list[Run] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[Run]:
+        """Runs that reached their end."""
+        return [run for run in self.runs if run.status == "finished"]
+
+    @property
+    def counted(self) -> list[Run]:
+        """The runs whose numbers are averaged: the finished ones, else the diverged ones."""
+        return self.finished or [run for run in self.runs if run.status == "diverged"]
+
+    @property
+    def diverged(self) -> bool:
+        """No run finished, so that the numbers are those of last finite states."""
+        return bool(self.counted) and self.counted[0].status == "diverged"
+
+    @property
+    def outcome(self) -> str:
+        """How many seeds diverged, as in: 2 of 3 diverged; empty where none did."""
+        number = sum(run.status == "diverged" for run in self.runs)
+        return f"{number} of {len(self.runs)} diverged" if number else ""
+
+    @property
+    def marked_label(self) -> str:
+        """The label, and how many seeds diverged: their numbers are not in the mean of those that finished."""
+        if self.diverged:
+            return f"{self.label}\N{NO-BREAK SPACE}†"
+        return f"{self.label} ({self.outcome})" if self.outcome else self.label
+
+
+def method_of(sampler: str, objective: str, start: str | None = None) -> str:
+    """The name of a method: VAE, PC (no noise), LPC with its objective; other samplers by their own names.
+
+    start: where chains start, None for the sampler's default.
+    """
+    if sampler == "none":
+        return {"reverse": "VAE", "iwae": "IWAE", "variational_em": "VEM"}.get(objective, f"no chain {objective}")
+    if sampler == "map":
+        return "PC" if objective == "prior" else f"PC {objective}"
+    name = f"{'LPC' if sampler == 'langevin' else sampler} {objective}"
+    if start == "persistent":
+        return name.replace(" prior", "") + " persistent"
+    return name if start is None else f"{name}, start={start}"
+
+
+def group_runs(runs: Sequence[Run], warnings: list[str]) -> list[Group]:
+    """Groups in reading order, labelled; of runs with equal seed and settings only one is counted."""
+    by_settings: dict[str, list[tuple[dict[str, Any], Run]]] = {}
+    for run in runs:
+        properties = _properties(run)
+        by_settings.setdefault(repr(sorted(properties.items(), key=str)), []).append((properties, run))
+    groups: list[Group] = []
+    for members in by_settings.values():
+        groups += _split(members, warnings)
+    _label(groups)
+    groups.sort(key=lambda group: (group.dataset, _rank(group.method), _natural(group.label)))
+    return groups
+
+
+def _properties(run: Run) -> dict[str, Any]:
+    """Settings that apply to this run, without its seed: a VAE has no step size, for example."""
+    properties = {name: run.choices[name] for name in GROUPS if run.choices.get(name) is not None}
+    if run.choices.get("step_size") is not None:
+        properties["step_size_schedule"] = run.choices["step_size"]
+    properties |= {key: value for key, value in run.keys.items() if key != "seed"}
+    if properties.get("sampler") == "none":
+        properties = {key: value for key, value in properties.items() if key not in CHAIN}
+    if properties.get("preconditioning") == "none":
+        properties.pop("beta", None)
+    return properties
+
+
+def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> list[Group]:
+    """Groups of runs with these properties, apart where config.yaml differs in anything but the seed."""
+    members = sorted(members, key=lambda member: (member[1].status != "finished", member[1].name))
+    configs = [compared_config(run) for _, run in members]
+    known = [config for config in configs if config]
+    paths = sorted({path for config in known for path in config})
+    differing = [path for path in paths if len({repr(config.get(path)) for config in known}) > 1]
+    found: dict[str, Group] = {}
+    for (properties, run), config in zip(members, configs):
+        extra = {path: config.get(path) for path in differing}
+        text = {key: str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset")}
+        new = Group(
+            method_of(text["sampler"], text["objective"], properties.get("start")),
+            text["dataset"],
+            properties | extra,
+            [],
+        )
+        group = found.setdefault(repr(extra), new)
+        if any(run.seed == other.seed for other in group.runs):
+            group.repeated.append(run)
+            warnings.append(f"{run.name}: its settings and seed are those of another run, not counted again")
+        else:
+            group.runs.append(run)
+    for group in found.values():
+        group.runs.sort(key=lambda run: _natural(run.seed))
+    return list(found.values())
+
+
+def compared_config(run: Run) -> dict[str, Any]:
+    """The settings of config.yaml in which repetitions of one another agree, by path."""
+    config = {}
+    for path, value in run.config.items():
+        free = path.split(".")[0] in _FREE or path.startswith(_FREE_PATHS)
+        if not free and not (path in FIRST_VALUES and value == FIRST_VALUES[path]):
+            config[path] = value
+    if isinstance(config.get("trainer.init_from"), str):  # of seed 3 from seed 3: a repetition all the same
+        name = Path(config["trainer.init_from"]).name
+        config["trainer.init_from"] = re.sub(r"-s\d+-[0-9a-f]{10}$", "", name)
+    return config
+
+
+def _label(groups: list[Group]) -> None:
+    for dataset in {group.dataset for group in groups}:
+        members = [group for group in groups if group.dataset == dataset]
+        named = [key for key in _keys(members) if _differs(members, key)]
+        taken: dict[str, int] = {}
+        for group in members:
+            words = [_word(key, group.properties[key]) for key in named if key in group.properties]
+            label = ", ".join([group.method, *words])
+            taken[label] = taken.get(label, 0) + 1
+            group.label = label if taken[label] == 1 else f"{label} ({taken[label]})"
+
+
+def common_settings(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings that all these groups share, and those that are equal in all that have them, by key."""
+    everywhere, somewhere = {}, {}
+    for key in _keys(groups):
+        values = [group.properties[key] for group in groups if key in group.properties]
+        if not _differs(groups, key):
+            (everywhere if len(values) == len(groups) else somewhere)[key] = values[0]
+    return everywhere, somewhere
+
+
+def _keys(groups: Sequence[Group]) -> list[str]:
+    """Settings in the order in which a label names them; sampler and objective make the method's name."""
+    found = dict.fromkeys(key for group in groups for key in group.properties)
+    rest = [key for key in found if key not in (*ORDER, "sampler", "objective", "dataset")]
+    return [key for key in ORDER if key in found] + rest
+
+
+def _differs(groups: Sequence[Group], key: str) -> bool:
+    return len({repr(group.properties[key]) for group in groups if key in group.properties}) > 1
+
+
+def _word(key: str, value: Any) -> str:
+    if key == "num_epochs":
+        return f"{value} epoch" if value == 1 else f"{value} epochs"
+    if key in ("preconditioning", "model"):
+        return "no preconditioning" if value == "none" else str(value)
+    name = SYMBOLS.get(key, key.rpartition(".")[2])
+    return f"no {name}" if value is None else f"{name}={show_value(value)}"
+
+
+def show_value(value: Any) -> str:
+    """A setting as a person would write it: 0.001, 1e-5, 64."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _rank(method: str) -> tuple[int, str]:
+    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
+
+
+def _natural(value: Any) -> list[Any]:
+    """Sort key in which 2 comes before 10, also inside text."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", str(value))
+    return [(0, float(part), "") if index % 2 else (1, 0.0, part) for index, part in enumerate(parts)]
 
 
 @dataclass

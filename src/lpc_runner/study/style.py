@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lpc_runner.base.presentation import COLOURS, FRECHET, base_name
-from lpc_runner.study.grouping import Group
 from lpc_runner.study.runs import Setting
+from lpc_runner.study.study import Group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

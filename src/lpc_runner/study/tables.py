@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lpc_runner.base.presentation import QUALITY, base_name
-from lpc_runner.study.grouping import Group, common_settings, show_value
 from lpc_runner.study.runs import STATUSES, Run, Setting
-from lpc_runner.study.study import Study
+from lpc_runner.study.study import Group, Study, common_settings, show_value
 
 LIKELIHOOD = ("elbo", "bits_per_dim", "kl", "active_units", "sigma")
 UNITS = {"elbo": "nats per example", "kl": "nats per example", "bits_per_dim": "bits per dimension"}
