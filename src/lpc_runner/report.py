@@ -24,9 +24,8 @@ from lpc_runner.paper.figures import study_pictures
 from lpc_runner.paper.table1 import paper_table, quality_table
 from lpc_runner.paper.tuning import tuning_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings
-from lpc_runner.study.estimates import estimate_tables
+from lpc_runner.study.estimates import estimate_tables, paired_table
 from lpc_runner.study.page import html_page
-from lpc_runner.study.pairs import paired_table
 from lpc_runner.study.study import Study, read_study
 from lpc_runner.study.style import png
 from lpc_runner.study.tables import (

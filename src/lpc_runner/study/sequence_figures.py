@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lpc_runner.base.presentation import COLOURS
-from lpc_runner.study.pairs import Difference, paired_difference
+from lpc_runner.study.estimates import Difference, paired_difference
 from lpc_runner.study.study import Group
 from lpc_runner.study.style import Picture, file_name
 
