@@ -19,10 +19,8 @@ from lpc_runner.base.files import write_atomically
 from lpc_runner.base.surroundings import one_line_errors
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.claims import claims_table, study_answers
-from lpc_runner.paper.costs import divergence_table, time_table
 from lpc_runner.paper.figures import study_pictures
-from lpc_runner.paper.table1 import paper_table, quality_table
-from lpc_runner.paper.tuning import tuning_tables
+from lpc_runner.paper.tables import divergence_table, paper_table, quality_table, time_table, tuning_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings
 from lpc_runner.study.estimates import estimate_tables, paired_table
 from lpc_runner.study.page import html_page

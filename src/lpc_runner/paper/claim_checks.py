@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from lpc_runner.base.presentation import FRECHET
 from lpc_runner.paper import numbers as paper
-from lpc_runner.paper.costs import ms_per_batch
 from lpc_runner.paper.evidence import (
     CHANCE,
     EPOCHS,
@@ -36,6 +35,7 @@ from lpc_runner.paper.evidence import (
     sample,
 )
 from lpc_runner.paper.sweep_figures import line_name, sweeps_of
+from lpc_runner.paper.tables import ms_per_batch
 from lpc_runner.paper.training_checks import FORWARD, JEFFREYS, REVERSE, drift_phase, fast, sharp
 from lpc_runner.study.runs import Run
 from lpc_runner.study.study import Group

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.claim_checks import CHECKS
 from lpc_runner.paper.evidence import CHANCE, FAILS, HOLDS, UNMEASURED, Evidence, Finding
-from lpc_runner.paper.tuning import papers_cell
+from lpc_runner.paper.tables import papers_cell
 from lpc_runner.study.runs import Setting
 from lpc_runner.study.study import Group, Study
 from lpc_runner.study.tables import DASH, Table
