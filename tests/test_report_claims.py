@@ -12,8 +12,7 @@ from studies import LPC, VAE, Builder, measured
 
 from lpc_runner.evaluation.samples import save_grid
 from lpc_runner.paper import numbers as paper
-from lpc_runner.paper.claim_checks import CHECKS, ratio
-from lpc_runner.paper.claims import study_answers
+from lpc_runner.paper.claims import CHECKS, ratio, study_answers
 from lpc_runner.paper.evidence import (
     CHANCE,
     FAILS,
