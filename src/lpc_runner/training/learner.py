@@ -18,8 +18,7 @@ from lpc_runner.inference.context import STEP_BY_STEP, Context, PersistentStates
 from lpc_runner.inference.engine import Blocked, Eager
 from lpc_runner.inference.interfaces import Objective, Part, Sampler, over_ranks, parts_of
 from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
-from lpc_runner.training.captured import WholeUpdates
-from lpc_runner.training.update import Combined, UpdateNoise, compute_gradients, step_encoder
+from lpc_runner.training.update import Combined, UpdateNoise, WholeUpdates, compute_gradients, step_encoder
 
 Decay = Annotated[float, at_least(0)]
 
