@@ -50,10 +50,9 @@ from lpc_runner.runner.run import execute
 from lpc_runner.store.log import MetricLog
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Tracker
-from lpc_runner.training.interrupts import Interrupted
 from lpc_runner.training.learner import AdamOptimizer, Learner
 from lpc_runner.training.traces import Traces
-from lpc_runner.training.trainer import Trainer
+from lpc_runner.training.trainer import Interrupted, Trainer
 
 SHAPE, BATCH = (1, 8, 8), 8
 

@@ -21,8 +21,8 @@ from lpc_runner.runner.run import execute
 from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.store.log import MetricLog
 from lpc_runner.training import trainer
-from lpc_runner.training.interrupts import Interrupted, Interrupts
 from lpc_runner.training.learner import Learner
+from lpc_runner.training.trainer import Interrupted, Interrupts
 
 # Some 40 training images in batches of 10 are 4 updates an epoch. Beside each case: the updates that die.
 EACH = ("trainer.checkpoint_seconds=1e-9",)  # a checkpoint after every update

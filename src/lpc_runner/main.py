@@ -210,7 +210,7 @@ def job(cfg: DictConfig) -> float | None:
     from lpc_runner.runner.planning import cell_of_job, check_plan, leased
     from lpc_runner.runner.run import execute
     from lpc_runner.runner.sweepers import is_proposed, note_proposed, value_of
-    from lpc_runner.training.interrupts import Interrupted
+    from lpc_runner.training.trainer import Interrupted
 
     settle()
     mask_logs()

@@ -21,7 +21,7 @@ from lpc_runner.runner.loading import LoadedRun, load
 from lpc_runner.runner.planning import check_plan, unfinished
 from lpc_runner.runner.run import execute
 from lpc_runner.store.runs import RunDirectory
-from lpc_runner.training.interrupts import Interrupted
+from lpc_runner.training.trainer import Interrupted
 
 logger = logging.getLogger(__name__)
 

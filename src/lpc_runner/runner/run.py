@@ -30,9 +30,8 @@ from lpc_runner.store.log import MetricLog, final_numbers, rows_of
 from lpc_runner.store.runs import RunDirectory, checkpoint_files
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Sink, Tracker
-from lpc_runner.training.interrupts import Interrupted
 from lpc_runner.training.learner import Learner
-from lpc_runner.training.trainer import Counters, Outcome
+from lpc_runner.training.trainer import Counters, Interrupted, Outcome
 
 logger = logging.getLogger(__name__)
 
