@@ -24,7 +24,7 @@ def run(words: Any) -> Any:
 
 
 def load(run_dir: Any, *overrides: str, device: str = "auto") -> Any:
-    """Model and encoder of a run directory, ready to use; see `lpc_runner.runner.loading.load`."""
-    from lpc_runner.runner.loading import load as load_run
+    """Model and encoder of a run directory, ready to use; see `lpc_runner.runner.in_python.load`."""
+    from lpc_runner.runner.in_python import load as load_run
 
     return load_run(run_dir, overrides, device)

@@ -24,7 +24,7 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     from lpc_runner.base.schema import declared
     from lpc_runner.base.tensors import exact_arithmetic
     from lpc_runner.evaluation.evaluator import Evaluator
-    from lpc_runner.runner.loading import load
+    from lpc_runner.runner.in_python import load
     from lpc_runner.runner.plan import feature_cache
     from lpc_runner.runner.planning import print_measurement
     from lpc_runner.runner.run import set_up_torch

@@ -31,7 +31,7 @@ def sample(run_dir: str | Path, num: int, output: Path | None = None, seed: int 
 
     from lpc_runner.base.tensors import exact_arithmetic
     from lpc_runner.evaluation.samples import sample_images, save_grid
-    from lpc_runner.runner.loading import load
+    from lpc_runner.runner.in_python import load
     from lpc_runner.runner.run import set_up_torch
 
     run = load(run_dir)
