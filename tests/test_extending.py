@@ -29,7 +29,7 @@ from lpc_runner.base.schema import accepted, declared
 from lpc_runner.config.build import build, instantiate
 from lpc_runner.config.compose import recompose_group
 from lpc_runner.config.options import options_of
-from lpc_runner.config.variants import FileConfigSource, variants_read
+from lpc_runner.config.sources import FileConfigSource, variants_read
 from lpc_runner.data.dataset import Batch
 from lpc_runner.evaluate import main as evaluate
 from lpc_runner.inference.context import Context

@@ -130,7 +130,7 @@ def _hydra(args: argparse.Namespace) -> None:
     import hydra
 
     from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
-    from lpc_runner.config.variants import variants_read
+    from lpc_runner.config.sources import variants_read
 
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account and leaves

@@ -28,8 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lpc_runner.base.errors import UserError
 from lpc_runner.config.classes import name_classes
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME, as_dict, dotted, options_of, unknown_key
-from lpc_runner.config.own_files import OwnFiles, require_own_names
-from lpc_runner.config.variants import variants_read
+from lpc_runner.config.sources import OwnFiles, require_own_names, variants_read
 from lpc_runner.config.words import as_text, parsed, values_of
 
 # What our launchers, and a sweeper, build on, and the extra of pyproject.toml that brings it.
