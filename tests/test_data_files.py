@@ -412,7 +412,7 @@ class TestTorchvision:
         assert cached.name in user_error(dataset.load)
 
     def test_a_failed_decoding_leaves_no_file(self, tmp_path):
-        from lpc_runner.data.stored import save_images
+        from lpc_runner.data.files import save_images
 
         def chunks():
             yield random_images(2, 3, 4, 4)

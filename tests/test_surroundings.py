@@ -31,7 +31,7 @@ from lpc_runner.base import files
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import flush_to_disk, is_held, lock_on, sync_folder, write_cache
 from lpc_runner.base.surroundings import said, settle
-from lpc_runner.data.archives import damage_named
+from lpc_runner.data.files import damage_named
 from lpc_runner.evaluation.quality import Reference
 from lpc_runner.runner import planning
 from lpc_runner.store.runs import Occupied, RunDirectory, follow

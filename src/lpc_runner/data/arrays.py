@@ -9,10 +9,9 @@ import numpy as np
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, checked
-from lpc_runner.data.archives import Header, damage_named, no_npz, npz_header
 from lpc_runner.data.dataset import Binarisation, Binarise, Data
+from lpc_runner.data.files import Header, content_hash, damage_named, file_state, no_npz, npz_header
 from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
-from lpc_runner.data.stored import content_hash, file_state
 
 _MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
 _SOUND: set[tuple] = set()  # states of files that were read whole and found sound: each cell of a sweep asks

@@ -14,6 +14,7 @@ import numpy as np
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.data.dataset import Binarisation, Binarise, Data, Split
+from lpc_runner.data.files import content_hash
 from lpc_runner.data.image_files import (
     SUFFIXES,
     Found,
@@ -28,7 +29,6 @@ from lpc_runner.data.image_files import (
     split_folders,
 )
 from lpc_runner.data.images import ImageDataset, decode_all, hold_out, image_split
-from lpc_runner.data.stored import content_hash
 
 _VERSION = 1  # of decoding, crop, resize and split: raise it when one changes, for runs then see other data
 

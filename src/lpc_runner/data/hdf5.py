@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.data.archives import Header, damage_named
+from lpc_runner.data.files import Header, damage_named
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # Registered HDF5 filters (https://github.com/HDFGroup/hdf5_plugins) that people's files use.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.data.stored import file_state
+from lpc_runner.data.files import file_state
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _ROLES = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.data.archives import Header
+from lpc_runner.data.files import Header
 
 # Keys of what is known beside the values, by part; the second spelling is that of the Neural Latents Benchmark.
 _KNOWN = {

@@ -12,8 +12,8 @@ import numpy as np
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.data import hdf5
+from lpc_runner.data.files import file_state
 from lpc_runner.data.images import hold_out
-from lpc_runner.data.stored import file_state
 
 VERSION = 1  # of binning and split: raise it when one changes, for runs then see other data
 _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test",))

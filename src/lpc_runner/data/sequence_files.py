@@ -11,7 +11,7 @@ import numpy as np
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.data import hdf5
-from lpc_runner.data.archives import Header, damage_named, no_npz, npz_header
+from lpc_runner.data.files import Header, damage_named, no_npz, npz_header
 
 _MAX_COMPRESSION = 1100  # deflate, the usual filter of these formats, cannot exceed 1032
 _MAX_INT = np.iinfo(np.int32).max

@@ -11,12 +11,11 @@ import torch
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, checked
 from lpc_runner.data import nwb
-from lpc_runner.data.archives import Header
 from lpc_runner.data.dataset import Data, Split
+from lpc_runner.data.files import Header, content_hash, file_state
 from lpc_runner.data.layouts import OPTIONAL, Layout, layout_of
 from lpc_runner.data.sequence_files import as_counts, check_numbers, read_array, read_headers
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset, smallest_counts
-from lpc_runner.data.stored import content_hash, file_state
 
 _MAX_NAMED = 8  # keys that are not read, in a line
 _LEFT_OUT: dict[

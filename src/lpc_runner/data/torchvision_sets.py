@@ -19,9 +19,9 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import is_refusal, lock_on
 from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.data.dataset import Binarisation, Binarise, Data
+from lpc_runner.data.files import intact, load_images, save_images
 from lpc_runner.data.folder import square
 from lpc_runner.data.images import ImageDataset, image_split
-from lpc_runner.data.stored import intact, load_images, save_images
 
 log = logging.getLogger(__name__)
 
