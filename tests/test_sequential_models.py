@@ -15,7 +15,7 @@ from lpc_runner.inference.objectives import reverse_kl
 from lpc_runner.inference.preconditioning import EncoderVariance
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
-from lpc_runner.models.generators import build_generator
+from lpc_runner.models.sequence_networks import build_generator
 
 GENERATORS = ("linear", "additive", "vanilla", "gru", "lstm")
 F64 = {"dtype": torch.float64}

@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal
 from torch.func import jacrev
 
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
-from lpc_runner.models.generators import LinearDynamics
+from lpc_runner.models.sequence_networks import LinearDynamics
 from lpc_runner.models.sequential import LFADS
 
 

@@ -17,9 +17,16 @@ from torch.nn import functional as F
 
 from lpc_runner.base.likelihoods import Likelihood
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
-from lpc_runner.models.generators import build_generator, recursion
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.models.sequence_encoders import BiRNN, BlockTable, FreeTable, PerBin, RawVariance
+from lpc_runner.models.sequence_networks import (
+    BiRNN,
+    BlockTable,
+    FreeTable,
+    PerBin,
+    RawVariance,
+    build_generator,
+    recursion,
+)
 
 
 class Rollout(NamedTuple):
