@@ -1,4 +1,13 @@
-"""The networks of sequential models: generators of states, and encoders q(z|x; φ)."""
+"""Networks of sequential models: generators of states, and encoders q(z|x; φ).
+
+A generator computes x_t = cell(u_t, x_{t-1}) for t = 1 .. T from all of u at once. Each has `initial_size` (the size of
+x_0), `forward(initial, inputs, num_steps)` -> x_1 .. x_T (B, T, state_dim), and `step(state, inputs)`, one step of the
+recursion in elementary operations. `initial` is x_0 (B, initial_size), `inputs` u_1 .. u_T (B, T, input_dim), or None
+for a generator built with input_dim = 0.
+
+An encoder is a bidirectional network, a network per time bin, or a free table by trial. Every q is over the flat z and,
+but for BlockTable's, factorised over coordinates; variance = softplus(raw, beta).
+"""
 
 from __future__ import annotations
 

@@ -76,9 +76,6 @@ class Interrupts:
         self._previous = {}
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass
 class Counters:
     """Where a run stands: updates made, seconds of training (measuring excluded), decoder-gradient evaluations.
