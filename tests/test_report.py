@@ -15,9 +15,8 @@ from studies import LPC, PAPER_LPC, VAE, Builder, measured
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.paper import numbers as paper
-from lpc_runner.paper.figures import study_pictures
 from lpc_runner.paper.quality_figures import grid_pictures
-from lpc_runner.report import main, study_tables
+from lpc_runner.report import main, study_pictures, study_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings, mean_curve
 from lpc_runner.study.study import method_of, read_study
 from lpc_runner.study.style import MAX_LINES

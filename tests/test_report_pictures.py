@@ -11,8 +11,7 @@ import pytest
 from studies import LPC, VAE, Builder, measured, trajectories
 
 from lpc_runner.paper.chain_figures import representative
-from lpc_runner.paper.figures import study_pictures
-from lpc_runner.report import main
+from lpc_runner.report import main, study_pictures
 from lpc_runner.study.study import read_study
 from lpc_runner.study.style import HARD, short_labels, wrapped
 

@@ -1,4 +1,4 @@
-"""What Python offers: `lpc_runner.run` makes the runs of a command in this process, `lpc_runner.load` reads one back."""
+"""What Python offers: `lpc_runner.run` makes the runs of a command in this process, `lpc_runner.load` reads one."""
 
 from __future__ import annotations
 
