@@ -12,12 +12,12 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.floor import torchs_layers, wait
+from benchmarks.literal import literal_gradients
 from benchmarks.rivals import BETA, EPS, STEP_SIZE, jax_chain, torchebm_chain
 from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.engine import EngineName, Precision, make_engine
-from lpc_runner.inference.literal import literal_gradients
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
 from lpc_runner.inference.preconditioning import SharedAdam
@@ -106,7 +106,7 @@ def ours(learner: Learner, batch: Batch, update: int) -> None:
 
 
 def literally(learner: Learner, batch: Batch, update: int) -> None:
-    """The same by `inference/literal.py` and torch's own layers."""
+    """The same by `benchmarks/literal.py` and torch's own layers."""
     noise = UpdateNoise(0, update, (len(batch.x), LATENT_DIM), batch.x.device)
     model, encoder, objective = learner.model, learner.encoder, learner.objective
     assert isinstance(model, Conv) and isinstance(objective, WeightedKL) and encoder is not None

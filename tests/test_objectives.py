@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from benchmarks.literal import literal_gradients
 from lpc_runner.base.distributions import DiagonalGaussian, DiscretisedGaussian, Prior
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.chain import Moments
 from lpc_runner.inference.context import Context
-from lpc_runner.inference.literal import literal_gradients
 from lpc_runner.inference.objectives import ImportanceWeighted, WeightedKL, forward_kl, importance_gradients, reverse_kl
 from lpc_runner.inference.preconditioning import Adam, Identity, SharedAdam
 from lpc_runner.inference.samplers import Langevin, Map, NoSteps

@@ -11,13 +11,13 @@ from conftest import cells_of
 from series import NUM_TRAIN, config_dir, counts, factor_analysis, lds, lfads
 from torch.distributions import Normal
 
+from benchmarks.literal import literal_gradients
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.config.build import build
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.chain import ChainNoise, ShadowMetropolis, log_acceptance, run_chain
 from lpc_runner.inference.context import Context
-from lpc_runner.inference.literal import literal_gradients
 from lpc_runner.inference.objectives import VariationalEM, WeightedKL
 from lpc_runner.inference.preconditioning import Adam as AdamMetric
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
