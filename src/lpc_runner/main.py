@@ -17,8 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.errors import UserError, mask_logs
-from lpc_runner.base.surroundings import one_line_errors, said, settle, wait_passively
-from lpc_runner.runner.commands import main_process, words_for_workers
+from lpc_runner.base.surroundings import main_process, one_line_errors, said, settle, wait_passively, words_for_workers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

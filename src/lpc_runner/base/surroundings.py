@@ -1,10 +1,11 @@
-"""What a shell, a notebook or a batch system hands over: streams, environment, threads; how commands end in a line."""
+"""Streams, environment and threads of a process, whoever started it: a shell, a notebook, a batch system, a command."""
 
 from __future__ import annotations
 
 import errno
 import getpass
 import io
+import json
 import os
 import select
 import sys
@@ -169,3 +170,31 @@ def wait_passively(shared: bool = False) -> bool:
         return False
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     return True
+
+
+# What a command tells the workers that a launcher starts for it.
+_WORDS, _PROCESS = "LPC_RUNNER_COMMAND", "LPC_RUNNER_MAIN"
+
+
+@contextmanager
+def words_for_workers(words: list[str]) -> Iterator[None]:
+    """The runs within it, and the workers started for them, know the command's words and its process."""
+    os.environ |= {_WORDS: json.dumps([masked(word) for word in words]), _PROCESS: str(os.getpid())}
+    try:
+        yield
+    finally:
+        for name in (_WORDS, _PROCESS):
+            os.environ.pop(name, None)
+
+
+def command_words() -> list[str]:
+    """What the user typed, without secrets: in a worker, the words of the command that had it started."""
+    if _WORDS in os.environ:
+        return json.loads(os.environ[_WORDS])
+    return [masked(word) for word in sys.argv]
+
+
+def main_process() -> int | None:
+    """Process id of the command that had this worker started; None in the command itself."""
+    process = int(os.environ.get(_PROCESS, os.getpid()))
+    return None if process == os.getpid() else process

@@ -18,12 +18,12 @@ from torch import nn
 from yaml import YAMLError
 
 from lpc_runner.base.errors import UserError, masked
+from lpc_runner.base.surroundings import words_for_workers
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Composed, compose_command, recompose_group, runs_in_this_process
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 from lpc_runner.config.words import flags_of, parse_arguments, refuse_flags
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.runner.commands import words_for_workers
 from lpc_runner.runner.plan import build_learner
 from lpc_runner.runner.planning import check_plan, unfinished
 from lpc_runner.runner.run import execute

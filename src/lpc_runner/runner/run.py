@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from lpc_runner.base.errors import UserError, masked
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.schema import accepted, declared
+from lpc_runner.base.surroundings import command_words
 from lpc_runner.base.tensors import exact_arithmetic, keep_freed_memory
 from lpc_runner.config.build import Experiment
 from lpc_runner.config.identity import flat_keys
 from lpc_runner.config.options import as_dict
 from lpc_runner.data.dataset import Batches
 from lpc_runner.evaluation.evaluator import Evaluator
-from lpc_runner.runner.commands import command_words
 from lpc_runner.runner.plan import Planned, batches_of, build_learner, evaluator_of
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.environment import describe_environment, warn_of_another_device, warn_of_other_code
