@@ -23,7 +23,7 @@ from lpc_runner.config.identity import run_name
 from lpc_runner.data.arrays import Arrays
 from lpc_runner.ls import list_runs
 from lpc_runner.runner.in_python import load
-from lpc_runner.runner.planning import print_results
+from lpc_runner.runner.screen import print_results
 from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
 from lpc_runner.store.log import MetricLog
 from lpc_runner.store.runs import RunDirectory

@@ -33,7 +33,7 @@ from lpc_runner.base.files import flush_to_disk, is_held, lock_on, sync_folder, 
 from lpc_runner.base.surroundings import said, settle
 from lpc_runner.data.files import damage_named
 from lpc_runner.evaluation.quality import Reference
-from lpc_runner.runner import planning
+from lpc_runner.runner import screen
 from lpc_runner.store.runs import Occupied, RunDirectory, follow
 from lpc_runner.tracking.uploads import runs_of
 
@@ -153,9 +153,9 @@ def test_a_whole_result_is_not_called_damaged_for_a_terminals_sake(workplace, mo
             name = "γ"
             result = staticmethod(lambda: {"status": "finished", "metrics": {}, "measurement": FACTS})
 
-    monkeypatch.setattr(planning, "Console", lambda: Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii")))
+    monkeypatch.setattr(screen, "Console", lambda: Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii")))
     with pytest.raises(UnicodeEncodeError):
-        planning.print_results([Done])
+        screen.print_results([Done])
 
 
 FACTS = {
@@ -169,10 +169,10 @@ def test_names_and_numbers_are_whole_on_a_narrow_terminal(columns, monkeypatch, 
     monkeypatch.setenv("COLUMNS", str(columns))
     names = ("fd_random_conv", "precision_random_conv", "coverage_random_conv", "elbo", "bits_per_dim")
     metrics = dict.fromkeys(names, -1.2346e-05)
-    planning.print_measurement("a-run", metrics, FACTS)
+    screen.print_measurement("a-run", metrics, FACTS)
     images = capsys.readouterr().out
     sequences = {"kind": "sequences", "ceilings": {"elbo": 0.5}, "notes": {"elbo": "nats per trial"}, "sources": "360"}
-    planning.print_measurement("a-run", metrics, sequences)
+    screen.print_measurement("a-run", metrics, sequences)
     for out in (images, capsys.readouterr().out):
         rows = [line.split() for line in out.splitlines()]
         assert all([name, "-1.235e-05"] in [row[:2] for row in rows] for name in names) and "…" not in out

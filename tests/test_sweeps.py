@@ -27,7 +27,7 @@ from conftest import (
 )
 from omegaconf import OmegaConf
 
-from lpc_runner.runner.leases import gpu_slot, visible_gpus
+from lpc_runner.runner.jobs import gpu_slot, visible_gpus
 from lpc_runner.store.runs import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -277,7 +277,7 @@ def _hold(folder: Path, slots: int) -> None:
 
 
 def test_slots_of_gpus_are_leased_once_and_come_back_from_the_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr("lpc_runner.runner.leases.INTERVAL", 0.02)
+    monkeypatch.setattr("lpc_runner.runner.jobs.INTERVAL", 0.02)
     context = multiprocessing.get_context("fork")
     taken = lambda: {(int(pid), int(gpu)) for _, pid, gpu in (path.name.split("-") for path in tmp_path.glob("took-*"))}
     holders = [context.Process(target=_hold, args=(tmp_path, 2)) for _ in range(5)]

@@ -26,8 +26,8 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     from lpc_runner.evaluation.evaluator import Evaluator
     from lpc_runner.runner.in_python import load
     from lpc_runner.runner.plan import feature_cache
-    from lpc_runner.runner.planning import print_measurement
     from lpc_runner.runner.run import set_up_torch
+    from lpc_runner.runner.screen import print_measurement
     from lpc_runner.store.environment import describe_environment
 
     run = load(run_dir, overrides)

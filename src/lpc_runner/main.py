@@ -73,8 +73,9 @@ def _run() -> None:
             return
         cells = composed.cells
         wait_passively(shared=not composed.launcher.endswith(".BasicLauncher"))
-        from lpc_runner.runner.planning import check_plan, frozen, print_plan, print_results, unfinished
-        from lpc_runner.runner.sweepers import proposed_runs, proposing
+        from lpc_runner.runner.jobs import frozen, proposed_runs, proposing
+        from lpc_runner.runner.plan import check_plan, unfinished
+        from lpc_runner.runner.screen import print_plan, print_results
 
         searches = composed.sweeper is not None
         if ranks and searches:
@@ -197,7 +198,7 @@ def _watch_main() -> threading.Event | None:
 def job(cfg: DictConfig) -> float | None:
     """One cell, in this process or in a launcher's worker: a failure is logged and recorded, and the sweep goes on.
 
-    To a sweeper that chooses its runs it returns the optimised metric (`sweepers.value_of`), and raises what failed.
+    To a sweeper that chooses its runs it returns the optimised metric (`plan.value_of`), and raises what failed.
     """
     wait_passively()  # a cluster's job need not inherit the command's environment
     from hydra.core.hydra_config import HydraConfig
@@ -205,10 +206,9 @@ def job(cfg: DictConfig) -> float | None:
 
     from lpc_runner.base.ranks import Ranks
     from lpc_runner.config.compose import starts_workers_here
-    from lpc_runner.runner.plan import plan
-    from lpc_runner.runner.planning import cell_of_job, check_plan, leased
+    from lpc_runner.runner.jobs import cell_of_job, is_proposed, leased, note_proposed
+    from lpc_runner.runner.plan import check_plan, plan, value_of
     from lpc_runner.runner.run import execute
-    from lpc_runner.runner.sweepers import is_proposed, note_proposed, value_of
     from lpc_runner.training.trainer import Interrupted
 
     settle()

@@ -24,8 +24,7 @@ from lpc_runner.config.compose import Composed, compose_command, recompose_group
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 from lpc_runner.config.words import flags_of, parse_arguments, refuse_flags
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.runner.plan import build_learner
-from lpc_runner.runner.planning import check_plan, unfinished
+from lpc_runner.runner.plan import build_learner, check_plan, unfinished
 from lpc_runner.runner.run import execute
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.runs import CHANGES_NO_RESULT, RunDirectory

@@ -1,14 +1,17 @@
-"""A checked cell with its place on disk, and what every rank of its run builds: batches, learner, evaluator."""
+"""The plan: cells checked, each with its place on disk; and what every rank of a run builds from it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import require_folder, require_writable
+from lpc_runner.base.presentation import IS_BETTER_HIGHER
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
 from lpc_runner.base.tensors import seeded_layers
@@ -16,9 +19,10 @@ from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import run_hash, run_name
 from lpc_runner.data.dataset import Batches, Data
-from lpc_runner.evaluation.evaluator import Evaluator
+from lpc_runner.evaluation.bounds import BY_BLOCK
+from lpc_runner.evaluation.evaluator import Evaluator, Metrics
 from lpc_runner.inference.interfaces import Objective, require_shareable
-from lpc_runner.store.runs import RunDirectory
+from lpc_runner.store.runs import DONE, RunDirectory
 from lpc_runner.tracking.tracker import Sink
 from lpc_runner.training.learner import Learner
 
@@ -78,6 +82,85 @@ def plan(cell: Cell, ranks: Ranks = SINGLE) -> Planned:
         if source.state() != "done":  # its weights may still change
             raise UserError(f"trainer.init_from={source.path} is not finished: its own command ends it")
     return Planned(cell, experiment, directory, digest, ranks)
+
+
+def check_plan(cells: list[Cell], ranks: Ranks = SINGLE, proposed: bool = False) -> list[Planned]:
+    """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one.
+
+    proposed: by a sweeper, which will propose others.
+    """
+    planned = []
+    for cell in cells:
+        try:
+            found = plan(cell, ranks)
+            planned.append(found)
+            require_metric(found, proposed)
+            if (proposed or len(cells) > 1) and (
+                reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()
+            ):
+                raise UserError(reason)
+            if not cell.cfg.check:
+                found.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)
+                if found.directory.state() != "done":
+                    found.require()
+        except UserError as error:
+            where = f" (in the cell {' '.join(cell.overrides)})" if len(cells) > 1 else ""
+            raise UserError(f"{error}{where}") from None
+    names = [run.directory.name for run in planned]
+    return [run for number, run in enumerate(planned) if run.directory.name not in names[:number]]
+
+
+def unfinished(planned: list[Planned]) -> list[str]:
+    """What is not done, one line each."""
+    lines = []
+    for run in planned:
+        result = run.directory.result()
+        if result is None or result["status"] not in DONE:
+            owner = run.directory.owner()
+            why = f"is being run by {owner}" if owner else (result.get("error") if result else "no result")
+            lines.append(f"{run.directory.path}: {why}")
+    return lines
+
+
+def require_metric(planned: Planned, needed: bool) -> None:
+    """The run will have a metric to return. Raises UserError (one line), before any training where names are known.
+
+    needed: a sweeper asks for it, so that there must be a default if none is named.
+    """
+    name, names = planned.cell.cfg.optimized_metric, _names(planned)
+    if name is None and needed and _distance(names or ()) is None:
+        raise UserError(
+            f"optimized_metric has no default with metrics={planned.cell.choices['metrics']}, which measures no "
+            "distance to the data: name what result.json has, as optimized_metric=elbo"
+        )
+    if name is not None and names is not None and name not in names:
+        raise UserError(f"optimized_metric={name}: no such metric; there are: {', '.join(names)}")
+
+
+def value_of(planned: Planned, result: dict[str, Any]) -> float:
+    """The run's optimised metric; +inf (-inf where higher is better) if it diverged or the metric was not finite.
+
+    Raises UserError for a name that no number has.
+    """
+    metrics, names = result["metrics"], _names(planned)
+    name = planned.cell.cfg.optimized_metric or _distance(names or metrics)
+    if result["status"] == "finished" and name in metrics:
+        return float(metrics[name])
+    if result["status"] == "finished" and name not in (names or ()):
+        raise UserError(f"optimized_metric={name}: no such metric; there are: {', '.join(metrics)}")
+    return -math.inf if name is not None and IS_BETTER_HIGHER.fullmatch(name) else math.inf
+
+
+def _names(planned: Planned) -> tuple[str, ...] | None:
+    names = declared(planned.experiment.metrics, Metrics, "names")()
+    if names is None:
+        return None
+    blocks = planned.experiment.model.blocks
+    return *names, *(f"{name}_{block}" for name in BY_BLOCK if name in names for block in blocks)
+
+
+def _distance(names: Any) -> str | None:
+    return next((name for name in names if name == "fid" or name.startswith("fd_")), None)
 
 
 def build_learner(experiment: Experiment, ranks: Ranks = SINGLE, num_train: int | None = None) -> Learner:

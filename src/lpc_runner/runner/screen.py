@@ -1,132 +1,22 @@
-"""The plan of a command: all cells checked, their state on disk, and what came of them."""
+"""What a command prints: the plan of its runs, and the results of those that are done."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from lpc_runner.base.errors import UserError
-from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import QUALITY
-from lpc_runner.base.ranks import SINGLE, Ranks
-from lpc_runner.base.schema import declared
-from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, resolved, starts_workers_here
-from lpc_runner.runner.leases import gpu_slot, visible_gpus
-from lpc_runner.runner.plan import Planned, plan
+from lpc_runner.runner.pace import Pace
+from lpc_runner.runner.plan import Planned
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.progress import show_duration
-from lpc_runner.tracking.tracker import Sink
 
-logger = logging.getLogger(__name__)
-
-_PLAN = "LPC_RUNNER_PLAN"  # environment variable with the path of the sweep's plan, which launchers pass on
 _NOTE = 24  # columns that a note beside the numbers needs
 _BOUND = ("elbo", "kl", "bits_per_dim", "active_units", "sigma")
-
-
-@contextmanager
-def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
-    """Keep a sweep's cells in a file that its jobs read, today or when a cluster starts them: what was checked is run.
-
-    Without it a job composes its configuration again from conf/, which may have been edited meanwhile.
-    """
-    if len(cells) == 1:
-        os.environ.pop(_PLAN, None)  # of a sweep whose job started this command
-        yield
-        return
-    content = f"[{','.join(map(cell_text, cells))}]"
-    folder = Path(cells[0].cfg.output_dir).absolute() / ".sweeps"
-    path = folder / f"plan-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    os.environ[_PLAN] = str(path)
-    try:
-        yield
-    finally:
-        os.environ.pop(_PLAN, None)
-
-
-def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
-    """The cell that Hydra hands to a job: of a sweep, as it was planned. Raises UserError if the plan is lost."""
-    path = os.environ.get(_PLAN)
-    if path is None:
-        return resolved(cfg, choices_of(hydra_cfg), list(hydra_cfg.overrides.task))
-    try:
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))
-        # Not by their number: shuffle() gives Hydra another order than it gave the plan.
-        given = list(hydra_cfg.overrides.task)
-        return cell_from(json.dumps(next(cell for cell in cells if cell["overrides"] == given)))
-    except (FileNotFoundError, ValueError, LookupError, TypeError, StopIteration):
-        raise UserError(
-            f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
-        ) from None
-
-
-@contextmanager
-def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
-    """A GPU slot for a run that shares this machine with others of its sweep; nothing on a CPU or under a scheduler."""
-    device = planned.experiment.device
-    alone = not starts_workers_here(hydra_cfg.launcher._target_) or device.type != "cuda" or device.index is not None
-    if alone or planned.directory.state() == "done":
-        yield
-        return
-    with gpu_slot(visible_gpus(torch.cuda.device_count()), planned.cell.cfg.runs_per_gpu) as index:
-        logger.info("%s takes GPU %d", planned.directory.name, index)
-        torch.cuda.set_device(index)
-        planned.experiment.device = torch.device("cuda", index)
-        yield
-
-
-def check_plan(cells: list[Cell], ranks: Ranks = SINGLE, proposed: bool = False) -> list[Planned]:
-    """Every cell built and checked, data and weights there or fetched. Raises UserError for the first wrong one.
-
-    proposed: by a sweeper, which will propose others.
-    """
-    from lpc_runner.runner.sweepers import require_metric
-
-    planned = []
-    for cell in cells:
-        try:
-            found = plan(cell, ranks)
-            planned.append(found)
-            require_metric(found, proposed)
-            if (proposed or len(cells) > 1) and (
-                reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()
-            ):
-                raise UserError(reason)
-            if not cell.cfg.check:
-                found.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)
-                if found.directory.state() != "done":
-                    found.require()
-        except UserError as error:
-            where = f" (in the cell {' '.join(cell.overrides)})" if len(cells) > 1 else ""
-            raise UserError(f"{error}{where}") from None
-    names = [run.directory.name for run in planned]
-    return [run for number, run in enumerate(planned) if run.directory.name not in names[:number]]
-
-
-def unfinished(planned: list[Planned]) -> list[str]:
-    """What is not done, one line each."""
-    lines = []
-    for run in planned:
-        result = run.directory.result()
-        if result is None or result["status"] not in DONE:
-            owner = run.directory.owner()
-            why = f"is being run by {owner}" if owner else (result.get("error") if result else "no result")
-            lines.append(f"{run.directory.path}: {why}")
-    return lines
 
 
 def print_plan(planned: list[Planned], chosen: Sequence[str] = ()) -> None:
@@ -134,8 +24,6 @@ def print_plan(planned: list[Planned], chosen: Sequence[str] = ()) -> None:
 
     chosen: lines on what the datasets chose.
     """
-    from lpc_runner.runner.pace import Pace
-
     console, pace = Console(), Pace()
     shared = set.intersection(*(set(run.cell.overrides) for run in planned))
     left = [pace.seconds_left(run) for run in planned]
