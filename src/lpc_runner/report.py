@@ -24,8 +24,7 @@ from lpc_runner.base.surroundings import one_line_errors
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.chain_figures import chain_pictures, trajectory_pictures
 from lpc_runner.paper.claims import claims_table, study_answers
-from lpc_runner.paper.quality_figures import grid_pictures, level_pictures, objective_pictures
-from lpc_runner.paper.sweep_figures import sweep_pictures
+from lpc_runner.paper.quality_figures import grid_pictures, level_pictures, objective_pictures, sweep_pictures
 from lpc_runner.paper.tables import divergence_table, paper_table, quality_table, time_table, tuning_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings
 from lpc_runner.study.curve_figures import compute_pictures, curve_pictures, metric_names

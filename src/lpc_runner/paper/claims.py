@@ -31,7 +31,7 @@ from lpc_runner.paper.evidence import (
     out_of_proportion,
     sample,
 )
-from lpc_runner.paper.sweep_figures import line_name, sweeps_of
+from lpc_runner.paper.quality_figures import line_name, sweeps_of
 from lpc_runner.paper.tables import ms_per_batch, papers_cell
 from lpc_runner.paper.training_checks import FORWARD, JEFFREYS, REVERSE, drift_phase, fast, sharp
 from lpc_runner.study.runs import Run, Setting

@@ -9,7 +9,7 @@ from typing import Any
 
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.evidence import UNKNOWN, devices_of, epochs_of
-from lpc_runner.paper.sweep_figures import frechet_name
+from lpc_runner.paper.quality_figures import frechet_name
 from lpc_runner.study.runs import Measurement, Run, Setting
 from lpc_runner.study.study import Group
 from lpc_runner.study.tables import (
