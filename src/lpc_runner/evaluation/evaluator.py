@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeGuard
 
@@ -52,6 +54,20 @@ def without_held_out(x: Tensor, count: int) -> Tensor:
         x = x.clone()
         x[..., -count:] = torch.nan
     return x
+
+
+@contextmanager
+def evaluating(*modules: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode inside, in which no model reads held-out neurons; then whatever mode it was."""
+    present = [module for module in modules if module is not None]
+    modes = [module.training for module in present]
+    for module in present:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(present, modes):
+            module.train(mode)
 
 
 class Evaluator(ABC):

@@ -28,13 +28,13 @@ from lpc_runner.evaluation.evaluator import (
     Evaluator,
     Metrics,
     Trained,
+    evaluating,
     evenly_spaced,
     finite,
     is_amortised,
     without_held_out,
 )
 from lpc_runner.evaluation.kalman import exact_log_evidence
-from lpc_runner.evaluation.posterior import evaluating
 from lpc_runner.evaluation.samples import draw_image_data, draw_images
 from lpc_runner.inference.chain import constant
 from lpc_runner.models.latent import LatentVariableModel

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.tensors import generator
@@ -88,17 +87,3 @@ def chain_means(
             keep = lambda state, info: average.add(state.z)
             run_chain(partial(model.log_joint, x), z, sampler, noise, centre=start.mean, q=start, observe=keep)
     return average.means()
-
-
-@contextmanager
-def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode inside, in which no model reads held-out neurons; then whatever mode it was."""
-    present = [module for module in modules if module is not None]
-    modes = [module.training for module in present]
-    for module in present:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(present, modes):
-            module.train(mode)

@@ -24,12 +24,13 @@ from lpc_runner.evaluation.evaluator import (
     Idle,
     Metrics,
     Trained,
+    evaluating,
     evenly_spaced,
     finite,
     is_amortised,
     without_held_out,
 )
-from lpc_runner.evaluation.posterior import Means, chain_means, evaluating, joined, posterior_means
+from lpc_runner.evaluation.posterior import Means, chain_means, joined, posterior_means
 from lpc_runner.models.latent import LatentVariableModel
 
 CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
