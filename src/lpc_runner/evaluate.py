@@ -67,16 +67,16 @@ def _require_data(run: Any) -> None:
     dataset = run.experiment.dataset
     try:
         dataset.prepare()
-        found = [*dataset.shape, dataset.num_held_out]
+        given = [*dataset.shape, dataset.num_held_out]
     except UserError as error:
         where = [key for key in run.cfg.dataset if key in ("train", "test", "path", "folder")]
         places = " ".join(f"{'' if key == 'data_dir' else 'dataset.'}{key}=..." for key in where or ["data_dir"])
         raise UserError(f"{error}; data that lie elsewhere now are given with {places}") from None
     known = [*run.experiment.facts["data_shape"], run.experiment.facts["num_held_out"]]
-    if found != known:
+    if given != known:
         raise UserError(
             f"the run's model takes examples of shape {tuple(known[:-1])} with {known[-1]} held out, "
-            f"the data given are of shape {tuple(found[:-1])} with {found[-1]}"
+            f"the data given are of shape {tuple(given[:-1])} with {given[-1]}"
         )
 
 

@@ -46,12 +46,12 @@ def list_runs(folder: Path | str) -> list[Listed]:
     root = folder / "runs" if (folder / "runs").is_dir() else folder
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder; runs lie in outputs/ unless output_dir says otherwise")
-    found = [follow(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    found = [path for path in found if path.is_dir()]
-    found = [path for path in found if (path / "run.json").exists() or (path / ".owner").exists()]
-    if not found:
+    paths = [follow(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    paths = [path for path in paths if path.is_dir()]
+    paths = [path for path in paths if (path / "run.json").exists() or (path / ".owner").exists()]
+    if not paths:
         raise UserError(f"{folder} holds no runs; runs lie in outputs/ unless output_dir says otherwise")
-    return [_look(path) for path in found]
+    return [_look(path) for path in paths]
 
 
 def _look(path: Path) -> Listed:
@@ -96,7 +96,7 @@ def _look(path: Path) -> Listed:
         if status == "failed":
             listed.state, listed.todo = "failed", f"{result.get('error')}; {again}"
         checkpoints = run.checkpoint_files()
-        whole = next((number for number, found in enumerate(checkpoints) if found.is_whole()), None)
+        whole = next((number for number, checkpoint in enumerate(checkpoints) if checkpoint.is_whole()), None)
         if checkpoints and whole is None:
             listed.state = "damaged"
             listed.todo = f"all {len(checkpoints)} checkpoints are damaged: move the folder away, then {again}"

@@ -118,9 +118,9 @@ def check_objective(objective: Any, model: Any = None, batch: Batch | None = Non
     context = Context(model, encoder, sampler, batch, noise, update_encoder=lambda gradients: True)
     whole = objective.gradients(context)
     assert isinstance(whole, Gradients), f"gradients() returned {type(whole).__name__}"
-    for name, found, wanted in (("theta", whole.theta, context.theta), ("phi", whole.phi, context.phi)):
-        assert [g.shape for g in found] == [p.shape for p in wanted], f"{name}: one tensor for every parameter"
-        assert all(bool(g.isfinite().all()) for g in found), f"{name}: a gradient is not finite"
+    for name, given, wanted in (("theta", whole.theta, context.theta), ("phi", whole.phi, context.phi)):
+        assert [g.shape for g in given] == [p.shape for p in wanted], f"{name}: one tensor for every parameter"
+        assert all(bool(g.isfinite().all()) for g in given), f"{name}: a gradient is not finite"
     assert whole.z.shape == noise.shape, f"z has the shape {tuple(whole.z.shape)}"
     for name, value in (whole.scalars | whole.maxima).items():
         assert torch.is_tensor(value) and value.shape == (), f"{name} is not a 0-d tensor"

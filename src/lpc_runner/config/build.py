@@ -292,7 +292,7 @@ def _locate(target: str, path: str) -> Any:
     before = hydras.level
     hydras.setLevel(logging.CRITICAL)  # it would say the same in three lines before ours
     try:
-        found = get_object(place_of(target))
+        located = get_object(place_of(target))
     except Exception as error:
         cause = error.__cause__ or error
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
@@ -302,9 +302,9 @@ def _locate(target: str, path: str) -> Any:
     finally:
         hydras.setLevel(before)
     # A folder from elsewhere must not be able to have a command of the system called by naming it.
-    if not inspect.isclass(found) or found.__module__.split(".")[0] in sys.stdlib_module_names:
+    if not inspect.isclass(located) or located.__module__.split(".")[0] in sys.stdlib_module_names:
         raise UserError(f"{path}._target_={target} must name a class, and none of Python's own")
-    return found
+    return located
 
 
 def _call_for_key(path: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -355,8 +355,8 @@ def resolve_device(name: str) -> Any:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            found = f"{count} CUDA device(s)" if count else "no CUDA device, only the CPU"
-            raise UserError(f"device={name}: found {found} (device=auto takes what is there)")
+            available = f"{count} CUDA device(s)" if count else "no CUDA device, only the CPU"
+            raise UserError(f"device={name}: found {available} (device=auto takes what is there)")
     elif device.type != "cpu":
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device

@@ -55,8 +55,8 @@ def _variants(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except yaml.YAMLError:
         return {}
-    found = content.get(KEY) if isinstance(content, dict) else None
-    return {str(name): section for name, section in found.items()} if isinstance(found, dict) else {}
+    variants = content.get(KEY) if isinstance(content, dict) else None
+    return {str(name): section for name, section in variants.items()} if isinstance(variants, dict) else {}
 
 
 class FileConfigSource(file_config_source.FileConfigSource):

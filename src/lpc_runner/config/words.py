@@ -65,15 +65,15 @@ def flags_of(args: argparse.Namespace) -> set[str]:
 def parsed(lines: Iterable[str]) -> list[Override]:
     """Overrides as Hydra reads them, in a context that it was initialised in. Raises UserError (one line)."""
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    found = []
+    overrides = []
     for line in lines:
         if line.startswith("="):  # Hydra takes it for a setting of the root
             raise UserError(_refusal(line, ""))
         try:
-            found += parser.parse_overrides([line])
+            overrides += parser.parse_overrides([line])
         except HydraException as error:
             raise UserError(_refusal(line, str(error))) from None
-    return found
+    return overrides
 
 
 def values_of(sweep: Override) -> list[str]:

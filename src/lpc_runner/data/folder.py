@@ -34,7 +34,7 @@ _FETCH = "git lfs pull, git annex get, datalad get or dvc pull fetches it"
 
 
 @dataclass
-class Found:
+class FolderContent:
     """What lies below a folder: image files, sorted; files whose content is elsewhere; others counted by reason."""
 
     images: list[Path] = field(default_factory=list)
@@ -42,39 +42,39 @@ class Found:
     passed_over: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(folder: Path) -> Found:
+def find_images(folder: Path) -> FolderContent:
     """Everything below `folder`, links followed. Raises UserError if a folder cannot be listed."""
-    found = Found()
-    _walk(folder, frozenset(), found)
-    found.images.sort()
-    return found
+    content = FolderContent()
+    _walk(folder, frozenset(), content)
+    content.images.sort()
+    return content
 
 
-def _walk(folder: Path, above: frozenset[tuple[int, int]], found: Found) -> None:
+def _walk(folder: Path, above: frozenset[tuple[int, int]], content: FolderContent) -> None:
     try:
         state, entries = folder.stat(), sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"{shown(folder)}: cannot be listed ({error.strerror})") from error
     if (place := (state.st_dev, state.st_ino)) in above:
-        found.passed_over["link to a folder above it"] += 1
+        content.passed_over["link to a folder above it"] += 1
         return
     for path in entries:
         suffix = path.suffix.lower()
         if suffix == ".icloud":  # stands, hidden, for a file that the cloud keeps
-            found.missing.append(path)
+            content.missing.append(path)
         elif path.name.startswith(".") or path.name == "__MACOSX":
-            found.passed_over["hidden"] += 1
+            content.passed_over["hidden"] += 1
         elif path.is_dir():
-            _walk(path, above | {place}, found)
+            _walk(path, above | {place}, content)
         elif suffix == ".dvc":
             if not path.with_suffix("").exists():
-                found.missing.append(path.with_suffix(""))
+                content.missing.append(path.with_suffix(""))
         elif not path.exists() and (suffix in SUFFIXES or not suffix):  # a link into nothing, of a file or a folder
-            found.missing.append(path)
+            content.missing.append(path)
         elif suffix in SUFFIXES and path.is_file():
-            (found.missing if _is_pointer(*file_state(path)) else found.images).append(path)
+            (content.missing if _is_pointer(*file_state(path)) else content.images).append(path)
         else:
-            found.passed_over[suffix or "without a suffix"] += 1
+            content.passed_over[suffix or "without a suffix"] += 1
 
 
 @functools.cache
@@ -85,16 +85,16 @@ def _is_pointer(path: Path, size: int, modified: int) -> bool:
     return content.startswith(_POINTERS[:2]) or _POINTERS[2] in content
 
 
-def require_content(folder: Path, found: Found) -> None:
+def require_content(folder: Path, content: FolderContent) -> None:
     """Raise UserError if files are only named in the folder, their content not being there, or none is an image."""
-    if found.missing:
-        count, total = len(found.missing), len(found.missing) + len(found.images)
+    if content.missing:
+        count, total = len(content.missing), len(content.missing) + len(content.images)
         raise UserError(
             f"{shown(folder)}: the content of {count:,} of {total:,} files is not there (dangling links, pointers), "
-            f"such as {shown(found.missing[0].relative_to(folder))}: {_FETCH}; or remove them"
+            f"such as {shown(content.missing[0].relative_to(folder))}: {_FETCH}; or remove them"
         )
-    if not found.images:
-        others = f", found {counted(found.passed_over)}" if found.passed_over else ""
+    if not content.images:
+        others = f", found {counted(content.passed_over)}" if content.passed_over else ""
         raise UserError(f"{shown(folder)}: holds no image files{others}, expected {' '.join(SUFFIXES)}")
 
 
@@ -184,10 +184,10 @@ def refuse_deeper_splits(folder: Path, images: list[Path]) -> None:
     children: dict[Path, set[str]] = {}
     for parent in {parent for path in images for parent in path.parents if parent.is_relative_to(folder)} - {folder}:
         children.setdefault(parent.parent, set()).add(parent.name)
-    found = {parent: split_folders(sorted(names)) for parent, names in children.items() if parent != folder}
-    parents = sorted(parent for parent, roles in found.items() if "train" in roles and len(roles) > 1)
+    splits_in = {parent: split_folders(sorted(names)) for parent, names in children.items() if parent != folder}
+    parents = sorted(parent for parent, roles in splits_in.items() if "train" in roles and len(roles) > 1)
     if parents:
-        roles = found[parents[0]]
+        roles = splits_in[parents[0]]
         names = " and ".join(shown(roles[role]) for role in _ROLES if role in roles)
         remedy = (
             f"dataset.path={shown(parents[0])}" if len(parents) == 1 else "put them at the first level, classes below"
@@ -314,16 +314,16 @@ class ImageFolder(ImageDataset):
     def _listing(self) -> Listing:
         if not self._path.is_dir():
             raise UserError(_no_folder(self._path))
-        found = find_images(self._path)
-        require_content(self._path, found)
-        listing = self._in_splits(found)
+        content = find_images(self._path)
+        require_content(self._path, content)
+        listing = self._in_splits(content)
         animated = require_headers(sorted([*listing.train, *listing.test]))
         return Listing(listing.train, listing.test, listing.folders, listing.passed_over, animated)
 
-    def _in_splits(self, found: Found) -> Listing:
+    def _in_splits(self, content: FolderContent) -> Listing:
         """Every image is of one split or counted as passed over. Raises UserError if the splits are not clear."""
         top = lambda path: path.relative_to(self._path).parts[0]
-        names = {top(path) for path in found.images if path.parent != self._path}
+        names = {top(path) for path in content.images if path.parent != self._path}
         try:
             roles = split_folders(sorted(names))
             if "train" not in roles:
@@ -333,15 +333,15 @@ class ImageFolder(ImageDataset):
                         f"has a folder {shown(only)} but no folder train beside it (to train on its images: "
                         f"dataset.path={shown(self._path / only)})"
                     )
-                refuse_deeper_splits(self._path, found.images)
+                refuse_deeper_splits(self._path, content.images)
         except UserError as error:
             raise UserError(f"{shown(self._path)}: {error}") from None
         train, test = roles.get("train"), roles.get("test", roles.get("valid"))
         if train is None:
-            return self._held_out(found.images, None, found.passed_over)
+            return self._held_out(content.images, None, content.passed_over)
         parts: dict[str, list[Path]] = {name: [] for name in (train, test) if name}
-        passed_over = Counter(found.passed_over)
-        for path in found.images:
+        passed_over = Counter(content.passed_over)
+        for path in content.images:
             name = "" if path.parent == self._path else top(path)
             if name in parts:
                 parts[name].append(path)

@@ -73,9 +73,9 @@ def _open(path: Path) -> Any:
 
 def headers(file: Any) -> dict[str, Header]:
     """Of every dataset below the root or, where that holds nothing but one group, below that, by path."""
-    found: dict[str, Header] = {}
-    _collect(_root(file), "", found, _MAX_DEPTH)
-    return found
+    by_path: dict[str, Header] = {}
+    _collect(_root(file), "", by_path, _MAX_DEPTH)
+    return by_path
 
 
 def read(file: Any, key: str) -> np.ndarray:
@@ -101,7 +101,7 @@ def _by_matlab(dataset: Any) -> bool:
     return "MATLAB_class" in dataset.attrs
 
 
-def _collect(group: Any, prefix: str, found: dict[str, Header], depth: int) -> None:
+def _collect(group: Any, prefix: str, by_path: dict[str, Header], depth: int) -> None:
     import h5py
 
     alien = np.dtype(object)
@@ -110,14 +110,14 @@ def _collect(group: Any, prefix: str, found: dict[str, Header], depth: int) -> N
             continue
         key = prefix + name
         if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
-            found[key] = Header(alien, (), "is a link to elsewhere, only arrays in the file itself are read")
+            by_path[key] = Header(alien, (), "is a link to elsewhere, only arrays in the file itself are read")
             continue
         item = group[name]
         if isinstance(item, h5py.Group):
             if depth > 1:
-                _collect(item, f"{key}/", found, depth - 1)
+                _collect(item, f"{key}/", by_path, depth - 1)
         elif isinstance(item, h5py.Dataset) and item.shape is not None:
-            found[key] = _header(item)
+            by_path[key] = _header(item)
 
 
 def _header(item: Any) -> Header:

@@ -73,7 +73,7 @@ def _parts(
     headers: dict[str, Header], plain: tuple[str, str], held_out_keys: tuple
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys of the training and of the validation split: one each, or held-in and held-out neurons."""
-    found = ", ".join(sorted(headers)) or "none"
+    present = ", ".join(sorted(headers)) or "none"
     if plain[0] in headers:
         parts = ((plain[0],), (plain[1],))
     elif held_out_keys and held_out_keys[0][0] in headers:
@@ -82,10 +82,10 @@ def _parts(
         known = ", ".join(plain)
         if held_out_keys:
             known += " or " + ", ".join(key for keys in held_out_keys for key in keys)
-        raise UserError(f"no key '{plain[0]}', found {found}; expected {known}")
+        raise UserError(f"no key '{plain[0]}', found {present}; expected {known}")
     for key in (key for keys in parts for key in keys):
         if key not in headers:
-            raise UserError(f"no key '{key}' beside '{parts[0][0]}', found {found}")
+            raise UserError(f"no key '{key}' beside '{parts[0][0]}', found {present}")
     return parts
 
 
@@ -93,7 +93,7 @@ def _extras(
     headers: dict[str, Header], parts: tuple, columns: str
 ) -> tuple[dict[str, tuple[str, str]], dict[tuple[str, ...], str]]:
     """Keys by name of what is known beside the values; optional keys that do not fit, with the reason."""
-    found, left_out = {}, {}
+    extras, left_out = {}, {}
     num_columns = sum(headers[key].shape[2] for key in parts[0])
     for name, spellings in _KNOWN.items():
         for pair in spellings:
@@ -114,8 +114,8 @@ def _extras(
             if fault:
                 left_out[tuple(present)] = fault
             elif present:
-                found[name] = pair
-    return found, left_out
+                extras[name] = pair
+    return extras, left_out
 
 
 def _fault(key: str, header: Header, columns: str) -> str:

@@ -117,12 +117,12 @@ class Annealing:
             return []
         point = self.point(self.normal(PILOTS, source))
         log_step = torch.full((len(self.mean),), math.log(FIRST_STEP), dtype=self.mean.dtype, device=self.mean.device)
-        found = []
+        sizes = []
         for b in temperatures[1:-1]:
             point, acceptance = self.transition(point, b, log_step.exp(), num_leapfrog, source)
             log_step = log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
-            found.append(log_step.exp())
-        return found
+            sizes.append(log_step.exp())
+        return sizes
 
     def log_weights(
         self,

@@ -126,10 +126,10 @@ class PosteriorEvaluator(HeldOut):
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
         numbers, facts = {}, {}
         with self.measuring(trained):
-            found = self._calibration(trained)
-            if found is not None:
-                numbers |= found[0]
-                facts |= found[1]
+            calibration = self._calibration(trained)
+            if calibration is not None:
+                numbers |= calibration[0]
+                facts |= calibration[1]
             if trained.sampler.num_steps > 0:
                 numbers |= self._mixing(trained)
             numbers |= self._gaps(trained)

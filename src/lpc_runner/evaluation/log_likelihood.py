@@ -221,10 +221,10 @@ class LikelihoodEvaluator(HeldOut):
         def rows(number: int, part: slice) -> Tensor:
             settings, index = self.settings, self.index[part]
             x = self.examples(index)
-            found = settings.ais.bounds(
+            bounds = settings.ais.bounds(
                 trained.model, x, self.q(trained, x, index, settings.ais.start), self.seed, f"test/{number}"
             )
-            columns = [found.lower, found.effective_samples, found.acceptance]
+            columns = [bounds.lower, bounds.effective_samples, bounds.acceptance]
             if is_amortised(trained.encoder):
                 q = self.q(trained, x, index, "encoder")
                 bound = importance_bound(trained.model, x, q, settings.num_importance_samples, self.seed)
@@ -241,9 +241,9 @@ class LikelihoodEvaluator(HeldOut):
             assert drawn is not None  # else `final` asks for none
             z, x = drawn
             q = self.q(trained, x, torch.arange(part.start, part.stop), self.settings.ais.start)
-            found = self.settings.ais.bounds(trained.model, x, q, self.seed, f"simulated/{number}", z)
-            assert found.upper is not None  # as z was given
-            return torch.stack([found.upper - found.lower, found.lower], 1)
+            bounds = self.settings.ais.bounds(trained.model, x, q, self.seed, f"simulated/{number}", z)
+            assert bounds.upper is not None  # as z was given
+            return torch.stack([bounds.upper - bounds.lower, bounds.lower], 1)
 
         return rows
 

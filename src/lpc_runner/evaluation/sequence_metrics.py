@@ -231,12 +231,12 @@ class SequenceEvaluator(Evaluator):
         fitted = self._free(model, x, proposals.get("encoder"))
         proposals["free"] = fitted.q
         for name, q in proposals.items():
-            found = importance_bound(model, x, q, settings.num_importance_samples, self.seed)
-            numbers[f"{name}_elbo"] = float(found.elbo.mean())
-            numbers[f"{name}_iwae"] = float(found.iwae.mean())
-            numbers[f"{name}_effective_samples"] = float(found.effective_samples.median())
+            bound = importance_bound(model, x, q, settings.num_importance_samples, self.seed)
+            numbers[f"{name}_elbo"] = float(bound.elbo.mean())
+            numbers[f"{name}_iwae"] = float(bound.iwae.mean())
+            numbers[f"{name}_effective_samples"] = float(bound.effective_samples.median())
             if name == ("encoder" if "encoder" in proposals else "free"):
-                numbers |= self._of_reconstruction(found.elbo + q.kl_per_dimension(model.prior).double().sum(1))
+                numbers |= self._of_reconstruction(bound.elbo + q.kl_per_dimension(model.prior).double().sum(1))
         numbers["free_drift"] = float(fitted.drift.mean())
         best = max(numbers[f"{name}_iwae"] for name in proposals)
         exact = kalman.exact_log_evidence(model, x[..., self.held_in])
@@ -318,9 +318,9 @@ class SequenceEvaluator(Evaluator):
         x = self.x[inferred.index]
         parts = zip(x.split(CHUNK), _chunks(inferred.q))
         means = joined(chain_means(model, rows, q, trained.sampler, count, self.seed, i) for rows, (i, q) in parts)
-        found = self._of_means(inferred.index, means)
+        numbers = self._of_means(inferred.index, means)
         kept = ("rates_r2", "bits_per_spike", "cosmoothing_bits_per_spike")
-        return {f"chain_{name}": found[name] for name in kept if name in found}
+        return {f"chain_{name}": numbers[name] for name in kept if name in numbers}
 
     # Facts --------------------------------------------------------------------------------------------------
 
@@ -351,7 +351,7 @@ class SequenceEvaluator(Evaluator):
 
     def _ceilings(self, index: Tensor) -> dict[str, float]:
         """The same numbers for the truth: the true system's log p(x) where it is exact, else the true rates'."""
-        found: dict[str, float] = {}
+        ceilings: dict[str, float] = {}
         exact = getattr(self.dataset, "log_evidence", lambda values: None)(self.data.test.values.numpy())
         rates = self.extras.get("rates")
         log_p = None
@@ -361,14 +361,14 @@ class SequenceEvaluator(Evaluator):
             log_p = self._true_log_likelihood()
         if log_p is not None:
             names = ("encoder_elbo", "encoder_iwae", "free_elbo", "free_iwae", "log_evidence")
-            found |= dict.fromkeys(names, float(log_p[self.gap_index].mean())) | {"elbo": float(log_p.mean())}
+            ceilings |= dict.fromkeys(names, float(log_p[self.gap_index].mean())) | {"elbo": float(log_p.mean())}
         if rates is not None:
-            found["rates_r2"] = 1.0
+            ceilings["rates_r2"] = 1.0
             if self.dataset.kind == COUNTS:
-                found["reconstruction"] = float(self._true_log_likelihood()[self.gap_index].mean())
-                found |= self._of_spikes(index, rates[index])
-        found |= {f"chain_{name}": value for name, value in found.items()}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+                ceilings["reconstruction"] = float(self._true_log_likelihood()[self.gap_index].mean())
+                ceilings |= self._of_spikes(index, rates[index])
+        ceilings |= {f"chain_{name}": value for name, value in ceilings.items()}
+        return {name: value for name, value in ceilings.items() if math.isfinite(value)}
 
 
 def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:

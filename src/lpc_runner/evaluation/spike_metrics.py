@@ -60,5 +60,5 @@ def bits_per_spike(counts: Tensor, rates: Tensor) -> float:
 
 def pulse_timing(inputs: Tensor, pulse_bin: Tensor) -> float:
     """Share of trials whose inferred input (trials, T, Du) has its largest norm within a bin of the pulse (trials,)."""
-    found = inputs.norm(dim=2).argmax(1)
-    return float(((found - pulse_bin).abs() <= 1).double().mean())
+    peak = inputs.norm(dim=2).argmax(1)
+    return float(((peak - pulse_bin).abs() <= 1).double().mean())

@@ -152,8 +152,8 @@ class Moments:
 
     def thin(self) -> None:
         """Of the kept states num_kept at most, evenly apart and the last with them."""
-        count, found = min(self.num_kept, len(self.kept)), len(self.kept)
-        self.kept = [self.kept[number * found // count - 1] for number in range(1, count + 1)]
+        count, total = min(self.num_kept, len(self.kept)), len(self.kept)
+        self.kept = [self.kept[number * total // count - 1] for number in range(1, count + 1)]
 
 
 def moments_of(z: Tensor, centre: Tensor | None, sampler, num_kept: int) -> Moments:

@@ -165,8 +165,8 @@ class VariationalEM(WeightedKL):
             finite = context.update_encoder(phi)
             if not finite:
                 break
-        found = super().gradients(context)
-        return replace(found, finite=finite, num_evaluations=found.num_evaluations + spent)
+        gradients = super().gradients(context)
+        return replace(gradients, finite=finite, num_evaluations=gradients.num_evaluations + spent)
 
     def e_step(self, context: Context) -> tuple[list[Tensor], int]:
         """φ's gradient of -ELBO, the mean over num_samples draws z ~ q, and the evaluations that it took."""
@@ -240,15 +240,15 @@ class ImportanceWeighted(Objective):
         """One batch, up to and without the optimisers' steps."""
         q, count = context.q(), self.num_samples
         noise = context.noise.normal("importance", count)
-        found = importance_gradients(context.log_joint, q, noise, context.theta)
-        theta = [-gradient for gradient in found.theta]
-        phi = list(torch.autograd.grad(found.loss.mean(), context.phi))
-        scalars = describe_encoder(context.model, q, found.z) | {
-            "train/importance_bound": found.bound.mean(),
-            "train/effective_sample_size": found.weights.square().sum(0).reciprocal().mean(),
-            "train/log_joint": found.log_joint.mean(),
+        gradients = importance_gradients(context.log_joint, q, noise, context.theta)
+        theta = [-gradient for gradient in gradients.theta]
+        phi = list(torch.autograd.grad(gradients.loss.mean(), context.phi))
+        scalars = describe_encoder(context.model, q, gradients.z) | {
+            "train/importance_bound": gradients.bound.mean(),
+            "train/effective_sample_size": gradients.weights.square().sum(0).reciprocal().mean(),
+            "train/log_joint": gradients.log_joint.mean(),
         }
-        return Gradients(theta, phi, found.z, count * len(found.z), scalars)
+        return Gradients(theta, phi, gradients.z, count * len(gradients.z), scalars)
 
 
 @dataclass

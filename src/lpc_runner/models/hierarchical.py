@@ -236,11 +236,11 @@ class _ByLevel(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """What each level's head reads of x, level 1 first; one for all levels where they are dense."""
-        found = []
+        features = []
         for part in self.trunk:
             x = part(x)
-            found.append(x)
-        return found if len(found) == len(self.heads) else found * len(self.heads)
+            features.append(x)
+        return features if len(features) == len(self.heads) else features * len(self.heads)
 
     def head(self, level: int, features: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and variance of e at a level, in its shape."""

@@ -42,12 +42,12 @@ def chain_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) -
     shown = [group for group in groups if recorded[group.label] & set(updates)]
     for name, (short, _, what) in KINDS.items():
         for suffix, page in pages(shown):
-            found: list[str] = []
+            damage: list[str] = []
             curves = {
-                update: [(g, curve) for g in page if (curve := chain_curve(g, update, name, found)) is not None]
+                update: [(g, curve) for g in page if (curve := chain_curve(g, update, name, damage)) is not None]
                 for update in updates
             }
-            warnings += found if name == LOG_JOINT else []  # the other quantity reads the same files
+            warnings += damage if name == LOG_JOINT else []  # the other quantity reads the same files
             curves = {update: lines for update, lines in curves.items() if lines}
             if curves:
                 caption = (
@@ -125,10 +125,10 @@ START, END = "white", "#0072B2"
 
 def trajectory_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) -> Iterator[Picture]:
     """A few observations large, predictive coding beside Langevin, and all of them small, of one run."""
-    found = representative(groups, warnings)
-    if found is None:
+    chosen = representative(groups, warnings)
+    if chosen is None:
         return
-    group, run, data = found
+    group, run, data = chosen
     names = [name for name in TITLES if name in data]
     who = f"{group.label}, seed {run.seed}"
     how = (

@@ -63,15 +63,15 @@ def study_answers(study: Study) -> list[Answer]:
             check, featured = CHECKS[claim.id]
             for setting in main_settings(groups) or [None] if featured else [None]:
                 extractor = "" if setting is None else setting.extractor
-                for found in _said(check(Evidence(dataset, groups, setting))):
-                    answers.append(Answer(claim, dataset, extractor, found.cell, found.verdict, found.text))
+                for finding in _said(check(Evidence(dataset, groups, setting))):
+                    answers.append(Answer(claim, dataset, extractor, finding.cell, finding.verdict, finding.text))
     return answers
 
 
 def _said(findings: Sequence[Finding]) -> list[Finding]:
     """The cells that have something to be compared with; where none has, the one that lacks least."""
-    matched = [found for found in findings if not found.unlike]
-    return matched or [min(findings, key=lambda found: found.unlike)]
+    matched = [finding for finding in findings if not finding.unlike]
+    return matched or [min(findings, key=lambda finding: finding.unlike)]
 
 
 def of_images(groups: Sequence[Group]) -> bool:
@@ -83,7 +83,7 @@ def main_settings(groups: Sequence[Group]) -> list[Setting]:
     """For each extractor the way of measuring that most runs share, the paper's extractor first."""
     counts: Counter[Setting] = Counter()
     for group in groups:
-        counts.update({found.setting for run in group.counted for found in run.measurements})
+        counts.update({measurement.setting for run in group.counted for measurement in run.measurements})
     best: dict[str, Setting] = {}
     for setting in sorted(counts, key=lambda each: (-counts[each], str(each))):
         best.setdefault(setting.extractor, setting)
@@ -198,9 +198,9 @@ def _forward(e: Evidence) -> list[Finding]:
     def late(group: Group) -> Finding:
         verdicts = [_divergence(run) for run in group.runs]
         text = "; ".join(f"{run.name}: {words}" for run, (_, words) in zip(group.runs, verdicts))
-        found = all_of([Finding(verdict, "") for verdict, _ in verdicts]).verdict
-        chance = len(group.runs) < 2 and found != UNMEASURED
-        return Finding(CHANCE if chance else found, f"{text} (one seed)" if chance else text)
+        overall = all_of([Finding(verdict, "") for verdict, _ in verdicts]).verdict
+        chance = len(group.runs) < 2 and overall != UNMEASURED
+        return Finding(CHANCE if chance else overall, f"{text} (one seed)" if chance else text)
 
     longer = [g for g in e.of(FORWARD) if (g.properties.get("num_epochs") or math.inf) > 1]
     return of_cells(longer, f"{FORWARD} for more than one epoch", late)
@@ -230,20 +230,20 @@ Line = tuple[str, float | None]
 def _unfair(cells: Mapping[str, Group]) -> list[str]:
     """What sets the cells of a sweep apart from its first beyond step size and preconditioning; names: of the cells."""
     (first, group), *others = cells.items()
-    found = [(name, differences(group, other, STEP)) for name, other in others]
-    return [f"{first} and {name} cannot be compared: {'; '.join(apart)}" for name, apart in found if apart]
+    compared = [(name, differences(group, other, STEP)) for name, other in others]
+    return [f"{first} and {name} cannot be compared: {'; '.join(apart)}" for name, apart in compared if apart]
 
 
 def _robust(e: Evidence) -> list[Finding]:
     """At the largest step size, the Fréchet distance over the lowest of the same β falls from the smallest β to the
     largest, and rises between no neighbours; step sizes at which every seed of every β was lost are passed over."""
-    found = []
+    findings = []
     for sweep in sweeps_of(e.groups):
         for name in dict.fromkeys(line[0] for line in sweep if line[0] != "none"):
             betas = {line[1]: own for line, own in sweep.items() if line[0] == name and line[1] is not None}
             if len(betas) > 1:
-                found.append(replace(_harm(e, dict(sorted(betas.items()))), cell=name))
-    return found or [lacking("a sweep over step sizes with two values of β or more")]
+                findings.append(replace(_harm(e, dict(sorted(betas.items()))), cell=name))
+    return findings or [lacking("a sweep over step sizes with two values of β or more")]
 
 
 def _harm(e: Evidence, betas: Mapping[float, Mapping[float, Group]]) -> Finding:
@@ -279,7 +279,7 @@ def _relative(name: str, cells: Mapping[float, Sample], size: float) -> Sample:
 
 def _small_step(e: Evidence) -> list[Finding]:
     """Without preconditioning as low as with any: lower than each, seeds of the same number."""
-    found = []
+    findings = []
     for sweep in sweeps_of(e.groups):
         lines = {line_name(line, sweep): own for line, own in sweep.items()}
         small = {name: group for name, own in lines.items() for s, group in own.items() if math.isclose(s, SMALL_STEP)}
@@ -288,10 +288,10 @@ def _small_step(e: Evidence) -> list[Finding]:
             continue
         absent = [f"{name} at γ = {SMALL_STEP:g}" for name in lines if name not in small]
         if absent or (unfair := _unfair(small)):
-            found.append(lacking("; ".join(absent), 0) if absent else Finding(UNMEASURED, "; ".join(unfair)))
+            findings.append(lacking("; ".join(absent), 0) if absent else Finding(UNMEASURED, "; ".join(unfair)))
             continue
-        found.append(all_of([e.frechet(small[plain], group) for name, group in small.items() if name != plain]))
-    return found or [lacking(f"step size {SMALL_STEP:g} without preconditioning and with it, in a sweep")]
+        findings.append(all_of([e.frechet(small[plain], group) for name, group in small.items() if name != plain]))
+    return findings or [lacking(f"step size {SMALL_STEP:g} without preconditioning and with it, in a sweep")]
 
 
 # Table 4 --------------------------------------------------------------------------------------------------
@@ -301,8 +301,8 @@ def _cost(e: Evidence, end_to_end: bool) -> list[Finding]:
     """Both ratios within TOLERANCE of the paper's, for chains of NUM_STEPS steps on the device of the VAE."""
 
     def value(run: Run) -> float | str:
-        found = run.cost("train_seconds") if end_to_end else ms_per_batch(run)
-        return "its time is not recorded" if found is None else found
+        cost = run.cost("train_seconds") if end_to_end else ms_per_batch(run)
+        return "its time is not recorded" if cost is None else cost
 
     def repeats(lpc: Group, vae: Group) -> Finding:
         printed = next(cost for cost in paper.TABLE_4 if cost.method == lpc.method)
@@ -330,13 +330,15 @@ def ratio(ours: Sample, theirs: Sample, printed: float) -> Finding:
     if missing:
         return lacking("; ".join(missing), 0)
     means = [statistics.fmean(each.values) for each in (ours, theirs)]
-    found, error = means[0] / means[1], None
+    measured, error = means[0] / means[1], None
     if min(len(ours.values), len(theirs.values)) > 1:
         parts = [statistics.variance(s.values) / len(s.values) / m**2 for s, m in zip((ours, theirs), means)]
-        error = found * math.sqrt(sum(parts)) / printed
+        error = measured * math.sqrt(sum(parts)) / printed
     words = "one seed" if error is None else f"standard error {show(error * printed)}"
-    text = f"{ours.name} × {show(found)} of {theirs.name} ({words}), the paper × {printed:g}"
-    return Finding(judge(TOLERANCE - abs(found / printed - 1), error), f"{text}; repeated when within {TOLERANCE:.0%}")
+    text = f"{ours.name} × {show(measured)} of {theirs.name} ({words}), the paper × {printed:g}"
+    return Finding(
+        judge(TOLERANCE - abs(measured / printed - 1), error), f"{text}; repeated when within {TOLERANCE:.0%}"
+    )
 
 
 Check = Callable[[Evidence], list[Finding]]

@@ -64,25 +64,25 @@ def differences(first: Group, second: Group, own: Collection[str], times: bool =
     EPOCHS is the claim's own; times: and so must the device, which must be recorded.
     """
     ours, theirs = first.properties, second.properties
-    found = [
+    differing = [
         f"{SYMBOLS.get(key, key)} {show_value(ours[key])} against {show_value(theirs[key])}"
         for key in ours
         if key in theirs and not paper.same(ours[key], theirs[key]) and not _is_own(key, own)
     ]
-    found += _differing_configs(first, second, own)
+    differing += _differing_configs(first, second, own)
     if EPOCHS not in own:
         for name, tolerance in (("num_epochs", 0.5), ("num_updates", 0.0)):
             spans = [span for group in (first, second) if (span := _span(group, name)) is not None]
             if len(spans) == 2 and any(abs(a - b) > tolerance for a, b in zip(*spans)):
                 words = [" to ".join(dict.fromkeys(show(v, 0 if v == int(v) else None) for v in s)) for s in spans]
-                found.append(f"{name.removeprefix('num_')} trained {words[0]} against {words[1]}")
+                differing.append(f"{name.removeprefix('num_')} trained {words[0]} against {words[1]}")
     seeds = [", ".join(sorted(str(run.seed) for run in group.runs)) for group in (first, second)]
-    found += [f"seeds {seeds[0]} against {seeds[1]}"] * (seeds[0] != seeds[1])
+    differing += [f"seeds {seeds[0]} against {seeds[1]}"] * (seeds[0] != seeds[1])
     if times:
         devices = [devices_of(group) for group in (first, second)]
         if len(devices[0] | devices[1]) != 1 or UNKNOWN in devices[0]:
-            found.append(f"device {' against '.join(', '.join(sorted(each)) for each in devices)}")
-    return found
+            differing.append(f"device {' against '.join(', '.join(sorted(each)) for each in devices)}")
+    return differing
 
 
 def _is_own(key: str, own: Collection[str]) -> bool:
@@ -174,10 +174,10 @@ def sample(group: Group, value: Value, ended: Collection[str] = ("finished",)) -
             missing.setdefault(run.status, []).append(str(run.seed))
         elif run.status not in ended:
             lost["diverged"] += 1
-        elif isinstance(found := value(run), str):
-            missing.setdefault(found, []).append(str(run.seed))
-        elif math.isfinite(found):
-            by_seed[run.seed] = found
+        elif isinstance(measured := value(run), str):
+            missing.setdefault(measured, []).append(str(run.seed))
+        elif math.isfinite(measured):
+            by_seed[run.seed] = measured
         else:
             lost["not finite"] += 1
     words = tuple(f"seed {', '.join(seeds)} of {group.label}: {reason}" for reason, seeds in missing.items())
@@ -242,14 +242,18 @@ class Evidence:
         """A metric, by its name without the extractor's, of every seed."""
 
         def value(run: Run) -> float | str:
-            found = run.measured(self.setting) if self.setting is not None else None
-            values = [v for name, v in found.values.items() if base_name(name) in names] if found else []
+            measurement = run.measured(self.setting) if self.setting is not None else None
+            values = [v for name, v in measurement.values.items() if base_name(name) in names] if measurement else []
             return values[0] if values else self._unmeasured(run, names[-1])
 
         return sample(group, value)
 
     def _unmeasured(self, run: Run, name: str) -> str:
-        others = [describe_setting(found.setting) for found in run.measurements if found.setting != self.setting]
+        others = [
+            describe_setting(measurement.setting)
+            for measurement in run.measurements
+            if measurement.setting != self.setting
+        ]
         if self.setting is None or not others:
             return f"{name} not measured"
         return f"measured with {' and with '.join(dict.fromkeys(others))}, not with {describe_setting(self.setting)}"
@@ -274,14 +278,14 @@ def against(
     be as the claim says, in words where it is not.
     """
     apart = [(group, differences(first, group, own, times) + more(first, group)) for group in others]
-    comparable = [group for group, found in apart if not found]
+    comparable = [group for group, words in apart if not words]
     if comparable:
         return all_of([ask(first, group) for group in comparable], first.label)
     if not apart:
         return lacking(what)
-    nearest, found = min(apart, key=lambda pair: len(pair[1]))
-    text = f"{named(first)} and {named(nearest)} cannot be compared: {'; '.join(found)}"
-    return Finding(UNMEASURED, text, first.label, len(found))
+    nearest, words = min(apart, key=lambda pair: len(pair[1]))
+    text = f"{named(first)} and {named(nearest)} cannot be compared: {'; '.join(words)}"
+    return Finding(UNMEASURED, text, first.label, len(words))
 
 
 def of_cells(cells: Sequence[Group], what: str, ask: Callable[[Group], Finding]) -> list[Finding]:

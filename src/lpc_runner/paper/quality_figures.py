@@ -65,17 +65,19 @@ def objective_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Pictur
 
 def objective_figure(dataset: str, groups: Sequence[Group], setting: Setting) -> Figure:
     """One horizontal bar per group and panel: mean, std over seeds, each seed; hatched: last finite states."""
-    found = [[run.measured(setting) for run in group.counted] for group in groups]
+    measured = [[run.measured(setting) for run in group.counted] for group in groups]
     names = _names(groups, setting)
     figure = new_figure(3.0 + 4.2 * len(names), 2.1 + 0.75 * len(groups))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names):
-        values = [[m.values[name] for m in runs if m and math.isfinite(m.values.get(name, math.nan))] for runs in found]
+        values = [
+            [m.values[name] for m in runs if m and math.isfinite(m.values.get(name, math.nan))] for runs in measured
+        ]
         _draw_bars(panel, groups, values, logarithmic=base_name(name) in FRECHET)
         panel.set_xlabel(axis_name(name, setting))
         panel.grid(visible=False, axis="y")
     titles = short_labels(groups, lambda group: OBJECTIVES[group.properties["objective"]])
-    marked = [f"{title}{_mark(group, runs, names)}" for title, group, runs in zip(titles, groups, found)]
+    marked = [f"{title}{_mark(group, runs, names)}" for title, group, runs in zip(titles, groups, measured)]
     panels[0].set_yticks(range(len(groups)), [wrapped(title, 26) for title in marked])
     panels[0].invert_yaxis()
     counted = "" if setting.num_samples is None else f", N = {setting.num_samples:,} samples"
@@ -85,7 +87,11 @@ def objective_figure(dataset: str, groups: Sequence[Group], setting: Setting) ->
 
 def _mark(group: Group, runs: Sequence[Measurement | None], names: Sequence[str]) -> str:
     """What became of seeds that have no dot in some panel."""
-    odd = sum(any(not math.isfinite(found.values.get(name, 0.0)) for name in names) for found in runs if found)
+    odd = sum(
+        any(not math.isfinite(measurement.values.get(name, 0.0)) for name in names)
+        for measurement in runs
+        if measurement
+    )
     words = ["last finite state"] if group.diverged else [group.outcome] * bool(group.outcome)
     words += [f"{odd} of {len(runs)} not finite"] if odd else []
     return f"\n({', '.join(words)})" if words else ""
@@ -93,8 +99,8 @@ def _mark(group: Group, runs: Sequence[Measurement | None], names: Sequence[str]
 
 def _names(groups: Sequence[Group], setting: Setting) -> list[str]:
     """The metrics that have a panel, the Fréchet distance first."""
-    found = {name for g in groups for run in g.counted if (m := run.measured(setting)) for name in m.values}
-    return sorted((name for name in found if base_name(name) in SHOWN), key=metric_order)
+    measured = {name for g in groups for run in g.counted if (m := run.measured(setting)) for name in m.values}
+    return sorted((name for name in measured if base_name(name) in SHOWN), key=metric_order)
 
 
 def _draw_bars(panel: Any, groups: Sequence[Group], values: Sequence[Sequence[float]], logarithmic: bool) -> None:
@@ -236,7 +242,7 @@ def sweeps_of(groups: Sequence[Group]) -> list[dict[tuple[str, float | None], Ce
 
     Only sweeps in which a line has two step sizes or more.
     """
-    found: dict[str, dict[tuple[str, float | None], Cells]] = {}
+    by_settings: dict[str, dict[tuple[str, float | None], Cells]] = {}
     for group in groups:
         step_size = group.properties.get("step_size")
         if group.properties.get("sampler") == "none" or not isinstance(step_size, int | float):
@@ -244,8 +250,10 @@ def sweeps_of(groups: Sequence[Group]) -> list[dict[tuple[str, float | None], Ce
         rest = sorted((key, repr(value)) for key, value in group.properties.items() if key not in VARIED)
         name = group.properties.get("preconditioning", "none")
         line = (name, None if name == "none" else group.properties.get("beta"))
-        found.setdefault(repr(rest), {}).setdefault(line, {})[float(step_size)] = group
-    sweeps = [dict(sorted(s.items(), key=lambda line: (line[0][0] != "none", str(line[0])))) for s in found.values()]
+        by_settings.setdefault(repr(rest), {}).setdefault(line, {})[float(step_size)] = group
+    sweeps = [
+        dict(sorted(s.items(), key=lambda line: (line[0][0] != "none", str(line[0])))) for s in by_settings.values()
+    ]
     return [sweep for sweep in sweeps if any(len(cells) > 1 for cells in sweep.values())]
 
 
@@ -275,7 +283,7 @@ def line_name(line: tuple[str, float | None], sweep: dict[tuple[str, float | Non
 def cell_values(group: Group, setting: Setting, metric: str) -> list[float]:
     """The metric of each finished seed, finite values only; none from diverged runs."""
     finished = [run.measured(setting) for run in group.runs if run.status == "finished"]
-    values = [found.values.get(metric, math.nan) for found in finished if found]
+    values = [measurement.values.get(metric, math.nan) for measurement in finished if measurement]
     return [value for value in values if math.isfinite(value)]
 
 

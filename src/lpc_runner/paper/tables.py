@@ -28,18 +28,18 @@ from lpc_runner.study.tables import (
 
 def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Table:
     """Sample quality of every group measured in this setting, the paper's values beside it where they fit."""
-    found = {group.label: [run.measured(setting) for run in group.counted] for group in groups}
-    shown = [group for group in groups if any(found[group.label])]
-    present = [measured for group in shown for measured in found[group.label] if measured]
+    by_group = {group.label: [run.measured(setting) for run in group.counted] for group in groups}
+    shown = [group for group in groups if any(by_group[group.label])]
+    present = [measured for group in shown for measured in by_group[group.label] if measured]
     names = sorted({name for measured in present for name in measured.values}, key=metric_order)
     papers = {group.label: _paper_row(group, setting) for group in shown}
     compared = paper.METRICS if any(papers.values()) else ()
     columns, hidden = ["method", "seeds"], main_metrics(names)
-    rows = [[group.marked_label, str(len(list(filter(None, found[group.label]))))] for group in shown]
+    rows = [[group.marked_label, str(len(list(filter(None, by_group[group.label]))))] for group in shown]
     for name in names:
         columns += [name] + ([f"paper {name}", f"{name} − paper"] if name in compared else [])
         for row, group in zip(rows, shown):
-            values = [measured.values.get(name) for measured in found[group.label] if measured]
+            values = [measured.values.get(name) for measured in by_group[group.label] if measured]
             row.append(spread(values, len(values)))
             if name in compared:
                 theirs = getattr(papers[group.label], name, None)
@@ -70,13 +70,13 @@ def _paper_row(group: Group, setting: Setting) -> paper.Row | None:
 def _facts(measurements: Sequence[Measurement]) -> list[str]:
     """The best coverage to expect and the distance of real images from real ones, where recorded."""
     notes = []
-    ceilings = {show(found.facts.get("coverage_ceiling")) for found in measurements} - {DASH}
+    ceilings = {show(measurement.facts.get("coverage_ceiling")) for measurement in measurements} - {DASH}
     if ceilings:
         notes.append(f"Coverage of a perfect model at these counts: {', '.join(sorted(ceilings))}.")
-    for found in measurements[:1]:
-        for name, value in found.facts.items():
+    for measurement in measurements[:1]:
+        for name, value in measurement.facts.items():
             if name.startswith("f") and name.endswith("_floor") and isinstance(value, int | float):
-                count = found.facts.get("num_floor")
+                count = measurement.facts.get("num_floor")
                 kind = f"{count:,} real images" if isinstance(count, int) else "real images"
                 notes.append(f"{name.removesuffix('_floor')} of {kind} of the other split: {show(value)}.")
     return notes
@@ -119,13 +119,13 @@ def tuning_tables(dataset: str, groups: Sequence[Group]) -> list[Table]:
 
 def families(groups: Sequence[Group]) -> list[list[Group]]:
     """VAEs equal but for the learning rate, chains equal but for step size and preconditioning; two or more."""
-    found: dict[str, list[Group]] = {}
+    by_settings: dict[str, list[Group]] = {}
     for group in groups:
         varied = ("learning_rate",) if group.method == "VAE" else CHAIN
         if group.method == "VAE" or group.properties.get("sampler") == "langevin":
             rest = sorted((key, repr(value)) for key, value in group.properties.items() if key not in varied)
-            found.setdefault(repr((group.method, rest)), []).append(group)
-    return [family for family in found.values() if len(family) > 1]
+            by_settings.setdefault(repr((group.method, rest)), []).append(group)
+    return [family for family in by_settings.values() if len(family) > 1]
 
 
 def tuning_seed(family: Sequence[Group]) -> int | None:
@@ -135,8 +135,8 @@ def tuning_seed(family: Sequence[Group]) -> int | None:
 
 def value_of(run: Run | None, setting: Setting, metric: str) -> float | None:
     """What a run that finished reached, None where it did not, or not with a finite value."""
-    found = run.measured(setting) if run is not None and run.status == "finished" else None
-    value = math.nan if found is None else found.values.get(metric, math.nan)
+    measurement = run.measured(setting) if run is not None and run.status == "finished" else None
+    value = math.nan if measurement is None else measurement.values.get(metric, math.nan)
     return value if math.isfinite(value) else None
 
 
@@ -225,8 +225,8 @@ def ms_per_batch(run: Run) -> float | None:
 
 def reference_vae(groups: Sequence[Group]) -> Group | None:
     """The finished VAE that trained longest: 50 epochs in the paper."""
-    found = [group for group in groups if group.method == "VAE" and mean_of(map(ms_per_batch, group.finished))]
-    return max(found, key=epochs_of, default=None)
+    vaes = [group for group in groups if group.method == "VAE" and mean_of(map(ms_per_batch, group.finished))]
+    return max(vaes, key=epochs_of, default=None)
 
 
 def ratios(group: Group, reference: Group) -> tuple[float, float] | None:
@@ -255,8 +255,8 @@ def time_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     columns += ["training s", "× VAE end to end", "paper × end to end", "device"]
     rows = []
     for group in shown:
-        found, printed = ratios(group, reference), theirs.get(group.method)
-        per_batch, whole = found if found is not None else (None, None)
+        multiples, printed = ratios(group, reference), theirs.get(group.method)
+        per_batch, whole = multiples if multiples is not None else (None, None)
         steps = group.properties.get("num_steps")
         rows.append(
             [

@@ -99,14 +99,14 @@ def sharp(e: Evidence) -> list[Finding]:
         return known[run.name]
 
     def distance(run: Run) -> float | str:
-        found = energy(run)
-        return "no sample grid, or none of the data" if found is None else abs(found - 1)
+        value = energy(run)
+        return "no sample grid, or none of the data" if value is None else abs(value - 1)
 
     def nearer(lpc: Group, vae: Group) -> Finding:
         part = answer(sample(lpc, distance), sample(vae, distance), "distance of the gradient energy from the data's")
         means = []
         for group in (lpc, vae):
-            own = [found for run in group.finished if (found := energy(run)) is not None]
+            own = [value for run in group.finished if (value := energy(run)) is not None]
             means += [f"× {show(statistics.fmean(own))} of {group.label}"] if own else []
         return all_of([part, Finding(part.verdict, f"gradient energy {', '.join(means)}")]) if means else part
 
@@ -173,32 +173,32 @@ def fast(e: Evidence) -> list[Finding]:
 
     def curve(run: Run) -> list[tuple[float, float]]:
         points = [] if setting is None else run.curve(setting)
-        found = [(point.epoch, _frechet(point)) for point in points]
-        return [(epoch, value) for epoch, value in found if epoch is not None and value is not None]
+        pairs = [(point.epoch, _frechet(point)) for point in points]
+        return [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
 
     def epochs(run: Run) -> float | str:
-        found = curve(run)
-        if len(found) < 3:
+        points = curve(run)
+        if len(points) < 3:
             return "fewer than three measurements during training whose epoch is recorded"
-        if not math.isfinite(found[-1][1]):
+        if not math.isfinite(points[-1][1]):
             return math.nan
-        return until(found, (1 + MARGIN) * _best(found)[1])
+        return until(points, (1 + MARGIN) * _best(points)[1])
 
     def sooner(lpc: Group, vae: Group) -> Finding:
-        found = answer(sample(lpc, epochs), sample(vae, epochs), f"epochs until within {MARGIN:.0%} of its own best")
-        texts = [found.text]
+        finding = answer(sample(lpc, epochs), sample(vae, epochs), f"epochs until within {MARGIN:.0%} of its own best")
+        texts = [finding.text]
         for group in (lpc, vae):
             followed = [own for run in group.finished if len(own := curve(run)) >= 3]
             if followed:
                 best = statistics.fmean(_best(own)[0] for own in followed)
                 worse = statistics.fmean(own[-1][1] / _best(own)[1] - 1 for own in followed)
                 texts.append(f"{group.label} is best after epoch {show(best, 1)} and ends {worse:.0%} above that")
-        return Finding(found.verdict, "; ".join(texts))
+        return Finding(finding.verdict, "; ".join(texts))
 
     def apart(lpc: Group, vae: Group) -> list[str]:
         gaps = []
         for group in (lpc, vae):
-            own = next((found for run in group.finished if len(found := curve(run)) >= 3), None)
+            own = next((points for run in group.finished if len(points := curve(run)) >= 3), None)
             gaps += [own[1][0] - own[0][0]] if own else []
         words = [f"measured every {gaps[0]:.3g} epochs against every {gaps[1]:.3g}"] if len(gaps) == 2 else []
         return out_of_proportion(e.dataset, lpc, vae) + (words if words and abs(gaps[0] - gaps[1]) > 0.5 else [])

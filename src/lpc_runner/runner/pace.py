@@ -85,8 +85,8 @@ def _last_logged(run: Planned) -> tuple[int, float | None]:
     """Update and milliseconds per update of the last line that says so, (0, None) where none does."""
     path = run.directory.path / "metrics.jsonl"
     rows = MetricLog.read(path) if path.exists() else []
-    found = [row for row in rows if "time/ms_per_update" in row]
-    return (int(found[-1]["update"]), found[-1]["time/ms_per_update"]) if found else (0, None)
+    timed = [row for row in rows if "time/ms_per_update" in row]
+    return (int(timed[-1]["update"]), timed[-1]["time/ms_per_update"]) if timed else (0, None)
 
 
 def _time_updates(run: Planned) -> tuple[float, float]:

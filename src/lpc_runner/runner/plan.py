@@ -92,17 +92,17 @@ def check_plan(cells: list[Cell], ranks: Ranks = SINGLE, proposed: bool = False)
     planned = []
     for cell in cells:
         try:
-            found = plan(cell, ranks)
-            planned.append(found)
-            require_metric(found, proposed)
+            run = plan(cell, ranks)
+            planned.append(run)
+            require_metric(run, proposed)
             if (proposed or len(cells) > 1) and (
-                reason := declared(found.experiment.tracker.func, Sink, "refuses_sweeps")()
+                reason := declared(run.experiment.tracker.func, Sink, "refuses_sweeps")()
             ):
                 raise UserError(reason)
             if not cell.cfg.check:
-                found.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)
-                if found.directory.state() != "done":
-                    found.require()
+                run.directory.require_linkable(Path(cell.cfg.output_dir), cell.cfg.study)
+                if run.directory.state() != "done":
+                    run.require()
         except UserError as error:
             where = f" (in the cell {' '.join(cell.overrides)})" if len(cells) > 1 else ""
             raise UserError(f"{error}{where}") from None

@@ -42,14 +42,14 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
     torch.load does not notice a flipped bit, so the hash is compared first. Raises UserError when checkpoints exist
     and none is whole: starting again from nothing must be the user's decision.
     """
-    found = checkpoint_files(folder)
-    for update, expected, path in found:
+    files = checkpoint_files(folder)
+    for update, expected, path in files:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() == expected:
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         logger.warning("checkpoint %s is damaged (after update %d): falling back to the one before", path, update)
-    if found:
-        raise lost(f"all {len(found)} checkpoints in {folder} are damaged")
+    if files:
+        raise lost(f"all {len(files)} checkpoints in {folder} are damaged")
     return None
 
 

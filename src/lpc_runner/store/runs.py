@@ -181,10 +181,10 @@ class RunDirectory:
 
     def description(self) -> dict[str, Any]:
         """run.json: name, hash, choices, keys, studies, data_shape."""
-        found = self._read("run.json")
-        if found is None:
+        description = self._read("run.json")
+        if description is None:
             raise UserError(f"{self.path} has no run.json; the command that made the run writes it again")
-        return found
+        return description
 
     def studies(self) -> list[str]:
         """The studies that use this run, the first of them first; none before it is described."""
@@ -192,10 +192,10 @@ class RunDirectory:
 
     def require_hash(self, digest: str) -> None:
         """Raises UserError if the directory was begun by a run of another hash: it was renamed or edited."""
-        found = self._read("run.json")
-        if found is not None and found["hash"] != digest:
+        description = self._read("run.json")
+        if description is not None and description["hash"] != digest:
             raise UserError(
-                f"{self.path} belongs to another configuration (hash {found['hash'][:10]} in run.json, "
+                f"{self.path} belongs to another configuration (hash {description['hash'][:10]} in run.json, "
                 f"{digest[:10]} of this run): renamed or edited; {_START_AGAIN}"
             )
 

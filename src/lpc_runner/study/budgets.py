@@ -62,11 +62,11 @@ def curve_settings(groups: Sequence[Group]) -> list[Setting]:
     for group in groups:
         for run in followed(group):
             during = [point.setting for point in run.points if point.setting is not None]
-            final = [found.setting for found in run.measurements if found.source == "result.json"]
+            final = [measurement.setting for measurement in run.measurements if measurement.source == "result.json"]
             for setting in during or final:
                 if setting.num_samples is not None:
                     counts.setdefault(setting.extractor, Counter())[setting] += 1
-    best = {extractor: max(found, key=lambda key: (found[key], str(key))) for extractor, found in counts.items()}
+    best = {name: max(count, key=lambda key: (count[key], str(key))) for name, count in counts.items()}
     return [best[extractor] for extractor in sorted(best)]
 
 
@@ -79,8 +79,8 @@ def mean_curve(runs: Sequence[list[Point]], metric: str) -> BudgetCurve:
     """Averages at the updates that all runs have, so that no seed leaves midway; finite values only."""
     by_run = []
     for points in runs:
-        found = {p.update: p for p in points if math.isfinite(p.values.get(metric, math.nan))}
-        by_run += [found] if found else []
+        by_update = {p.update: p for p in points if math.isfinite(p.values.get(metric, math.nan))}
+        by_run += [by_update] if by_update else []
     shared = sorted(set.intersection(*map(set, by_run))) if by_run else []
     values = [[points[update].values[metric] for points in by_run] for update in shared]
     std = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
@@ -124,32 +124,32 @@ def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget
         return None
     limit, owner = smallest
     points = {group.label: [last_within(curve, budget, limit) for curve in measured[group.label]] for group in shown}
-    present = [point for found in points.values() for point in found if point is not None]
+    present = [point for reached in points.values() for point in reached if point is not None]
     if not present:
         return None
     names = sorted({name for point in present for name in point.values}, key=metric_order)
     rows = []
     for group in shown:
-        found = [point for point in points[group.label] if point is not None]
-        used = [getattr(point, budget.spent) for point in found]
-        cells = [spread((point.values.get(name) for point in found), len(found)) for name in names]
-        rows.append([group.marked_label, str(len(found)), _range(used, budget), *cells])
+        reached = [point for point in points[group.label] if point is not None]
+        used = [getattr(point, budget.spent) for point in reached]
+        cells = [spread((point.values.get(name) for point in reached), len(reached)) for name in names]
+        rows.append([group.marked_label, str(len(reached)), _range(used, budget), *cells])
     notes = [
         f"Budget: {_amount(limit, budget)} {budget.unit}, the smallest total of a finished run ({owner}); "
         "each run at its last measurement within it.",
         f"Measured with {describe_setting(setting)}.",
     ]
     finals = {
-        found.setting.num_samples
+        measurement.setting.num_samples
         for group in groups
         for run in group.counted
-        for found in run.measurements
-        if found.setting.extractor == setting.extractor and not found.setting.fits(setting)
+        for measurement in run.measurements
+        if measurement.setting.extractor == setting.extractor and not measurement.setting.fits(setting)
     }
     if finals:
         counts = ", ".join(sorted(f"N = {count:,}" if count else "N not recorded" for count in finals))
         notes.append(f"Measurements made otherwise ({counts}) are left out here: they cannot be compared.")
-    if any(point is None for found in points.values() for point in found):
+    if any(point is None for reached in points.values() for point in reached):
         notes.append(f"{DASH}: not measured so early; metrics.every_epochs measures during training.")
     notes += [DIVERGED] * any(group.diverged for group in shown)
     title = f"{dataset}: at equal {budget.name}, {setting.extractor}"

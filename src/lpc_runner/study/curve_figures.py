@@ -107,31 +107,31 @@ def _curve_figure(
 
 def compute_pictures(dataset: str, groups: Sequence[Group], setting: Setting) -> Iterator[Picture]:
     """The compute-matched view: metrics against gradient evaluations and seconds, both logarithmic."""
-    found = {name: lines_of(groups, name, setting) for name in metric_names(groups, setting)}
-    found = {name: lines for name, lines in found.items() if lines and base_name(name) in SHOWN}
-    labels = list(dict.fromkeys(group.label for lines in found.values() for group, _ in lines))
-    columns = [name for name in (EVALUATIONS, SECONDS) if not all(_holes([x], name) for x in _all(found))]
+    by_metric = {name: lines_of(groups, name, setting) for name in metric_names(groups, setting)}
+    by_metric = {name: lines for name, lines in by_metric.items() if lines and base_name(name) in SHOWN}
+    labels = list(dict.fromkeys(group.label for lines in by_metric.values() for group, _ in lines))
+    columns = [name for name in (EVALUATIONS, SECONDS) if not all(_holes([x], name) for x in _all(by_metric))]
     if len(labels) < 2 or not columns:
         return
     for suffix, page in pages(labels):
-        figure = new_figure(11, 1.6 + 3.4 * len(found) + 0.3 * -(-len(page) // 2))
-        axes = figure.subplots(len(found), len(columns), sharex="col", sharey="row", squeeze=False)
-        for row, (metric, lines) in zip(axes, found.items()):
+        figure = new_figure(11, 1.6 + 3.4 * len(by_metric) + 0.3 * -(-len(page) // 2))
+        axes = figure.subplots(len(by_metric), len(columns), sharex="col", sharey="row", squeeze=False)
+        for row, (metric, lines) in zip(axes, by_metric.items()):
             shown = [line for line in lines if line[0].label in page]
             for axis, name in zip(row, columns):
                 _draw_lines(axis, shown, name, page)
-                _scale_spent(axis, _all(found), name, wide=True)
+                _scale_spent(axis, _all(by_metric), name, wide=True)
                 axis.label_outer()
             row[0].set_ylabel(axis_name(metric, setting))
             _scale_values(row[0], [curve for _, curve in lines], metric)
         legend_below(figure, axes[0][0])
-        figure.suptitle(f"{dataset}, N = {setting.num_samples:,} samples{_averaging(_all(found))}", fontsize=14)
+        figure.suptitle(f"{dataset}, N = {setting.num_samples:,} samples{_averaging(_all(by_metric))}", fontsize=14)
         name = file_name(dataset, f"compute-{setting.extractor}{suffix}")
         yield Picture(name, f"{dataset}: metrics against what was spent, {setting.extractor} features", figure)
 
 
-def _all(found: dict[str, list[Line]]) -> list[Line]:
-    return [line for lines in found.values() for line in lines]
+def _all(by_metric: dict[str, list[Line]]) -> list[Line]:
+    return [line for lines in by_metric.values() for line in lines]
 
 
 def _holes(lines: Sequence[Line], name: str) -> bool:

@@ -46,8 +46,8 @@ class Difference:
 
 def paired_difference(group: Group, base: Group, metric: str) -> Difference | None:
     """The metric of `group` minus that of `base`, seed by seed, where a finished run of both has it; None: nowhere."""
-    found = [{run.seed: run.numbers[metric] for run in g.counted if metric in run.numbers} for g in (group, base)]
-    by_seed = {seed: value - found[1][seed] for seed, value in found[0].items() if seed in found[1]}
+    values = [{run.seed: run.numbers[metric] for run in g.counted if metric in run.numbers} for g in (group, base)]
+    by_seed = {seed: value - values[1][seed] for seed, value in values[0].items() if seed in values[1]}
     return Difference(by_seed) if by_seed and not (group.diverged or base.diverged) else None
 
 
@@ -59,17 +59,17 @@ def paired_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     base, *others = measured
     rows, used = [], []
     for group in others:
-        found = {metric: paired_difference(group, base, metric) for metric in PAIRED}
-        if found["free_iwae"] is not None:
-            rows.append((group, found))
-            used += [metric for metric, difference in found.items() if difference is not None]
+        differences = {metric: paired_difference(group, base, metric) for metric in PAIRED}
+        if differences["free_iwae"] is not None:
+            rows.append((group, differences))
+            used += [metric for metric, difference in differences.items() if difference is not None]
     names = [metric for metric in PAIRED if metric in used]
     if not rows:
         return None
     texts = [
-        [group.marked_label, str(len(found["free_iwae"].by_seed))]
-        + [DASH if found[name] is None else found[name].text() for name in names]
-        for group, found in rows
+        [group.marked_label, str(len(differences["free_iwae"].by_seed))]
+        + [DASH if differences[name] is None else differences[name].text() for name in names]
+        for group, differences in rows
     ]
     ways = ((LIKELIHOODS, "higher is better"), (GAPS, "smaller means a tighter bound, not a better model"))
     words = [f"{', '.join(own)}: {way}" for group, way in ways if (own := [name for name in names if name in group])]
@@ -124,15 +124,17 @@ NOTES = {
 
 def estimate_tables(dataset: str, groups: Sequence[Group]) -> list[Table]:
     """One table for each way in which these runs' log p(x) or chains were measured."""
-    found = {estimate.setting for group in groups for run in group.counted for estimate in run.estimates}
-    return [_table(dataset, groups, setting) for setting in sorted(found, key=str)]
+    settings = {estimate.setting for group in groups for run in group.counted for estimate in run.estimates}
+    return [_table(dataset, groups, setting) for setting in sorted(settings, key=str)]
 
 
 def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> Table:
     kind = setting[0]
     shown = [group for group in groups if any(run.estimate(setting) for run in group.counted)]
-    found = [estimate for group in shown for run in group.counted if (estimate := run.estimate(setting)) is not None]
-    present = {name for estimate in found for name in estimate.values}
+    estimates = [
+        estimate for group in shown for run in group.counted if (estimate := run.estimate(setting)) is not None
+    ]
+    present = {name for estimate in estimates for name in estimate.values}
     names = [name for name in COLUMNS[kind] if name in present]
     columns, rows = ["method", "seeds"], []
     for name in names:
@@ -148,10 +150,10 @@ def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> T
                     _difference(group, shown[0], setting, name),
                 ]
         rows.append([group.marked_label, str(len(group.counted)), *cells])
-    facts = found[0].facts
+    facts = estimates[0].facts
     notes = [*NOTES[kind]]
     if kind == "likelihood":
-        if len({estimate.facts.get("start") for estimate in found}) > 1:
+        if len({estimate.facts.get("start") for estimate in estimates}) > 1:
             priors = [group.label for group in shown if _start(group, setting) == "prior"]
             notes.append(f"Annealed from the encoder's q, and from the prior without one: {', '.join(priors)}.")
         notes.append(f"Difference: to {shown[0].label}, seed by seed, ± standard error of the mean.")
@@ -170,8 +172,8 @@ def _is_main(kind: str, name: str) -> bool:
 
 
 def _start(group: Group, setting: tuple[Any, ...]) -> Any:
-    found = (run.estimate(setting) for run in group.counted)
-    return next(estimate.facts.get("start") for estimate in found if estimate is not None)
+    estimates = (run.estimate(setting) for run in group.counted)
+    return next(estimate.facts.get("start") for estimate in estimates if estimate is not None)
 
 
 def _values(group: Group, setting: tuple[Any, ...], name: str) -> dict[Any, float]:

@@ -52,8 +52,8 @@ def _say_damaged(path: Path, warnings: list[str], what: str = "is damaged") -> N
 
 def traced_updates(run: Run) -> list[int]:
     """The training batches whose chains this run recorded."""
-    found = (FILE.fullmatch(path.name) for path in (run.path / "traces").glob("*.npz"))
-    return sorted(int(match[1]) for match in found if match)
+    matches = (FILE.fullmatch(path.name) for path in (run.path / "traces").glob("*.npz"))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def read_trace(run: Run, update: int, warnings: list[str]) -> dict[str, np.ndarray] | None:
@@ -62,8 +62,8 @@ def read_trace(run: Run, update: int, warnings: list[str]) -> dict[str, np.ndarr
     arrays = read_arrays(path, warnings)
     if arrays is None:
         return None
-    found = [arrays.get(name) for name in (LOG_JOINT, DRIFT_NORM)]
-    if any(values is None or values.ndim != 2 or not values.size for values in found):
+    series = [arrays.get(name) for name in (LOG_JOINT, DRIFT_NORM)]
+    if any(values is None or values.ndim != 2 or not values.size for values in series):
         _say_damaged(path, warnings)
         return None
     return arrays
@@ -80,22 +80,22 @@ def chain_curve(group: Group, update: int, name: str, warnings: list[str]) -> Ch
 
     At update's training batch; None where no seed recorded it. Values that are not finite are left out.
     """
-    found = []
+    by_run = []
     for run in traced_runs(group):
         trace = read_trace(run, update, warnings)
         if trace is not None:
             values = steps_gained(trace[LOG_JOINT]) if name == LOG_JOINT else trace[DRIFT_NORM]
-            found += [values] if len(values) else []
-    found = [values for values in found if len(values) == len(found[0])]
-    if not found:
+            by_run += [values] if len(values) else []
+    by_run = [values for values in by_run if len(values) == len(by_run[0])]
+    if not by_run:
         return None
-    chains = np.concatenate(found, axis=1)
+    chains = np.concatenate(by_run, axis=1)
     chains = np.where(np.isfinite(chains), chains, np.nan)
     steps = np.flatnonzero(~np.isnan(chains).all(axis=1))
     if not len(steps):
         return None
     low, median, high = np.nanpercentile(chains[steps], [25, 50, 75], axis=1)
-    return ChainCurve(steps + 1, low, median, high, chains.shape[1], len(found))
+    return ChainCurve(steps + 1, low, median, high, chains.shape[1], len(by_run))
 
 
 def traced_runs(group: Group) -> list[Run]:
@@ -124,11 +124,11 @@ def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
     images = arrays.get("images")
     if images is None or images.ndim != 4 or images.shape[1] not in (1, 3):
         return None
-    found: dict[str, Any] = {"images": images}
+    trajectories: dict[str, Any] = {"images": images}
     for sampler in SAMPLERS:
         own = {name.removeprefix(f"{sampler}_"): a for name, a in arrays.items() if name.startswith(f"{sampler}_")}
         if _fit(own, len(images)):
-            found[sampler] = own
+            trajectories[sampler] = own
         elif own:
             _say_damaged(path, warnings)
-    return found if len(found) > 1 else None
+    return trajectories if len(trajectories) > 1 else None

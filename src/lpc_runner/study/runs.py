@@ -118,20 +118,20 @@ class Run:
         """Measurements during training that fit `setting`, then the final one if it fits too."""
         points = {point.update: point for point in self.points if point.fits(setting)}
         updates = self.cost("num_updates")
-        for found in self.measurements:
-            if updates is not None and found.source == "result.json" and found.setting.fits(setting):
+        for measurement in self.measurements:
+            if updates is not None and measurement.source == "result.json" and measurement.setting.fits(setting):
                 spent = self.cost("train_seconds"), self.cost("gradient_evaluations")
                 epoch = self.cost("num_epochs")
-                points[int(updates)] = Point(int(updates), *spent, found.setting, found.values, epoch)
+                points[int(updates)] = Point(int(updates), *spent, measurement.setting, measurement.values, epoch)
         return [points[update] for update in sorted(points)]
 
     def estimate(self, setting: tuple[Any, ...]) -> Estimate | None:
         """The first in exactly this setting."""
-        return next((found for found in self.estimates if found.setting == setting), None)
+        return next((estimate for estimate in self.estimates if estimate.setting == setting), None)
 
     def measured(self, setting: Setting) -> Measurement | None:
         """The first measurement in exactly this setting: result.json's before later evaluations."""
-        return next((found for found in self.measurements if found.setting == setting), None)
+        return next((measurement for measurement in self.measurements if measurement.setting == setting), None)
 
 
 def read_runs(folder: Path, warnings: list[str]) -> Iterator[Run]:
@@ -250,11 +250,11 @@ def _numbers(content: Any) -> dict[str, float]:
 
 def by_extractor(values: dict[str, float]) -> dict[str, dict[str, float]]:
     """Metrics of sample quality by extractor: those without a suffix are inception's."""
-    found: dict[str, dict[str, float]] = {}
+    grouped: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         if match := IS_QUALITY.fullmatch(name):
-            found.setdefault(match[2] or "inception", {})[name] = value
-    return found
+            grouped.setdefault(match[2] or "inception", {})[name] = value
+    return grouped
 
 
 def _add_measurement(run: Run, content: dict[str, Any], source: str) -> None:
@@ -288,7 +288,7 @@ def _add_curves(run: Run, warnings: list[str]) -> None:
     except UserError:
         warnings.append(f"{run.name}/metrics.jsonl is damaged: no curves of this run")
         return
-    finals = {found.setting.extractor: found.setting for found in reversed(run.measurements)}
+    finals = {measurement.setting.extractor: measurement.setting for measurement in reversed(run.measurements)}
     for row in rows:
         update = as_number(row.get("update"))
         if update is None:

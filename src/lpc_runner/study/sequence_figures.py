@@ -31,10 +31,10 @@ def sequence_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Picture
         yield Picture(file_name(dataset, "gaps"), caption, gaps_figure(dataset, measured))
     for metric, words in LIKELIHOODS.items():
         differences = [(group, paired_difference(group, measured[0], metric)) for group in measured[1:]]
-        found = [(group, difference) for group, difference in differences if difference is not None]
-        if found:
+        paired = [(group, difference) for group, difference in differences if difference is not None]
+        if paired:
             caption = f"{dataset}: {words}, each method against {measured[0].label} seed by seed, nats per trial"
-            yield Picture(file_name(dataset, "paired"), caption, paired_figure(dataset, measured[0], found, words))
+            yield Picture(file_name(dataset, "paired"), caption, paired_figure(dataset, measured[0], paired, words))
             return
 
 
@@ -66,14 +66,14 @@ def gaps_figure(dataset: str, groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def paired_figure(dataset: str, base: Group, found: Sequence[tuple[Group, Difference]], words: str) -> Figure:
+def paired_figure(dataset: str, base: Group, paired: Sequence[tuple[Group, Difference]], words: str) -> Figure:
     """Every pair of seeds as a dot, their mean with its standard error as a whisker, zero as a line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.8 + 0.75 * len(found)), layout="constrained")
+    figure = Figure(figsize=(10, 1.8 + 0.75 * len(paired)), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color="black", linewidth=1.2)
-    for place, (_, difference) in enumerate(found):
+    for place, (_, difference) in enumerate(paired):
         values = list(difference.by_seed.values())
         axis.plot(values, [place + 0.18] * len(values), "o", color=COLOURS[4], markersize=7)
         error = difference.standard_error or 0.0
@@ -81,8 +81,8 @@ def paired_figure(dataset: str, base: Group, found: Sequence[tuple[Group, Differ
         axis.annotate(
             difference.text(), (difference.mean, place - 0.08), (0, 9), textcoords="offset points", ha="center"
         )
-    _name_rows(axis, [group for group, _ in found])
-    axis.set_ylim(len(found) - 0.4, -0.6)
+    _name_rows(axis, [group for group, _ in paired])
+    axis.set_ylim(len(paired) - 0.4, -0.6)
     axis.margins(x=0.15)
     axis.set_xlabel(f"{words}, difference to {base.label} (nats per trial, right is better)")
     figure.suptitle(f"{dataset}: dots are pairs of equal seeds, diamonds their mean ± standard error")

@@ -112,7 +112,7 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
     known = [config for config in configs if config]
     paths = sorted({path for config in known for path in config})
     differing = [path for path in paths if len({repr(config.get(path)) for config in known}) > 1]
-    found: dict[str, Group] = {}
+    groups: dict[str, Group] = {}
     for (properties, run), config in zip(members, configs):
         extra = {path: config.get(path) for path in differing}
         text = {key: str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset")}
@@ -122,15 +122,15 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
             properties | extra,
             [],
         )
-        group = found.setdefault(repr(extra), new)
+        group = groups.setdefault(repr(extra), new)
         if any(run.seed == other.seed for other in group.runs):
             group.repeated.append(run)
             warnings.append(f"{run.name}: its settings and seed are those of another run, not counted again")
         else:
             group.runs.append(run)
-    for group in found.values():
+    for group in groups.values():
         group.runs.sort(key=lambda run: _natural(run.seed))
-    return list(found.values())
+    return list(groups.values())
 
 
 def compared_config(run: Run) -> dict[str, Any]:
@@ -170,9 +170,9 @@ def common_settings(groups: Sequence[Group]) -> tuple[dict[str, Any], dict[str, 
 
 def _keys(groups: Sequence[Group]) -> list[str]:
     """Settings in the order in which a label names them; sampler and objective make the method's name."""
-    found = dict.fromkeys(key for group in groups for key in group.properties)
-    rest = [key for key in found if key not in (*ORDER, "sampler", "objective", "dataset")]
-    return [key for key in ORDER if key in found] + rest
+    present = dict.fromkeys(key for group in groups for key in group.properties)
+    rest = [key for key in present if key not in (*ORDER, "sampler", "objective", "dataset")]
+    return [key for key in ORDER if key in present] + rest
 
 
 def _differs(groups: Sequence[Group], key: str) -> bool:
@@ -238,5 +238,5 @@ def read_study(folder: Path) -> Study:
 
 
 def _studies_in(folder: Path) -> str:
-    found = sorted(path.name for path in folder.glob("[!.]*/") if path.name != "runs")
-    return f"; studies there: {', '.join(found)}" if found else ""
+    studies = sorted(path.name for path in folder.glob("[!.]*/") if path.name != "runs")
+    return f"; studies there: {', '.join(studies)}" if studies else ""

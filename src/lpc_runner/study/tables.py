@@ -138,8 +138,8 @@ def describe_setting(setting: Setting) -> str:
 
 def settings_of(groups: Sequence[Group]) -> list[Setting]:
     """The ways in which these runs were measured, published weights first."""
-    found = {measured.setting for group in groups for run in group.counted for measured in run.measurements}
-    return sorted(found, key=lambda setting: (setting.extractor != "inception", str(setting)))
+    settings = {measured.setting for group in groups for run in group.counted for measured in run.measurements}
+    return sorted(settings, key=lambda setting: (setting.extractor != "inception", str(setting)))
 
 
 # Likelihood, cost, state ----------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def settings_of(groups: Sequence[Group]) -> list[Setting]:
 
 def likelihood_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     """Numbers that no extractor enters: bounds, KL, active units; None where there are none."""
-    found = {name for group in groups for run in group.counted for name in run.numbers}
-    names = [name for name in LIKELIHOOD if name in found] + sorted(found.difference(LIKELIHOOD))
+    measured = {name for group in groups for run in group.counted for name in run.numbers}
+    names = [name for name in LIKELIHOOD if name in measured] + sorted(measured.difference(LIKELIHOOD))
     shown = [group for group in groups if any(run.numbers for run in group.counted)]
     if not names:
         return None
@@ -233,10 +233,10 @@ def study_csv(study: Study) -> str:
         record |= {f"diverged_at.{key}": value for key, value in place.items()} if isinstance(place, dict) else {}
         record |= {"error": run.result.get("error")}
         record |= {f"metric.{name}": value for name, value in run.numbers.items()}
-        for found in (*run.measurements, *run.estimates):
-            prefix = "" if found.source == "result.json" else f"{found.source}:"
-            record |= {f"{prefix}metric.{name}": value for name, value in found.values.items()}
-            facts = {name: value for name, value in found.facts.items() if not isinstance(value, dict)}
+        for measurement in (*run.measurements, *run.estimates):
+            prefix = "" if measurement.source == "result.json" else f"{measurement.source}:"
+            record |= {f"{prefix}metric.{name}": value for name, value in measurement.values.items()}
+            facts = {name: value for name, value in measurement.facts.items() if not isinstance(value, dict)}
             record |= {f"{prefix}measurement.{name}": value for name, value in facts.items()}
         records.append(record)
     buffer = io.StringIO()

@@ -48,8 +48,8 @@ class StudyFacts:
     @property
     def distances(self) -> list[str]:
         """Final Fréchet distances, `final/fid` of Inception first."""
-        found = [key for key in self.final if key == "final/fid" or key.startswith("final/fd_")]
-        return sorted(found, key=lambda key: key != "final/fid")
+        distances = [key for key in self.final if key == "final/fid" or key.startswith("final/fd_")]
+        return sorted(distances, key=lambda key: key != "final/fid")
 
 
 def study_facts(study: Path) -> StudyFacts:
@@ -311,7 +311,7 @@ def _save_online(
     api = wandb.Api()
     place = _place(facts, entity, project, api.settings["base_url"], api.default_entity)
     # The project is there once a run is; a report refuses one that is not.
-    if place.project not in {found.name for found in api.projects(place.entity)}:
+    if place.project not in {existing.name for existing in api.projects(place.entity)}:
         api.create_project(place.project, place.entity)
     workspace, report = build_workspace(facts, place), build_report(facts, place, resolved=True)
     ids = saved.get(place.key, {"name": "", "id": "", "report": ""})

@@ -96,10 +96,10 @@ def runs_of(study: Path) -> list[RunDirectory]:
     if (follow(study) / "run.json").is_file():
         return [RunDirectory.open(study)]
     entries = sorted(study.glob("[!.]*"))
-    found = [path for path in entries if (follow(path) / "run.json").is_file()]
-    if not found:
+    folders = [path for path in entries if (follow(path) / "run.json").is_file()]
+    if not folders:
         raise UserError(f"{study} holds no runs: give outputs/<study> or outputs/<study>/<run>")
-    return [RunDirectory.open(path) for path in found]
+    return [RunDirectory.open(path) for path in folders]
 
 
 def picture_file(name: str, update: int, path: Path) -> str:
@@ -209,11 +209,11 @@ def _shows_all(path: str, rows: dict[int, Row], result: dict[str, Any]) -> bool:
     import wandb.errors
 
     try:
-        found = wandb.Api().run(path)
+        shown = wandb.Api().run(path)
     except (wandb.errors.CommError, ValueError):
         return False
-    ended = found.summary.get("status") == result["status"]
-    if not ended or found.lastHistoryStep < max(rows, default=-1):
+    ended = shown.summary.get("status") == result["status"]
+    if not ended or shown.lastHistoryStep < max(rows, default=-1):
         return False
     wanted = {picture_file(name, update, file) for update, row in rows.items() for name, file in row.pictures.items()}
-    return not wanted or wanted <= {file.name for file in found.files(list(wanted))}
+    return not wanted or wanted <= {file.name for file in shown.files(list(wanted))}

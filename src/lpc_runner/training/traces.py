@@ -85,11 +85,11 @@ class Traces:
         chains = {"langevin": sampler} | ({"map": without_noise()} if without_noise else {})
         for name, chosen in chains.items():
             if chosen.noisy == (name == "langevin"):
-                found = trajectory(model, encoder, chosen, batch, seed, self.grid_points)
-                if found is None:
+                plane = trajectory(model, encoder, chosen, batch, seed, self.grid_points)
+                if plane is None:
                     logger.warning("a chain left the finite numbers: no trajectories are kept")
                     return
-                arrays |= {f"{name}_{key}": value.float().cpu().numpy() for key, value in found.items()}
+                arrays |= {f"{name}_{key}": value.float().cpu().numpy() for key, value in plane.items()}
         _save(path, arrays)
 
 
@@ -119,7 +119,7 @@ def trajectory(
     keep = lambda state, info: states.append(state.z)
     run_chain(log_joint, start, to_the_end(sampler), lambda t: normal("chain", t), q=q, observe=keep)
     values = torch.stack([log_joint(z) for z in states])
-    if not all(bool(found.isfinite().all()) for found in (*states, values)):
+    if not all(bool(tensor.isfinite().all()) for tensor in (*states, values)):
         return None
     moves = torch.stack(states) - states[-1]  # (T+1, B, d)
     coordinates, directions, explained = _main_plane(moves)

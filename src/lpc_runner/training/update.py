@@ -81,14 +81,14 @@ def compute_gradients(objective: Objective, context: Context, combine: Combine =
     combine: see Ranks.combine; one message, which whatever else is averaged over ranks has to join, as do the
     contributions of the sampler's parts.
     """
-    found = objective.gradients(context)
-    scalars = {name: value.detach() for name, value in found.scalars.items()}
+    own = objective.gradients(context)
+    scalars = {name: value.detach() for name, value in own.scalars.items()}
     scalars |= {f"train/{name}": value.detach() for name, value in context.model.likelihood.scalars().items()}
-    maxima = {name: value.detach() for name, value in found.maxima.items()}
-    contributions = _contributions(context.sampler, found.chain)
+    maxima = {name: value.detach() for name, value in own.maxima.items()}
+    contributions = _contributions(context.sampler, own.chain)
     values = [value for part in contributions for value in part.values()]
-    gradients, scalars, stop = combine([*found.theta, *found.phi, *values], {**scalars, "z": found.z.sum()}, maxima)
-    num_theta, num_gradients = len(found.theta), len(found.theta) + len(found.phi)
+    gradients, scalars, stop = combine([*own.theta, *own.phi, *values], {**scalars, "z": own.z.sum()}, maxima)
+    num_theta, num_gradients = len(own.theta), len(own.theta) + len(own.phi)
     theta, phi, averaged = gradients[:num_theta], gradients[num_theta:num_gradients], gradients[num_gradients:]
     rest = iter(averaged)
     contributions = [{name: next(rest) for name in part} for part in contributions]
@@ -99,15 +99,15 @@ def compute_gradients(objective: Objective, context: Context, combine: Combine =
         norms.append(scalars["train/encoder_gradient_norm"])
     # A sum is finite only if every term is: one number answers for all gradients.
     sums = [value.sum().to(norms[0].dtype) for value in (scalars.pop("z"), *averaged)]
-    finite = torch.isfinite(torch.stack([*norms, *sums]).sum()) & found.finite
-    num_ranks = context.noise.shape[0] // len(found.z)
-    num_evaluations = found.num_evaluations * num_ranks
+    finite = torch.isfinite(torch.stack([*norms, *sums]).sum()) & own.finite
+    num_ranks = context.noise.shape[0] // len(own.z)
+    num_evaluations = own.num_evaluations * num_ranks
     verdicts = (
         declared(part, Part, "usable")(averaged) for part, averaged in zip(parts_of(context.sampler), contributions)
     )
     usable = [verdict for verdict in verdicts if verdict is not None]
     usable = torch.stack(usable).all() if usable else None
-    return Combined(found.z, found.chain, scalars, finite, num_evaluations, stop, contributions, usable)
+    return Combined(own.z, own.chain, scalars, finite, num_evaluations, stop, contributions, usable)
 
 
 def _contributions(sampler: Any, chain: Chain | None) -> list[dict[str, Tensor]]:
