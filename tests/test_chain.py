@@ -30,9 +30,9 @@ def langevin(num_steps, step_size, preconditioner=None, theta_states="all"):
     return Langevin(num_steps, theta_states, Constant(step_size), preconditioner or Identity())
 
 
-def run(log_joint, z, sampler, seed=0, observe=None, **kwargs):
+def run(log_joint, z, sampler, seed=0, on_step=None, **kwargs):
     noise = ChainNoise(seed, 0, tuple(z.shape), "cpu", z.dtype)
-    return run_chain(log_joint, z, sampler, noise, observe=observe, **kwargs)
+    return run_chain(log_joint, z, sampler, noise, on_step=on_step, **kwargs)
 
 
 def ula_variance(curvature, step_size):
@@ -61,7 +61,7 @@ def test_stationary_distribution_is_invariant():
         gaussian(CURVATURES),
         torch.randn(NUM_CHAINS, 4) * sd,
         langevin(5, 0.1),
-        observe=lambda state, _: seen.append(state.z.var(0)),
+        on_step=lambda state, _: seen.append(state.z.var(0)),
     )
     for variance in seen:
         torch.testing.assert_close(variance, sd.square(), rtol=FIVE_SIGMA, atol=0)
@@ -122,7 +122,7 @@ def test_fisher_by_hand():
     torch.testing.assert_close(first.z, start)
     torch.testing.assert_close(first.drift_square, (curvatures * start).square().mean(0, keepdim=True))
     fisher.observe(fisher.contribution(first))
-    second = run(gaussian(curvatures), start, sampler, observe=lambda state, info: seen.append(info))
+    second = run(gaussian(curvatures), start, sampler, on_step=lambda state, info: seen.append(info))
     drifts = torch.stack([info.drift for info in seen])
     variances = torch.stack([info.noise_variance for info in seen])
     scale = 1 / (first.drift_square + 0.25)
@@ -152,7 +152,7 @@ def test_per_sample_preconditioner_inflates_the_variance():
         gaussian(curvatures),
         z,
         langevin(800, 0.1, Adam(0.25, 1e-8, None)),
-        observe=lambda state, _: seen.append(state.z.var(0)),
+        on_step=lambda state, _: seen.append(state.z.var(0)),
     )
     ratio = torch.stack(seen[700:]).mean(0) * curvatures
     assert ratio.tolist() == pytest.approx([2.86, 5.55], rel=0.02)
@@ -169,7 +169,7 @@ def test_per_sample_preconditioner_doubles_the_variance_of_a_fine_chain():
         gaussian([1.0]),
         start,
         langevin(1500, 0.01, Adam(0.25, 1e-8, None)),
-        observe=lambda state, _: seen.append(state.z.var(0)),
+        on_step=lambda state, _: seen.append(state.z.var(0)),
     )
     assert torch.stack(seen).mean().item() == pytest.approx(2, rel=0.03)
 
@@ -302,7 +302,7 @@ def test_chain_gathers_what_its_states_say(mlp, theta_states):
     metric = Adam(0.5, 1e-8, None)
     sampler = NoSteps(None, None) if theta_states == "none" else langevin(6, 0.02, metric, theta_states)
     log_joint = lambda z: mlp.log_joint(x, z)
-    chain = run(log_joint, z, sampler, observe=lambda *both: seen.append(both), parameters=theta, centre=centre)
+    chain = run(log_joint, z, sampler, on_step=lambda *both: seen.append(both), parameters=theta, centre=centre)
     states = [z, *(state.z for state, _ in seen)]
     assert [state.t for state, _ in seen] == list(range(1, sampler.num_steps + 1))
     assert torch.equal(chain.z, states[-1]) and not chain.z.requires_grad
@@ -355,7 +355,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(mlp):
         sampler = langevin(num_steps, 0.02, Adam(0.5, 1e-8, None))
         start = torch.randn(5, 4, dtype=torch.float64)
         theta = list(mlp.parameters())
-        chain = run(lambda z: mlp.log_joint(x, z), start, sampler, observe=observe, parameters=theta)
+        chain = run(lambda z: mlp.log_joint(x, z), start, sampler, on_step=observe, parameters=theta)
         # one step's five, the first step's two, and what the loop has not yet let go of the step before
         assert max(most) <= 12 and len(chain.trace["log_joint"]) == num_steps
 

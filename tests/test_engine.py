@@ -169,7 +169,7 @@ def test_an_observed_chain_runs_step_by_step_and_agrees():
     noise = lambda: ChainNoise(0, 0, (3, 4), "cpu", torch.float64)
     arguments = (built["mlp"].log_joint, (batches["mlp"][0],), torch.ones(3, 4, dtype=torch.float64), sampler)
     engine = Blocked()
-    observed = engine.run(*arguments, noise(), observe=lambda state, info: seen.append(state.t))
+    observed = engine.run(*arguments, noise(), on_step=lambda state, info: seen.append(state.t))
     assert seen == [1, 2, 3, 4, 5, 6]
     torch.testing.assert_close(observed.z, engine.run(*arguments, noise()).z, **EXACT)
 
@@ -185,7 +185,7 @@ def test_thinned_gradient_is_the_mean_over_the_chosen_states(engine, every):
     start = torch.randn(3, 4, dtype=torch.float64)
     plain = Langevin(10, "all", SIZES["constant"], METRICS["adam"])
     observe = lambda state, info: states.append(state.z)
-    full = Eager().run(model.log_joint, (x,), start, plain, noise(), parameters=theta, observe=observe)
+    full = Eager().run(model.log_joint, (x,), start, plain, noise(), parameters=theta, on_step=observe)
     chosen = [start, *states][:10][::every]
     mean = torch.stack([model.log_joint(x, z).mean() for z in chosen]).mean()
     thinned = Langevin(10, "all", SIZES["constant"], METRICS["adam"], theta_every=every)

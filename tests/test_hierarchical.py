@@ -123,7 +123,7 @@ def test_chain_has_the_posterior_of_all_levels():
         start,
         Langevin(150, "last", Constant(step), Identity()),
         noise,
-        observe=lambda state, info: states.append(state.z) if state.t > 50 else None,
+        on_step=lambda state, info: states.append(state.z) if state.t > 50 else None,
     )
     e = torch.cat(states)
     torch.testing.assert_close(e.mean(0), posterior.mean[0], atol=0.02, rtol=0)
@@ -310,7 +310,7 @@ def test_gradients_of_both_encoders_are_those_of_the_definitions(encoder):
     inference, batch = model.build_encoder().double(), batch_of()
     noise = UpdateNoise(0, 3, (4, 5), "cpu", torch.float64)
     states = []
-    context = Context(model, inference, langevin(), batch, noise, observe=lambda state, info: states.append(state.z))
+    context = Context(model, inference, langevin(), batch, noise, on_step=lambda state, info: states.append(state.z))
     found = WeightedKL(0.5, 0.5, 6).gradients(context)
 
     features = inference.trunk[0](batch.x) if encoder == "top_down" else None
@@ -362,7 +362,7 @@ def test_all_states_kept_one_by_one_are_the_two_sums():
     states = []
     run_chain(
         lambda z: model.log_joint(batch.x, z), inference(batch).mean, langevin(70), noise.chain(),
-        observe=lambda state, info: states.append(state.z),
+        on_step=lambda state, info: states.append(state.z),
     )  # fmt: skip
     wanted = [states[t - 1] for t in (17, 35, 52, 70)]
     assert all(torch.equal(torch.stack(chain.moments.kept), torch.stack(wanted)) for chain in chains)

@@ -193,7 +193,7 @@ def test_start_from_prior_moves_the_chain_and_not_the_reverse_kl(model, encoder,
         seen = []
         context = Context(
             model, encoder, Map(1, "all", Constant(1e-12), Identity()), batch, NOISE, start_from_prior,
-            observe=lambda state, _, seen=seen: seen.append(state.z),
+            on_step=lambda state, _, seen=seen: seen.append(state.z),
         )  # fmt: skip
         result = compute_gradients(WeightedKL(0.0, 1.0), context)
         starts.append(seen[0])

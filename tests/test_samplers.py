@@ -134,7 +134,7 @@ def test_adjusted_chains_are_exact_beyond_gaussians(name):
     sampler = SAMPLERS[name](10, 0.6 if name == "mala" else 0.4)
     source = torch.distributions.Gamma(torch.tensor(0.25, dtype=torch.float64), 1.0)
     start = (4 * source.sample((NUM_CHAINS, 1))) ** 0.25 * normal(NUM_CHAINS, 1).sign()
-    chain = run(quartic, start, sampler, observe=lambda _, info: errors.append(info.energy_error))
+    chain = run(quartic, start, sampler, on_step=lambda _, info: errors.append(info.energy_error))
     assert 0.5 < chain.acceptance.item() < 0.9
     square = 2 * math.gamma(0.75) / math.gamma(0.25)
     assert chain.z.square().mean().item() == pytest.approx(square, abs=5 * math.sqrt((1 - square**2) / NUM_CHAINS))
@@ -159,7 +159,7 @@ def test_energy_errors_of_unadjusted_steps(name):
     if name == "independent":
         sampler = Langevin(2, "all", Asking(0.5), Identity())
     seen, precision = [], torch.tensor([[1.3]], dtype=torch.float64)
-    chain = run(gaussian(precision), normal(NUM_CHAINS, 1) / 1.3**0.5, sampler, observe=lambda *step: seen.append(step))
+    chain = run(gaussian(precision), normal(NUM_CHAINS, 1) / 1.3**0.5, sampler, on_step=lambda *step: seen.append(step))
     error = seen[1][1].energy_error
     weights = error.neg().exp()
     assert weights.mean().item() == pytest.approx(1, abs=5 * weights.std().item() / math.sqrt(NUM_CHAINS))
@@ -260,7 +260,7 @@ def test_theta_learns_at_states_and_passes_are_counted(name, theta_states, every
 
     sampler = SAMPLERS[name](7, 0.8, theta_states=theta_states, theta_every=every)
     noise = lambda: ChainNoise(2, 0, (5, 4), "cpu", torch.float64)
-    chain = Eager().run(log_joint, (x,), z, sampler, noise(), parameters=theta, observe=observe)
+    chain = Eager().run(log_joint, (x,), z, sampler, noise(), parameters=theta, on_step=observe)
     assert chain.num_evaluations == sum(calls)
     passes = {"mala": 7, "hmc": 21}.get(name, 0) + {("all", 1): 7, ("all", 3): 3, ("last", 1): 2}[theta_states, every]
     if name not in ("mala", "hmc"):
@@ -295,7 +295,7 @@ def test_chains_end_where_they_have_settled(far, theta_states, every, made):
     noise = lambda: ChainNoise(1, 0, (200, 1), "cpu", torch.float64)
     observe = lambda state, info: states.append(state.z)
     chains = [
-        engine().run(log_joint, (x,), start, sampler, noise(), parameters=[bias], observe=watch)
+        engine().run(log_joint, (x,), start, sampler, noise(), parameters=[bias], on_step=watch)
         for engine, watch in ((Eager, observe), (Blocked, None))
     ]
     used = [start, *states][:-1][::every] if theta_states == "all" else states[-1:]

@@ -168,10 +168,10 @@ def test_what_does_not_fit_is_said_in_one_line(words, message, tmp_path, workpla
         build(cell.cfg, cell.choices)
 
 
-def run(model, z, sampler, q=None, observe=None, log_joint=None):
+def run(model, z, sampler, q=None, on_step=None, log_joint=None):
     log_joint = log_joint or (lambda point: model.log_joint(counts(len(point)), point))
     noise = ChainNoise(0, 0, tuple(z.shape), "cpu", torch.float64)
-    return run_chain(log_joint, z, sampler, noise, q=q, observe=observe)
+    return run_chain(log_joint, z, sampler, noise, q=q, on_step=on_step)
 
 
 def test_encoder_preconditioning_is_plain_langevin_in_scaled_coordinates():
@@ -267,7 +267,7 @@ def test_small_steps_are_accepted_and_large_ones_are_not():
     for step_size in (1e-4, 0.05, 0.15):
         start = torch.randn(3, model.latent_dim, **F64)
         shadow = ShadowMetropolis(start)
-        run(model, start, Langevin(20, "all", Constant(step_size), Identity()), observe=shadow)
+        run(model, start, Langevin(20, "all", Constant(step_size), Identity()), on_step=shadow)
         found.append(shadow.mean().item())
     assert found[0] > 0.99 > found[1] > found[2]
 

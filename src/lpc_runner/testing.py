@@ -88,7 +88,7 @@ def check_sampler(sampler: Any, dim: int = 6) -> None:
 
     seen = []
     chains = [
-        run_chain(partial(log_joint, goal), q.mean, sampler, noise, q=q, observe=lambda *step: seen.append(step))
+        run_chain(partial(log_joint, goal), q.mean, sampler, noise, q=q, on_step=lambda *step: seen.append(step))
         for _ in range(2)
     ]
     for t, (state, info) in enumerate(seen[: sampler.num_steps], 1):

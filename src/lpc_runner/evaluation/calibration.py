@@ -171,9 +171,9 @@ class PosteriorEvaluator(HeldOut):
         stream, number = name
         noise = ChainNoise(self.seed, number, tuple(start.z.shape), x.device, start.z.dtype, stream=f"{stream} noise")
         centre = None if start.q is None else start.q.mean
-        observe = lambda state, info: keep(state.z)
+        on_step = lambda state, info: keep(state.z)
         joint = partial(model.log_joint, x)
-        return run_chain(joint, start.z, to_the_end(sampler), noise, centre=centre, q=start.q, observe=observe)
+        return run_chain(joint, start.z, to_the_end(sampler), noise, centre=centre, q=start.q, on_step=on_step)
 
     def _calibration(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]] | None:
         """Ranks of z* among thinned states of a chain on x ~ p(x|z*), z* ~ p(z) (Talts et al. 2018)."""

@@ -85,5 +85,5 @@ def chain_means(
             z = start.rsample(torch.randn(start.mean.shape, generator=source, device=x.device, dtype=x.dtype))
             noise = ChainNoise(seed, draw, tuple(z.shape), x.device, x.dtype, stream="posterior chain noise")
             keep = lambda state, info: average.add(state.z)
-            run_chain(partial(model.log_joint, x), z, sampler, noise, centre=start.mean, q=start, observe=keep)
+            run_chain(partial(model.log_joint, x), z, sampler, noise, centre=start.mean, q=start, on_step=keep)
     return average.means()

@@ -230,14 +230,14 @@ def run_chain(
     parameters: Sequence[Tensor] = (),
     centre: Tensor | None = None,
     q: DiagonalGaussian | None = None,
-    observe: Callable[[State, Info], None] | None = None,
+    on_step: Callable[[State, Info], None] | None = None,
     num_kept: int = 0,
 ) -> Chain:
     """Run `sampler` from z(0) = z on log p(x, z) and gather what Algorithm 1 needs from its states.
 
     log_joint: z (B, d) -> (B,) nats. noise: t -> ξ(t), (B, d). parameters: θ, empty for sampling only. centre: about
     which the moments are taken (the encoder's mean; zero without one). q: the encoder's, for preconditioning=encoder.
-    observe: called after every step, for pictures. num_kept: see `moments_of`.
+    on_step: called after every step, for pictures. num_kept: see `moments_of`.
     """
     potential = FusedPotential(log_joint, parameters)
     along = theta_along(sampler, parameters)
@@ -261,8 +261,8 @@ def run_chain(
         record(trace["noise_variance"], t - 1, info.noise_variance)
         for name, value in diagnostics(info.log_joint, info.drift).items():
             trace[name][t - 1] = value
-        if observe is not None:
-            observe(state, info)
+        if on_step is not None:
+            on_step(state, info)
         if stops(sampler):
             seen = [*seen[-length + 1 :], info.log_joint] if length > 1 else [info.log_joint]
             if t % length == 0 and t < sampler.num_steps and bool(settled(torch.stack(seen))):

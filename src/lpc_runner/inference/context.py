@@ -86,7 +86,7 @@ class Context:
 
     encoder: None where the objective uses none. sampler: complete. batch: this process's rows, x (B, *data_shape) and
     index (B,). noise: `training.update.UpdateNoise`, the update's random numbers. start_from_prior: z(0) ~ p(z)
-    instead of q. engine: runs chains, and is the arithmetic of log p(x, z). observe: called after every step of the
+    instead of q. engine: runs chains, and is the arithmetic of log p(x, z). on_step: called after every step of the
     chain. judge: whether the acceptance that MALA would have had is wanted. update_encoder: takes gradients of φ (means
     over this process's rows), averages them over the ranks and makes one step of φ alone; False, without a step, where
     they are not finite. kept: where the examples' chains ended, with sampler.start=persistent.
@@ -99,7 +99,7 @@ class Context:
     noise: Any
     start_from_prior: bool = False
     engine: Eager = STEP_BY_STEP
-    observe: Callable[[Any, Any], None] | None = None
+    on_step: Callable[[Any, Any], None] | None = None
     judge: bool = False
     update_encoder: Callable[[Sequence[Tensor]], bool] = _nobody
     kept: PersistentStates | None = None

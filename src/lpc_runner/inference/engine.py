@@ -94,7 +94,7 @@ class Eager:
 
     precision: `fp32` exactly; `tf32`, products of matrices and convolutions with 10 bits of mantissa on CUDA; `bf16`,
     those operations of the model in bfloat16 by autocast. z, the preconditioner's state, noise, likelihood and all
-    sums are float32 in each of them. shows_steps: whether observing a chain costs no other way of running it.
+    sums are float32 in each of them. shows_steps: whether `on_step` costs no other way of running a chain.
     """
 
     shows_steps = True
@@ -139,17 +139,17 @@ class Eager:
         parameters: Sequence[Tensor] = (),
         centre: Tensor | None = None,
         q: DiagonalGaussian | None = None,
-        observe: Callable | None = None,
+        on_step: Callable | None = None,
         num_kept: int = 0,
     ) -> Chain:
         """`run_chain` on log_joint(*inputs, z); inputs: the tensors that change from batch to batch (x).
 
-        log_joint: the same callable at every update, for what is captured or compiled belongs to it. observe: with an
-        observer every engine runs this chain step by step.
+        log_joint: the same callable at every update, for what is captured or compiled belongs to it. on_step: with it
+        every engine runs this chain step by step.
         """
         potential = partial(self.potential_of(log_joint), *inputs)
         return run_chain(
-            potential, z, sampler, noise, parameters=parameters, centre=centre, q=q, observe=observe, num_kept=num_kept
+            potential, z, sampler, noise, parameters=parameters, centre=centre, q=q, on_step=on_step, num_kept=num_kept
         )
 
 
@@ -226,10 +226,10 @@ class Blocked(Eager):
         return sampler.step
 
     def run(
-        self, log_joint, inputs, z, sampler, noise, *, parameters=(), centre=None, q=None, observe=None, num_kept=0
+        self, log_joint, inputs, z, sampler, noise, *, parameters=(), centre=None, q=None, on_step=None, num_kept=0
     ) -> Chain:
-        if observe is not None or sampler.num_steps == 0:
-            given = {"parameters": parameters, "centre": centre, "q": q, "observe": observe, "num_kept": num_kept}
+        if on_step is not None or sampler.num_steps == 0:
+            given = {"parameters": parameters, "centre": centre, "q": q, "on_step": on_step, "num_kept": num_kept}
             return super().run(log_joint, inputs, z, sampler, noise, **given)
         z = z.detach()
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, z))

@@ -103,7 +103,7 @@ class WeightedKL(interfaces.Objective):
         q = context.q()  # q(z|x; φ)
         warm = q.rsample(noise.normal("warm_start")) if q is not None else None
         start = context.start(warm)  # z(0), ~ q unless the sampler says otherwise
-        shows_steps = engine.shows_steps or context.observe is not None
+        shows_steps = engine.shows_steps or context.on_step is not None
         judge = context.judge and shows_steps and sampler.noisy and sampler.num_steps > 1
         judge = judge and declared(sampler, interfaces.Sampler, "energy_error_of") is None  # the chain judges itself
         shadow = ShadowMetropolis(start.detach()) if judge else None
@@ -116,7 +116,7 @@ class WeightedKL(interfaces.Objective):
             parameters=context.theta,
             centre=q.mean if q is not None else None,
             q=q,
-            observe=_all_of([watch for watch in (context.observe, shadow) if watch is not None]),
+            on_step=_all_of([each for each in (context.on_step, shadow) if each is not None]),
             num_kept=self.num_kept_states or 0,
         )
         theta = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
@@ -192,12 +192,12 @@ def describe_encoder(model: Any, q: DiagonalGaussian, z: Tensor) -> dict[str, Te
     return {"train/kl": kl.sum(1).mean(), **blocks, "train/encoder_scale": q.variance.sqrt().mean()}
 
 
-def _all_of(observers: list[Callable]) -> Callable | None:
-    def observe(state, info) -> None:
-        for observer in observers:
-            observer(state, info)
+def _all_of(callbacks: list[Callable]) -> Callable | None:
+    def on_step(state, info) -> None:
+        for callback in callbacks:
+            callback(state, info)
 
-    return observe if observers else None
+    return on_step if callbacks else None
 
 
 def _describe(chain: Chain, sampler: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -138,14 +138,14 @@ class Learner:
         seed: int,
         update: int,
         start_from_prior: bool,
-        observe=None,
+        on_step=None,
         judge: bool = False,
         stop: bool = False,
         first_epoch: bool = False,
     ) -> Combined:
         """The objective's gradients for one batch; the random numbers are those of (seed, update).
 
-        batch: this rank's rows; the gradients are those of all ranks' rows. start_from_prior, observe, judge: see
+        batch: this rank's rows; the gradients are those of all ranks' rows. start_from_prior, on_step, judge: see
         Context. stop: whether this rank was signalled. first_epoch: whether every example comes for the first time.
         """
         assert self.kept is not None or not self._keeps, "sampler.start=persistent: a learner without num_train"
@@ -161,14 +161,14 @@ class Learner:
             UpdateNoise(seed, update, shape, like.device, like.dtype, ranks.rows(num_rows)),
             start_from_prior,
             self.engine,
-            observe,
+            on_step,
             judge,
             partial(step_encoder, self.phi_optimizer, combine),
             self.kept,
         )
         with self.engine.arithmetic():
             compute = partial(compute_gradients, self.objective, combine=combine)
-            if self._whole is not None and observe is None:
+            if self._whole is not None and on_step is None:
                 return self._whole.gradients(compute, context)
             return compute(context)
 

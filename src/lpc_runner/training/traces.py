@@ -53,7 +53,7 @@ class Traces:
         self.updates, self.num_chains, self.grid_points = frozenset(updates), num_chains, grid_points
 
     def watch(self, update: int) -> Trace | None:
-        """What to observe the chain of training batch `update` with, None where nothing is kept of it."""
+        """What is called after every step of the chain of training batch `update`, None where nothing is kept of it."""
         return Trace() if update in self.updates else None
 
     def keep(self, folder: Path, update: int, trace: Trace | None) -> None:
@@ -117,7 +117,7 @@ def trajectory(
     start = model.prior.scale * normal("start") if q is None else q.rsample(normal("start"))
     states = [start]
     keep = lambda state, info: states.append(state.z)
-    run_chain(log_joint, start, to_the_end(sampler), lambda t: normal("chain", t), q=q, observe=keep)
+    run_chain(log_joint, start, to_the_end(sampler), lambda t: normal("chain", t), q=q, on_step=keep)
     values = torch.stack([log_joint(z) for z in states])
     if not all(bool(tensor.isfinite().all()) for tensor in (*states, values)):
         return None
