@@ -134,7 +134,7 @@ def _numbers(run: Listed) -> list[str]:
 def _table(runs: list[Listed]) -> Table:
     table = Table(box=None)
     for name in ("run", "state", "epoch", "metrics", "age", "host", "what to do"):
-        table.add_column(name, overflow="fold")  # a name cut short could not be looked for
+        table.add_column(name, overflow="fold")  # a shortened name could not be searched for
     colours = {"done": "green", "running": "cyan", "interrupted": "yellow"}
     for run in runs:
         numbers = "  ".join(_numbers(run))
@@ -163,7 +163,7 @@ def main() -> None:
             for run in runs:
                 print(json.dumps(asdict(run)))
             return
-        # In a file or a pipe a name is to be found in one piece.
+        # In a file or a pipe, names are not broken over lines.
         console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
         if console.width < _NARROW:
             for line in (line for run in runs for line in _lines(run)):

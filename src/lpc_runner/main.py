@@ -17,7 +17,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.errors import UserError, mask_logs
-from lpc_runner.base.surroundings import main_process, one_line_errors, said, settle, wait_passively, words_for_workers
+from lpc_runner.base.surroundings import (
+    error_text,
+    main_process,
+    one_line_errors,
+    settle,
+    wait_passively,
+    words_for_workers,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,7 +64,7 @@ def _run() -> None:
     from lpc_runner.config.words import parse_arguments, refuse_flags
 
     with _connected() as ranks:
-        # Hydra asks argparse once more, which takes flags before or after the overrides but not between them.
+        # Hydra parses the words again, by an argparse that takes flags before or after the overrides, not between them.
         args, sys.argv[1:] = parse_arguments(sys.argv[1:])
         refuse_flags(args)
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
@@ -133,7 +140,7 @@ def _hydra(args: argparse.Namespace) -> None:
     from lpc_runner.config.sources import variants_read
 
     before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own account and leaves
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
     try:
         with words_for_workers(sys.argv), variants_read():
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
@@ -141,7 +148,7 @@ def _hydra(args: argparse.Namespace) -> None:
         raise
     except KeyboardInterrupt:  # while jobs run elsewhere, or between two of them
         raise SystemExit(130) from None
-    except Exception as error:  # jobs let nothing through: a worker was killed, a logger's level is none
+    except Exception as error:  # not of a job: a worker was killed, or a logger's level is invalid
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"Hydra or the launcher failed; the same command goes on with what is left ({said})") from error
     finally:
@@ -152,9 +159,9 @@ def _hydra(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C on a parallel sweep: the command goes at once, for joblib would kill its workers before it did.
+    """Ctrl-C on a parallel sweep: the command exits at once; joblib would kill its workers first.
 
-    They notice (`_watch_main`), save their runs and leave.
+    The workers notice (`_watch_main`), save their runs and exit.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started by a script in the background
         yield
@@ -174,16 +181,16 @@ def _interruptible() -> Iterator[None]:
 
 @functools.cache  # one watch per worker, which takes many runs: a second SIGTERM would end it unsaved
 def _watch_main() -> threading.Event | None:
-    """In a worker of a parallel sweep: once the command that started it is gone, SIGTERM, so that its run is saved.
+    """Have a worker of a parallel sweep get SIGTERM, so that it saves its run, once the command that started it is gone.
 
-    The event says that this has happened. None in the command's own process, where joblib leaves a single worker's
-    runs: there Ctrl-C saves as it does without a launcher.
+    Returns an event that is set when this happens; None in the command's own process, in which joblib makes the runs of
+    a single worker: there Ctrl-C saves as it does without a launcher.
     """
     parent, died = main_process(), threading.Event()
     if parent is None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's: one signal per worker, the watch's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; the worker gets one signal, the watch's
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -230,14 +237,14 @@ def job(cfg: DictConfig) -> float | None:
         return value_of(planned, result) if is_proposed() else None
     except Interrupted as interrupted:
         if main_died is not None and main_died.is_set():
-            os._exit(interrupted.exit_code)  # nobody waits for this worker any more
+            os._exit(interrupted.exit_code)  # no process waits for this worker
         raise SystemExit(interrupted.exit_code) from None
     except Exception as error:
         _log_failure(error, ranks)
         if ranks.size > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
-        # Raised again for a sweeper alone that decides how many failures it bears: Hydra's own would end its report
-        # with this one failure and hide the others, which `main` names.
+        # Only a sweeper that searches gets the error, and decides how many it accepts. Hydra's basic sweeper would report
+        # this failure alone and hide the others, which `main` names.
         if is_proposed():
             raise
         return None
@@ -253,6 +260,6 @@ def _log_failure(error: Exception, ranks: Any) -> None:
     elif isinstance(error, UserError):
         logger.error("%s", error)
     elif isinstance(error, OSError) and not os.environ.get("LPC_TRACEBACK"):
-        logger.error("%s: %s", what, said(error))
+        logger.error("%s: %s", what, error_text(error))
     else:
         logger.error(what, exc_info=error)

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this; and secrets, which stay out of logs and run folders."""
+"""UserError, for what the user can correct; and masking, which keeps secrets out of logs and run folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class UserError(ValueError):
     """Bad input, missing data or an impossible request; its text is one line and names the remedy."""
 
 
-# num_tokens and its like count words of a text.
+# Names such as num_tokens count tokens of a text and hold no secret.
 _NAMED = r"[\w.]*(?:api_?key|(?<!num_)(?<!max_)(?<!min_)token|secret|passw(?:or)?d|credential)\w*"
 _ASSIGNED = re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*)(['\"]?)[^\s'\",;&]+")
 _SHORTEST = 8  # characters; shorter values of such variables ('true', '1') would mask ordinary words

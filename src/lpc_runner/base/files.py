@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, content hashes, locks; and what a file system may lack of it."""
+"""Atomic writes, content hashes and file locks, with substitutes for file systems that lack them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from filelock import FileLock
 from lpc_runner.base.errors import UserError
 
 _logger = logging.getLogger(__name__)
-# What file systems answer that lack links, locks or the flushing of folders: FUSE, SMB, exFAT, NFS without its lock
-# service. (Linux says EPERM of links on FAT.)
+# Errors of file systems without links, locks or flushing of folders: FUSE, SMB, exFAT, NFS without its lock service.
+# (Linux raises EPERM for links on FAT.)
 LACKING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EPERM)
 
 
@@ -36,7 +36,7 @@ def plain_name(text: str) -> str:
 
 
 def require_folder(folder: Path, key: str) -> Path:
-    """What of `folder`, named by the setting `key`, exists. Raises UserError (one line) if that is a file."""
+    """`folder` or its nearest parent that exists. Raises UserError, which names the setting `key`, if that is a file."""
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
@@ -52,7 +52,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder for what will be renamed to `path`, no other process's, on whichever machine."""
+    """A name in the same folder, unique over processes and machines, for a file that will be renamed to `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
@@ -83,7 +83,7 @@ def write_cache(path: Path, content: bytes) -> None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the system refused (rights, a disk's fault, memory): that says nothing about a file's content."""
+    """Whether the system refused access (rights, disk fault, memory), which says nothing about the file's content."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and bool(error.errno))
 
 
@@ -134,9 +134,9 @@ class _Unlocked(nullcontext):
 
 
 def lock_on(path: Path) -> FileLock | _Unlocked:
-    """A lock that ends with its process, however that dies: of the file `path`, whose folder must exist.
+    """A lock on the file `path`, whose folder must exist; the system releases it when its process ends, even if killed.
 
-    Where the file system has no locks it is one of this machine's, and that is said once. OSError.
+    Where the file system has no locks, one of this machine takes its place, with a single warning. Raises OSError.
     """
     if _has_locks(path.parent):
         return FileLock(path)
@@ -149,7 +149,7 @@ def lock_on(path: Path) -> FileLock | _Unlocked:
 
 
 def is_held(path: Path) -> bool:
-    """Whether another process holds `lock_on(path)`; looking writes nothing. OSError if that cannot be told."""
+    """Whether another process holds `lock_on(path)`; writes nothing. Raises OSError if this cannot be determined."""
     for place in (path, _local_lock(path)):
         try:
             with open(place, "rb") as file:
@@ -181,6 +181,6 @@ def _local_lock(path: Path) -> Path:
 
 
 def _local_folder() -> Path:
-    """Of this machine alone and the same for all its processes, which TMPDIR need not be."""
+    """A folder of this machine that is the same for all its processes; TMPDIR may differ between them."""
     memory = Path("/dev/shm")
     return memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())

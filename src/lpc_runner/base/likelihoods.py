@@ -1,4 +1,4 @@
-"""What every likelihood p(x | η) offers, and the part that those of independent dimensions share."""
+"""The interface of likelihoods p(x | η), and a base class for those of independent dimensions."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Independent(nn.Module):
 
 
 def lacking(likelihood: Any) -> str | None:
-    """What of a `Likelihood` an object does not offer, in words; None if nothing."""
+    """Which parts of `Likelihood` an object lacks, in words; None if it has all."""
     if not isinstance(likelihood, nn.Module):
         return "must be a torch.nn.Module"
     names = [name for name in MEMBERS if not hasattr(likelihood, name)]
@@ -100,7 +100,7 @@ def lacking(likelihood: Any) -> str | None:
 
 
 def fault_of(likelihood: Likelihood, shape: tuple[int, ...]) -> str | None:
-    """What a copy of it does wrong with examples of that shape, in words; None if nothing."""
+    """What is wrong with a likelihood for examples of that shape, tried on a copy, in words; None if nothing is."""
     tried = copy.deepcopy(likelihood)
     x = torch.ones(2, *shape)  # a pixel's white, a spike: within the range of every kind of data
     predictor = torch.full_like(x, tried.initial_predictor).requires_grad_()
@@ -116,6 +116,6 @@ def fault_of(likelihood: Likelihood, shape: tuple[int, ...]) -> str | None:
         tried.gaussian_variance()
         if tried.observes:
             tried.observe(x, mean.detach(), lambda value: value)
-    except Exception as error:  # a user's own class may raise anything: said before any work, not in the middle of it
+    except Exception as error:  # a user's class may raise anything; it is reported before training starts
         return f"cannot be evaluated: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
     return None

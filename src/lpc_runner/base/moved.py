@@ -1,4 +1,4 @@
-"""Modules that parts of one's own import, under the names they had before: found, with a warning of the new name."""
+"""Old names of modules that have moved, for users' code: the import works and warns of the new name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Old name: where its content is today. A module that users' parts may import gets a row when it moves.
+# Old name: new name. A module that users' code may import gets a row when it moves.
 MOVED = {
     "lpc_runner.base.pictures": "lpc_runner.base.presentation",
     "lpc_runner.base.randomness": "lpc_runner.base.tensors",
@@ -67,10 +67,10 @@ class _Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         warnings.warn(f"{name} is {MOVED[name]} now", DeprecationWarning, stacklevel=2)
-        sys.modules[name] = importlib.import_module(MOVED[name])  # what an import returns: one module, not a copy
+        sys.modules[name] = importlib.import_module(MOVED[name])  # both names give one module object, not a copy
 
 
 def find_moved_modules() -> None:
-    """Have imports of old names succeed; asked last, so that it costs nothing where a module is in its place."""
+    """Make imports of old names work. This finder is asked last, so that it costs other imports nothing."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())

@@ -153,16 +153,16 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
     def agree(self, answer: bool) -> bool:
-        """Rank 0's answer, on every rank; also a barrier, for nobody leaves before rank 0 came."""
+        """Rank 0's answer, on every rank; also a barrier: no rank returns before rank 0 has called it."""
         if self.size == 1:
             return answer
-        told = torch.tensor(int(answer))
-        dist.broadcast(told, 0)
-        return bool(told)
+        shared = torch.tensor(int(answer))
+        dist.broadcast(shared, 0)
+        return bool(shared)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block first; if it fails, the others leave without a word, with its exit code 1."""
+        """Rank 0 runs the block first, then the others; if it fails, they exit with code 1 and print nothing."""
         if self.size == 1:
             yield
         elif self.is_main:
@@ -178,7 +178,7 @@ class Ranks:
             yield
 
     def close(self) -> None:
-        """Leave the others."""
+        """Leave the process group."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ _NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # `| head` h
 
 
 class _Printed(io.FileIO):
-    """Standard output or error that ends no run: what nobody reads any more is dropped, another refusal is kept."""
+    """Standard output or error whose failure ends no run: what has no reader is dropped; other errors are kept."""
 
     refused: OSError | None = None
 
@@ -46,7 +46,7 @@ class _Printed(io.FileIO):
 def settle() -> None:
     """Make this process's streams, environment and home such that no library fails on them. Safe to repeat.
 
-    What an output encoding cannot say is printed as an escape; files are written in their own encodings whatever it is.
+    Characters that the output encoding lacks are printed as escapes; files have encodings of their own.
     """
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not even be installed here
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -65,7 +65,7 @@ def settle() -> None:
 
 
 def _opened(number: int) -> io.TextIOWrapper:
-    """The null device in the place of a closed stream: else the next file that is opened would get its number."""
+    """The null device in place of a closed stream, whose descriptor the next opened file would otherwise get."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != number:
         os.dup2(null, number)
@@ -88,7 +88,7 @@ def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 def _name_user() -> None:
-    """A container may run under a number that no table of users has: torch and W&B ask for a name and a home."""
+    """A name and a home for a user id without them, as in a container: torch and W&B ask for both."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
@@ -101,7 +101,7 @@ def _name_user() -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A UserError, or a refusal of the system, becomes one line on standard error and exit code 1.
+    """A UserError, or a system error, becomes one line on standard error and exit code 1.
 
     LPC_TRACEBACK=1 shows the traceback too. The streams and the environment are settled before.
     """
@@ -114,18 +114,18 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         _leave_with(error, str(error))
     except OSError as error:  # a full disk, a folder without permission
-        _leave_with(error, said(error))
+        _leave_with(error, error_text(error))
 
 
-def said(error: OSError) -> str:
-    """A refusal of the system in one line: the file, where there is one, and the system's words."""
+def error_text(error: OSError) -> str:
+    """A system error in one line: the file, where there is one, and the system's text."""
     if error.strerror is None:
         return " ".join(str(error).split()) or type(error).__name__
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def _require_printed() -> None:
-    """Raise OSError if standard output did not take everything though somebody wants it: a full disk."""
+    """Raise OSError if standard output lost something although it has a reader, as on a full disk."""
     sys.stdout.flush()
     raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer) if hasattr(sys.stdout, "buffer") else None
     if isinstance(raw, _Printed) and raw.refused is not None:
@@ -140,29 +140,29 @@ def _leave_with(error: Exception, text: str) -> NoReturn:
     raise SystemExit(1) from None
 
 
-# By which a user tells the OpenMP of GNU or of LLVM and Intel the same.
+# By which a user sets how threads wait: of GNU's OpenMP, and of LLVM's and Intel's.
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def load_average() -> float:
-    """Processes that want a core: over the last minute, or other ones at this moment, whichever are more."""
+    """Processes that want a core: the mean of the last minute, or the other ones now, whichever is larger."""
     now = 0
-    with suppress(OSError):  # Linux alone tells how many there are now; an average is late to know of a new one
+    with suppress(OSError):  # only Linux says how many there are now; the mean lags behind a new process
         now = int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].split("/")[0]) - 1
     return max(os.getloadavg()[0], float(now))
 
 
 def is_busy(load: float) -> bool:
-    """Whether this load average is other work for half of the machine's cores or more."""
+    """Whether a load of this size takes half of the machine's cores or more."""
     return load >= (os.cpu_count() or 1) / 2
 
 
 def wait_passively(shared: bool = False) -> bool:
-    """Have torch's threads sleep between two parallel loops where others want the cores; returns whether they will.
+    """Make torch's threads sleep between parallel loops where other processes want the cores; whether they will sleep.
 
-    shared: others will, whatever the load says now: a launcher's or torchrun's other processes. OpenMP reads its
-    variables when torch is loaded, so that a command has to call this before; workers inherit them. Later, or where the
-    user has set one of these variables, nothing changes. What it saves and costs: docs/benchmarks.md.
+    shared: other processes will want them, whatever the load is now: those of a launcher or of torchrun. OpenMP reads
+    its variables when torch is loaded, so a command calls this before; workers inherit them. After that, or where the
+    user has set one of these variables, nothing changes. Costs and gains: docs/benchmarks.md.
     """
     if "torch" in sys.modules or any(name in os.environ for name in VARIABLES):
         return False

@@ -39,7 +39,7 @@ def seeded_layers(seed: int, stream: str) -> Iterator[None]:
 @contextlib.contextmanager
 def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """Inside, CUDA's matrix products, convolutions and recurrent networks are exact float32, or TF32."""
-    cudnn: Any = torch.backends.cudnn  # an object in the place of its module, which checkers read
+    cudnn: Any = torch.backends.cudnn  # Any: torch puts an object in place of the module that type checkers read
     parts = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [part.fp32_precision for part in parts]
     try:
@@ -53,7 +53,7 @@ def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Full float32 and fixed algorithms on CUDA: TF32 keeps 10 bits and would move neighbours."""
+    """Full float32 and fixed algorithms on CUDA: TF32 keeps 10 bits of mantissa, which changes nearest neighbours."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     try:
@@ -92,18 +92,18 @@ def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as mallopt(3) numbers them
-# By which a user tells glibc the same.
+# By which a user sets the same of glibc.
 _VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-LARGEST_BLOCK = 32 * 2**20  # bytes: the most that every glibc takes; a dataset is larger, and does go back
+LARGEST_BLOCK = 32 * 2**20  # bytes: the most that every glibc accepts; larger blocks, as of datasets, are returned
 KEPT = 2**30  # bytes of free memory at the heap's end
 
 
 def keep_freed_memory() -> bool:
     """Have malloc keep freed blocks of up to 32 MiB in this process; returns whether it does.
 
-    Every step of a chain frees and takes the same megabytes. Given back to the system, they come again page by page:
+    Every step of a chain frees and takes the same megabytes. Returned to the system, they are mapped again by page:
     1,000 to 2,500 page faults a step at 32 pixels and batch 64 (docs/benchmarks.md). The largest resident set is the
-    same. Other allocators, and whoever has set glibc's own variables, are left alone.
+    same. With another allocator, or where one of glibc's own variables is set, nothing changes.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _VARIABLES):
         return False

@@ -57,8 +57,8 @@ GROUPS = (
     "metrics",
     "tracker",
 )
-# What some groups are given later, by the objects beside them, and never by a file: these are kept as
-# functools.partial until then, whatever `_partial_` in the file says.
+# Arguments that the class of a group gets when the run is built, never from a file. Until then the group's object is a
+# functools.partial, whatever `_partial_` in the file says.
 GIVEN_LATER = {
     "model": {"data_shape", "num_train", "num_held_out"},
     "step_size": {"updates_per_epoch"},
@@ -288,9 +288,9 @@ def _is_object(value: Any) -> bool:
 
 
 def _locate(target: str, path: str) -> Any:
-    hydras = logging.getLogger("hydra.utils")
-    before = hydras.level
-    hydras.setLevel(logging.CRITICAL)  # it would say the same in three lines before ours
+    hydra_logger = logging.getLogger("hydra.utils")
+    before = hydra_logger.level
+    hydra_logger.setLevel(logging.CRITICAL)  # it would report the same in three lines of its own
     try:
         located = get_object(place_of(target))
     except Exception as error:
@@ -300,15 +300,15 @@ def _locate(target: str, path: str) -> Any:
             f"{path}._target_={target} cannot be imported: {reason} (looked for here and in PYTHONPATH)"
         ) from None
     finally:
-        hydras.setLevel(before)
-    # A folder from elsewhere must not be able to have a command of the system called by naming it.
+        hydra_logger.setLevel(before)
+    # Else a run folder from elsewhere could have any function called, as os.system.
     if not inspect.isclass(located) or located.__module__.split(".")[0] in sys.stdlib_module_names:
         raise UserError(f"{path}._target_={target} must name a class, and none of Python's own")
     return located
 
 
 def _call_for_key(path: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call, and put the group's name before what a constructor says of its own argument."""
+    """Call, and put the group's name before a constructor's message about its argument."""
     try:
         return function(*args, **kwargs)
     except UserError:

@@ -143,7 +143,7 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _initialised(own: Path | None = None) -> Iterator[None]:
     """Hydra with conf/ and behind it, as its own command line has them, a folder of a user's options."""
     base, runtime, instance = VersionBase.instance(), JobRuntime.instance(), GlobalHydra.instance()
-    # Of an application of Hydra's that calls this: Hydra initialises once, and puts back a copy of this state in part.
+    # The state of a Hydra application that calls this, which Hydra's own context manager restores only in part.
     before = base.version_base, runtime.get("name"), instance.hydra
     instance.clear()
     try:
@@ -162,7 +162,7 @@ def _initialised(own: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def _errors_with_key() -> Iterator[None]:
-    """What OmegaConf says of a value, when it is read, as one line with the key."""
+    """An error of OmegaConf when a value is read, as one line with its key."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -293,7 +293,7 @@ def _compose_raw(*overrides: str) -> DictConfig:
         return compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
     except UserError:  # a file of the user's own
         raise
-    except Exception as error:  # Hydra lets errors of every kind through; none of our code runs here
+    except Exception as error:  # Hydra raises errors of every kind; none of our code runs here
         raise UserError(_explain(error)) from error
 
 

@@ -14,7 +14,7 @@ from lpc_runner.data.files import Header, content_hash, damage_named, file_state
 from lpc_runner.data.images import ImageDataset, check_images, check_labels, hold_out, image_split
 
 _MAKE = "np.savez(path, images=images) with uint8 images (N, C, H, W) makes one"
-_SOUND: set[tuple] = set()  # states of files that were read whole and found sound: each cell of a sweep asks
+_SOUND: set[tuple] = set()  # states of files that were read and are sound; each cell of a sweep asks
 
 
 class Arrays(ImageDataset):

@@ -13,7 +13,7 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.tensors import generator
 
 Binarise = Literal["none", "static", "dynamic"]
-CHUNK = 1000  # images drawn at once; part of which draw it is, so it is no setting
+CHUNK = 1000  # images drawn at once; the draws depend on it, so it is no setting
 
 
 def binary_draw(grey: Tensor, source: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from lpc_runner.base.files import flush_to_disk, remove_temporary, sha256_of, sy
 
 
 def file_state(path: Path) -> tuple[Path, int, int]:
-    """Path, size and time of change: what is known of a file stays true as long as these are the same."""
+    """Path, size and time of change: what was read of a file holds as long as these are the same."""
     state = path.stat()
     return path.resolve(), state.st_size, state.st_mtime_ns
 

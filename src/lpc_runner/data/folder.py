@@ -60,7 +60,7 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]], content: FolderConten
         return
     for path in entries:
         suffix = path.suffix.lower()
-        if suffix == ".icloud":  # stands, hidden, for a file that the cloud keeps
+        if suffix == ".icloud":  # a hidden placeholder of a file in the cloud
             content.missing.append(path)
         elif path.name.startswith(".") or path.name == "__MACOSX":
             content.passed_over["hidden"] += 1
@@ -69,7 +69,7 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]], content: FolderConten
         elif suffix == ".dvc":
             if not path.with_suffix("").exists():
                 content.missing.append(path.with_suffix(""))
-        elif not path.exists() and (suffix in SUFFIXES or not suffix):  # a link into nothing, of a file or a folder
+        elif not path.exists() and (suffix in SUFFIXES or not suffix):  # a dangling link, of a file or a folder
             content.missing.append(path)
         elif suffix in SUFFIXES and path.is_file():
             (content.missing if _is_pointer(*file_state(path)) else content.images).append(path)

@@ -104,13 +104,13 @@ def _by_matlab(dataset: Any) -> bool:
 def _collect(group: Any, prefix: str, by_path: dict[str, Header], depth: int) -> None:
     import h5py
 
-    alien = np.dtype(object)
+    no_number = np.dtype(object)
     for name in group:
         if name.startswith("#"):
             continue
         key = prefix + name
         if group.get(name, getclass=True, getlink=True) is not h5py.HardLink:
-            by_path[key] = Header(alien, (), "is a link to elsewhere, only arrays in the file itself are read")
+            by_path[key] = Header(no_number, (), "is a link to elsewhere, only arrays in the file itself are read")
             continue
         item = group[name]
         if isinstance(item, h5py.Group):

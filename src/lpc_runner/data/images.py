@@ -89,7 +89,7 @@ def check_labels(where: str | Path, dtype: np.dtype, shape: tuple[int, ...], cou
 def image_split(where: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> Split:
     """Checked arrays as a split: images uint8 (N, C, H, W), labels integers (N,); UserError names `where`."""
     check_images(where, images.dtype, images.shape)
-    if (largest := int(images.max())) <= 1:  # black to the eye: somebody's booleans, or a conversion gone wrong
+    if (largest := int(images.max())) <= 1:  # looks black: booleans, or a failed conversion
         scaled = "" if largest == 0 else ": images of zeros and ones must be multiplied by 255"
         raise UserError(f"{where}: the largest level of all images is {largest}, of 255{scaled}")
     values = torch.from_numpy(np.ascontiguousarray(images))

@@ -142,13 +142,13 @@ def _tables(path: Path) -> Tables:
     except ModuleNotFoundError:
         raise UserError(f"{path}: NWB is read through pynwb: pip install 'lpc-runner[nwb]'") from None
     with hdf5.opened(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of namespaces that are loaded already
+        warnings.simplefilter("ignore")  # namespaces that are loaded already
         try:
             with NWBHDF5IO(file=file, mode="r") as io:
                 return _used(path, io.read())
         except UserError:
             raise
-        except Exception as error:  # hdmf builds objects from what it finds, and fails in as many ways
+        except Exception as error:  # hdmf raises errors of many kinds on unexpected content
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{path}: cannot be read as NWB ({reason})") from error
 

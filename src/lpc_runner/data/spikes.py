@@ -150,9 +150,8 @@ def _trials_elsewhere(left: tuple[int, ...], right: tuple[int, ...]) -> str:
 
 
 _MAX_NAMED = 8  # keys that are not read, in a line
-_LEFT_OUT: dict[
-    tuple, dict[tuple[str, ...], str]
-] = {}  # by state of a file that was read whole: each cell of a sweep asks
+# Keys left out, with the reason, by the state of a file that was read: each cell of a sweep asks.
+_LEFT_OUT: dict[tuple, dict[tuple[str, ...], str]] = {}
 
 
 class SequenceFile(SequenceDataset):

@@ -73,7 +73,7 @@ class TorchvisionImages(ImageDataset):
                 if not self._complete():
                     log.info("%s: downloading to %s", self.name, self._folder)
                     self._download()
-        except Exception as error:  # networks, disks, archives and gdown fail in ways of their own
+        except Exception as error:  # networks, disks, archives and gdown raise errors of many kinds
             raise UserError(f"{self.name}: not fetched ({_reason(error)}); {self._remedy()}") from error
         if not self._complete():
             raise UserError(f"{self.name}: still incomplete after the download; {self._remedy()}")
@@ -84,7 +84,7 @@ class TorchvisionImages(ImageDataset):
             raise UserError(f"{self.name}: missing or damaged in {self._folder}; {self._remedy()}")
         try:
             splits = self._read()
-        except Exception as error:  # what a damaged file does to a parser is anyone's guess
+        except Exception as error:  # a parser may raise anything on a damaged file
             what = "cannot be read" if is_refusal(error) else "damaged"
             fault = f"{what} in {self._folder} ({_reason(error)})"
             raise UserError(f"{self.name}: {fault}; {self._remedy()}") from error

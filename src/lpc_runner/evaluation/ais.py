@@ -26,7 +26,7 @@ from lpc_runner.base.tensors import generator
 from lpc_runner.inference.chain import FusedPotential
 from lpc_runner.models.latent import LatentVariableModel
 
-# Parts of what a number is, so no settings: how many chains of an example share one draw of noise, and are run at once.
+# Results depend on these, so they are no settings. Chains of an example that share one draw of noise and run at once:
 CHAINS = 8
 PILOTS = 4  # chains of an example that find its step sizes
 TARGET, RATE, FIRST_STEP = 0.65, 0.4, 0.5  # acceptance, change of log step per unit of it, the first step in units of q

@@ -105,7 +105,7 @@ class Classifier:
             if hash_of_tensors(saved["weights"]) != saved["fingerprint"]:
                 raise ValueError("its hash does not fit its weights")
             accuracy = float(saved["accuracy"])
-        except Exception as error:  # torch.load raises almost anything on a damaged file, and all of it means: again
+        except Exception as error:  # torch.load raises almost anything on a damaged file
             what = "cannot be read" if is_refusal(error) else "is damaged"
             _log.warning("%s %s (%s); training the classifier again", path, what, type(error).__name__)
             return False

@@ -133,7 +133,7 @@ def squared_radii(features: Tensor, k: int, *, budget: int = BUDGET) -> Tensor:
         exact[open_ones] = pairs.exact(open_ones[0] + rows.start, nearest[open_ones])
         rank = k - 1 - nearer.sum(1, keepdim=True)
         radii[rows] = exact.sort(dim=1).values.gather(1, rank).squeeze(1)
-        # Where the last one found may still be the k-th, others may too.
+        # Where the last of these candidates may be the k-th, other points may be it, too.
         unsure = own[least[:, -1] <= farthest[:, 0]] if count < len(features) - 1 else own[:0]
         if len(unsure) > 0:
             distances = pairs.products(unsure)

@@ -1,4 +1,4 @@
-"""What measuring is to the runner, whatever the data are: settings first, then an evaluator that holds references."""
+"""The interface of metrics: `Metrics`, what a user chooses, makes an `Evaluator`, which measures a trained model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evenly_spaced(available: int, count: int | None, device: torch.device | str 
 
 
 def without_held_out(x: Tensor, count: int) -> Tensor:
-    """x (B, T, N) with its last `count` neurons as NaN: whoever reads one will not go unnoticed."""
+    """x (B, T, N) with its last `count` neurons as NaN, so that a model that reads one is noticed."""
     if count:
         x = x.clone()
         x[..., -count:] = torch.nan
@@ -93,7 +93,7 @@ class Evaluator(ABC):
         """Pictures of what the model generates after `update` (None: at the end), by name."""
 
     def draw_measurement(self, path: Path) -> None:
-        """A picture of what `final` has just found, where numbers alone do not show it; by default none."""
+        """A picture of what `final` has just measured, where numbers alone do not show it; by default none."""
         del path
 
 

@@ -19,7 +19,7 @@ from lpc_runner.evaluation.evaluator import Trained
 from lpc_runner.models.latent import LatentVariableModel
 
 GRID = 64  # images in a grid
-CHUNK = 250  # images drawn at once; part of what sample number i is, so it is no setting
+CHUNK = 250  # images drawn at once; sample number i depends on it, so it is no setting
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from lpc_runner.evaluation.evaluator import (
 from lpc_runner.evaluation.posterior import Means, chain_means, joined, posterior_means
 from lpc_runner.models.latent import LatentVariableModel
 
-CHUNK = 260  # trials that share one draw of noise; part of what a number is, so it is no setting
+CHUNK = 260  # trials that share one draw of noise; results depend on it, so it is no setting
 PER_TRIAL = "nats per trial"
 
 

@@ -1,4 +1,4 @@
-"""What the parts of an update offer: the protocol of each group, with the default of whatever may be left out.
+"""The protocols of the parts of an update, one for each group, with the defaults of what may be left out.
 
 Abstract methods must be there. All else is read by `schema.declared`, so a class need not inherit from its protocol;
 one that does has the defaults as its own.
@@ -17,11 +17,11 @@ from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import declared
 
-Mean = Callable[[Tensor], Tensor]  # rows (b, ...) -> their mean over the batch of all ranks, (1, ...)
+Mean = Callable[[Tensor], Tensor]  # rows (b, ...) of this rank -> the mean over the batch of all ranks, (1, ...)
 
 
 class Part:
-    """What every part may say.
+    """What every part may define.
 
     A part of a chain (the sampler, its `step_size`, its `preconditioner`) may learn between updates. After a chain,
     `contribution` says what the part takes from it, the values are averaged over the ranks with the gradients, and once
@@ -43,14 +43,14 @@ class Part:
         return {}
 
     def usable(self, averaged: dict[str, Tensor]) -> Tensor | None:
-        """Whether an update should be made from these chains, 0-d; None: this part never minds."""
+        """Whether an update should be made from these chains, 0-d; None: this part has no objection to any."""
         return None
 
     def observe(self, averaged: dict[str, Tensor]) -> None:
         """An update was made; averaged: the contributions to it, means over the rows of all ranks."""
 
     def pass_over(self, averaged: dict[str, Tensor], finite: Tensor) -> bool:
-        """In place of `observe`: none was made, as one part minds or numbers are not finite. Whether to go on."""
+        """Instead of `observe`, where a part objected or numbers are not finite: no update was made. Whether to go on."""
         return False
 
     def scalars(self) -> dict[str, Tensor]:
@@ -192,10 +192,17 @@ def require_shareable(sampler: Any, latent_dim: int) -> None:
     if sampler.num_steps == 0:
         return
     taken: list[Tensor] = []
+
+    def record(rows: Tensor) -> Tensor:
+        taken.append(rows.mean(0, keepdim=True))
+        return taken[-1]
+
+    def replay(rows: Tensor) -> Tensor:
+        return taken.pop(0) if taken else torch.full_like(rows[:1], torch.nan)
+
     whole, part = sampler, sampler
     if declared(sampler, Sampler, "couples_batch"):
-        whole = over_ranks(sampler, lambda rows: taken.append(rows.mean(0, keepdim=True)) or taken[-1])
-        part = over_ranks(sampler, lambda rows: taken.pop(0) if taken else torch.full_like(rows[:1], torch.nan))
+        whole, part = over_ranks(sampler, record), over_ranks(sampler, replay)
     together = _moves(whole, latent_dim, torch.arange(4))[ROWS]
     alone = _moves(part, latent_dim, ROWS)
     rounding = 1e-4 * float(together.abs().mean())

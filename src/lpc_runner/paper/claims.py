@@ -63,12 +63,12 @@ def study_answers(study: Study) -> list[Answer]:
             check, featured = CHECKS[claim.id]
             for setting in main_settings(groups) or [None] if featured else [None]:
                 extractor = "" if setting is None else setting.extractor
-                for finding in _said(check(Evidence(dataset, groups, setting))):
+                for finding in _of_cells_that_compare(check(Evidence(dataset, groups, setting))):
                     answers.append(Answer(claim, dataset, extractor, finding.cell, finding.verdict, finding.text))
     return answers
 
 
-def _said(findings: Sequence[Finding]) -> list[Finding]:
+def _of_cells_that_compare(findings: Sequence[Finding]) -> list[Finding]:
     """The cells that have something to be compared with; where none has, the one that lacks least."""
     matched = [finding for finding in findings if not finding.unlike]
     return matched or [min(findings, key=lambda finding: finding.unlike)]

@@ -30,7 +30,7 @@ from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.runs import CHANGES_NO_RESULT, RunDirectory
 from lpc_runner.training.trainer import Interrupted
 
-# What may differ from the run when it is looked at again: everything else would make it another run.
+# What may differ from the run when it is read again: anything else would make it another run.
 _CHANGEABLE = ("metrics", "device", "num_threads", "data_dir", "dataset")
 
 
@@ -57,7 +57,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     """
     directory = RunDirectory.open(run_dir)
     cfg = _read_config(directory.path / "config.yaml")
-    # How the chain was computed in training is nothing to those who look, perhaps on a machine without a GPU.
+    # How the chain was computed in training does not matter here, perhaps on a machine without a GPU.
     cfg.device, cfg.engine, cfg.precision = device, "auto", "fp32"
     choices = dict(directory.description()["choices"])
     for override in overrides:
@@ -194,7 +194,7 @@ def _require_runs_here(composed: Composed) -> None:
 
 @contextmanager
 def _left_as_it_was() -> Iterator[None]:
-    """What a run sets for its whole process is undone."""
+    """Undo what a run sets for the whole process."""
     environment, threads = dict(os.environ), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:

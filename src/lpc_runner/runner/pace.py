@@ -73,7 +73,7 @@ def _what_costs(run: Planned) -> str:
     values = as_dict(run.cell.cfg, resolve=True)
     kept = {group: copy.deepcopy(values[group]) for group in _SLOWING}
     kept["sampler"].pop("num_steps", None)
-    for group in ("preconditioning", "optimizer"):  # their numbers cost nothing, their kind does
+    for group in ("preconditioning", "optimizer"):  # their class determines the time, their values do not
         kept[group] = kept[group]["_target_"]
     experiment = run.experiment
     engine = [type(experiment.engine).__name__, experiment.engine.precision]

@@ -78,7 +78,7 @@ def execute(planned: Planned) -> dict[str, Any]:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
             reason = masked(reason)
-            with suppress(OSError):  # on a full disk there may be no room for the news of it either
+            with suppress(OSError):  # a full disk may have no room for this record either
                 directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             if isinstance(error, torch.OutOfMemoryError):
                 raise _out_of_memory(planned, reason) from error

@@ -39,7 +39,7 @@ class MetricLog:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             written = self._file.write(line)
-            if written != len(line):  # a full disk takes part of a line without an error; the rest tells which
+            if written != len(line):  # a full disk takes part of a line without an error; writing the rest raises it
                 self._file.write(line[written:])
         except OSError as error:
             self._cut(self._offset)

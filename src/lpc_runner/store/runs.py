@@ -1,4 +1,4 @@
-"""Run directories: where they lie, what state they are in, who works in them. Knows no model and no torch."""
+"""Run directories: where they are, what state they are in, which process runs them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lpc_runner.base.files import LACKING, is_held, lock_on, remove_temporary, s
 
 State = Literal["new", "resume", "done"]
 DONE = ("finished", "diverged")
-# Top-level settings that say where things lie, who watches and how fast: none of them changes what is computed, beyond
-# the rounding in which numbers of threads and engines differ. (`precision` does.) Of the device this holds for its law
-# alone: CPU and CUDA draw other numbers from one seed. Every session records its kind.
+# Top-level settings of places, tracking and speed. They change no result beyond rounding, in which numbers of threads
+# and engines differ (`precision` does change results). The device is one of them: CPU and CUDA draw different numbers
+# from one seed, of the same distribution, and every session records the kind of its device.
 CHANGES_NO_RESULT = (
     "study",
     "optimized_metric",
@@ -35,7 +35,7 @@ CHANGES_NO_RESULT = (
     "runs_per_gpu",
     "tuned",
 )
-# Keys that options have got since, with the value of the runs before them: such a value says no more than no key.
+# Keys that options got later, with the value of the runs before them: a key of this value counts like no key.
 FIRST_VALUES = {
     "model.activation": "silu",
     "dataset.binarise": "none",
@@ -62,7 +62,7 @@ _RESULT = {
     "state_measured": str,
     "diverged_at": dict | None,
 }
-# What only whoever has the run's lock writes: a temporary file of these belongs to a process that was killed.
+# Written only by the process that has the run's lock: a temporary file of these was left by one that was killed.
 _LOCKED = ("result.json", "run.json", "config.yaml", "trajectories.npz", "checkpoints/*", "traces/*")
 _WRITTEN_AGAIN = {
     "result.json": "the run's command measures again, from its last checkpoint",
@@ -95,7 +95,7 @@ def checkpoint_files(folder: Path) -> list[CheckpointFile]:
 
 
 def follow(entry: Path) -> Path:
-    """Where an entry of outputs/<study> leads: a run's folder, or a link to it, is itself what it leads to.
+    """The run that an entry of outputs/<study> stands for: a folder, or a symbolic link to one, is returned as it is.
 
     Where the file system has no symbolic links, a small file that holds the relative path stands for one, as archives
     and version control write it there too.
@@ -289,7 +289,7 @@ class RunDirectory:
         lock = lock_on(self.path / ".lock")
         owner = self.path / ".owner"
         try:
-            lock.acquire(timeout=0.2)  # whoever only looks (`owner`) has it for an instant
+            lock.acquire(timeout=0.2)  # `owner` of another process holds it for an instant
         except Timeout:
             who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
             raise Occupied(f"{self.path} is being run by {who}") from None

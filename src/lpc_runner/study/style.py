@@ -29,7 +29,7 @@ NAMES = {
     "recall": "recall (higher is better)",
     "train/elbo": "ELBO of training batches\n(nats per example)",
 }
-SHOWN = (*FRECHET, "density", "coverage")  # of which the paper speaks
+SHOWN = (*FRECHET, "density", "coverage")  # the metrics that the paper reports
 HARD = "\N{NO-BREAK SPACE}"
 LOGARITHMIC = (*FRECHET, "kid")  # where they span more than a decade
 OBJECTIVES = {"forward": "forward KL", "reverse": "reverse KL", "jeffreys": "Jeffreys", "prior": "no warm start"}

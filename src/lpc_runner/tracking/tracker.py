@@ -17,7 +17,7 @@ _logger = logging.getLogger("lpc_runner")
 
 
 class Sink(ABC):
-    """Where numbers go besides metrics.jsonl; what it raises costs the run that sink and nothing else.
+    """Where numbers go besides metrics.jsonl. An error that it raises disables this sink; the run goes on.
 
     Made once per run, with the values of its YAML file and those of these that its constructor takes: run_id, name,
     group (the study), config, folder (the run's), resume_step (updates made before), more_tags (further studies). All
@@ -90,7 +90,7 @@ class Tracker:
         for sink in list(self._sinks):
             try:
                 declared(sink, Sink, method)(*values)
-            except Exception as error:  # a sink is a convenience: whatever it raises, training goes on
+            except Exception as error:  # whatever a sink raises, training goes on
                 self._sinks.remove(sink)
                 self._broken.append(sink)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())

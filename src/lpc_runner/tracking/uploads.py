@@ -51,13 +51,18 @@ class _Replay(WandbTracker):
         import wandb
 
         if not self._takes(update):
-            for name, path in row.pictures.items():  # pictures travel apart: the row may have arrived without them
+            for (
+                name,
+                path,
+            ) in (
+                row.pictures.items()
+            ):  # pictures are uploaded apart from their row, which may have arrived without them
                 wandb.Image(str(path)).bind_to_run(self._run, name, update)
             return 0
         epoch = {} if row.epoch is None else {"epoch": row.epoch}
         images = {name: wandb.Image(str(path)) for name, path in row.pictures.items()}
         self._run.log({}, step=update)  # wandb names pictures by the step that it is at before it takes the row
-        # In one piece: of a row logged in parts, a kill in between would leave a part that no second try can mend.
+        # In one call: a kill between two would leave part of a row, which no second try could complete.
         self._run.log({**epoch, **row.values, **images}, step=update, commit=True)
         return 1
 
@@ -65,7 +70,7 @@ class _Replay(WandbTracker):
         """Stop without waiting for uploads, which the next try makes up for."""
         self._run = None
         tear_down()
-        self._places.restore()
+        self._folders.restore()
 
     def _say_unfinished(self, seconds: float) -> None:
         raise UserError(f"W&B did not take all of {self._directory.name} within {seconds:.0f} s: run this again")

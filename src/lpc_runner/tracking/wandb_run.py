@@ -14,7 +14,7 @@ from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.store.runs import DONE, last_row
 from lpc_runner.tracking.tracker import Sink, Status
 from lpc_runner.tracking.wandb_service import (
-    Places,
+    LocalFolders,
     destination,
     note_published,
     one_line,
@@ -98,14 +98,14 @@ class WandbTracker(Sink):
         if not under_agent():  # which has chosen these three itself
             what |= {"id": run_id, "resume": "allow", "project": project, "entity": entity}
         self._repeated = self._logged_before()
-        self._places = Places(folder)
+        self._folders = LocalFolders(folder)
         try:
             self._start(what)
         except BaseException:
-            self._places.restore()
+            self._folders.restore()
             raise
         if self._run is None:
-            self._places.restore()
+            self._folders.restore()
         elif resume_step:
             self._run.summary["resumed_at"] = resume_step
 
@@ -144,7 +144,7 @@ class WandbTracker(Sink):
         finally:
             if suspect:  # a dead service or one that waits for a network would trip or block W&B's exit hook
                 tear_down()
-            self._places.restore()
+            self._folders.restore()
 
     def _say_unfinished(self, seconds: float) -> None:
         _logger.warning(
@@ -174,7 +174,7 @@ class WandbTracker(Sink):
             if asked in ("auto", "online"):
                 self.mode, reason = reachable_mode(asked)
             self._open(what)
-        except Exception as error:  # pydantic's, asyncio's, the system's: W&B lets all of them through
+        except Exception as error:  # errors of pydantic, asyncio and the system come through W&B
             reason = one_line(error)
             if asked == "online":
                 tear_down()

@@ -91,7 +91,7 @@ def one_line(error: BaseException) -> str:
     return _KEY.sub("***", text.replace(key, "***") if key else text)[:300]
 
 
-class Places:
+class LocalFolders:
     """W&B's folders in the environment, all below `folder`, until `restore` puts back what was there."""
 
     def __init__(self, folder: Path) -> None:
@@ -127,7 +127,7 @@ def online(purpose: str) -> Iterator[None]:
     if mode != "online":
         raise UserError(f"{purpose} needs W&B online, but WANDB_MODE={mode}: unset it")
     with TemporaryDirectory(prefix="lpc_runner") as folder:
-        places = Places(Path(folder))
+        folders = LocalFolders(Path(folder))
         try:
             try:
                 start_service()
@@ -141,7 +141,7 @@ def online(purpose: str) -> Iterator[None]:
             raise UserError(f"{purpose}: {one_line(error)}") from error
         finally:
             tear_down()
-            places.restore()
+            folders.restore()
 
 
 @functools.cache  # a sweep asks for every cell
@@ -151,7 +151,7 @@ def require_online(purpose: str) -> None:
         pass
 
 
-NAME = "published.json"
+PUBLISHED = "published.json"
 
 
 def destination(server: str, entity: str, project: str) -> str:
@@ -161,7 +161,7 @@ def destination(server: str, entity: str, project: str) -> str:
 
 def read_published(folder: Path) -> dict[str, dict[str, Any]]:
     """By destination: `run_id` there, the `studies` that its group and tags name, `complete`. UserError if damaged."""
-    path = Path(folder) / NAME
+    path = Path(folder) / PUBLISHED
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -173,4 +173,4 @@ def read_published(folder: Path) -> dict[str, dict[str, Any]]:
 def note_published(folder: Path, place: str, run_id: str, studies: Sequence[str], *, complete: bool) -> None:
     """Note that `place` has this run under `run_id`; complete: the server says it holds everything. OSError."""
     marks = read_published(folder) | {place: {"run_id": run_id, "studies": list(studies), "complete": complete}}
-    write_atomically(Path(folder) / NAME, json.dumps(marks, indent=2) + "\n")
+    write_atomically(Path(folder) / PUBLISHED, json.dumps(marks, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """What a run keeps of its chains, for pictures: two training batches step by step, and trajectories of the result.
 
-Every run records the same, so that no figure needs runs of its own.
+Every run records these, so that figures need no further runs.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Combined:
     z: this rank's last latents, (B, d). chain: None where the objective has none. scalars: logged quantities, each a
     0-d tensor. finite: 0-d bool, whether every gradient is finite. num_evaluations: gradients of log p(x, z) of one
     example that this took, on all ranks. stop: 0-d, ranks that were signalled. contributions: what each of the
-    sampler's `parts_of` took from the chain, averaged over the ranks. usable: 0-d bool, whether none of them minds.
+    sampler's `parts_of` took from the chain, averaged over the ranks. usable: 0-d bool, whether none of them objects.
     """
 
     z: Tensor
