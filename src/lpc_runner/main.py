@@ -181,7 +181,7 @@ def _interruptible() -> Iterator[None]:
 
 @functools.cache  # one watch per worker, which takes many runs: a second SIGTERM would end it unsaved
 def _watch_main() -> threading.Event | None:
-    """Have a worker of a parallel sweep get SIGTERM, so that it saves its run, once the command that started it is gone.
+    """Send SIGTERM to a parallel sweep's worker, so that it saves its run, once the command that started it is gone.
 
     Returns an event that is set when this happens; None in the command's own process, in which joblib makes the runs of
     a single worker: there Ctrl-C saves as it does without a launcher.
@@ -243,8 +243,8 @@ def job(cfg: DictConfig) -> float | None:
         _log_failure(error, ranks)
         if ranks.size > 1:
             raise SystemExit(1) from None  # the other ranks wait for this one: torchrun ends or restarts all of them
-        # Only a sweeper that searches gets the error, and decides how many it accepts. Hydra's basic sweeper would report
-        # this failure alone and hide the others, which `main` names.
+        # Only a sweeper that searches gets the error, and decides how many it accepts. Hydra's basic sweeper would
+        # report this failure alone and hide the others, which `main` names.
         if is_proposed():
             raise
         return None

@@ -36,7 +36,7 @@ def plain_name(text: str) -> str:
 
 
 def require_folder(folder: Path, key: str) -> Path:
-    """`folder` or its nearest parent that exists. Raises UserError, which names the setting `key`, if that is a file."""
+    """`folder` or its nearest parent that exists. Raises UserError, naming the setting `key`, if that is a file."""
     folder = folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():

@@ -62,8 +62,8 @@ def _variants(path: Path) -> dict[str, Any]:
 class FileConfigSource(file_config_source.FileConfigSource):
     """A folder of groups as Hydra reads it, with the variants.
 
-    It has the name of Hydra's class, which it replaces: a worker registers Hydra's again, and would refuse a second class
-    of another name.
+    It has the name of Hydra's class, which it replaces: a worker registers Hydra's again, and would refuse a class of
+    another name beside it.
     """
 
     def is_config(self, config_path: str) -> bool:

@@ -50,7 +50,7 @@ class Part:
         """An update was made; averaged: the contributions to it, means over the rows of all ranks."""
 
     def pass_over(self, averaged: dict[str, Tensor], finite: Tensor) -> bool:
-        """Instead of `observe`, where a part objected or numbers are not finite: no update was made. Whether to go on."""
+        """Instead of `observe`: no update was made, for a part objected or numbers are not finite. Whether to go on."""
         return False
 
     def scalars(self) -> dict[str, Tensor]:

@@ -51,12 +51,8 @@ class _Replay(WandbTracker):
         import wandb
 
         if not self._takes(update):
-            for (
-                name,
-                path,
-            ) in (
-                row.pictures.items()
-            ):  # pictures are uploaded apart from their row, which may have arrived without them
+            # Pictures are uploaded apart from their row, which may have arrived without them.
+            for name, path in row.pictures.items():
                 wandb.Image(str(path)).bind_to_run(self._run, name, update)
             return 0
         epoch = {} if row.epoch is None else {"epoch": row.epoch}
