@@ -101,10 +101,7 @@ class NoMetrics(Metrics):
     data_kinds = ("spike counts", "real-valued series")
     every_epochs = 0
 
-    def require(self, dataset, cache_dir):
-        pass
-
-    def evaluator(self, dataset, data, cache_dir, device, seed):
+    def evaluator(self, setup):
         raise NotImplementedError
 
     def label(self, facts):

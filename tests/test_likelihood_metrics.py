@@ -18,6 +18,7 @@ from lpc_runner.data.dataset import Data, Split
 from lpc_runner.evaluation import log_likelihood
 from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.calibration import PosteriorMetrics
+from lpc_runner.evaluation.evaluator import Setup
 from lpc_runner.evaluation.log_likelihood import LikelihoodMetrics
 from lpc_runner.inference.interfaces import Sampler
 from lpc_runner.inference.samplers import Info, State
@@ -67,7 +68,8 @@ def linear():
 
 
 def evaluator(data, tmp_path, metrics=None, dataset=None, ranks=SINGLE):
-    return (metrics or likelihood_metrics()).evaluator(dataset or Reals(), data, tmp_path, "cpu", 0, ranks)
+    setup = Setup(dataset or Reals(), data, tmp_path, "cpu", 0, ranks)
+    return (metrics or likelihood_metrics()).evaluator(setup)
 
 
 def test_the_numbers_are_near_the_evidence_and_say_how_near(linear, tmp_path, caplog):

@@ -14,6 +14,7 @@ from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
 from lpc_runner.evaluation import spike_metrics
+from lpc_runner.evaluation.evaluator import Setup
 from lpc_runner.evaluation.sequence_metrics import SequenceQuality
 from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
@@ -64,7 +65,7 @@ class Made(SequenceDataset):
 
 
 def evaluator_of(dataset, seed=0, **settings):
-    return SequenceQuality(**(SETTINGS | settings)).evaluator(dataset, dataset.data, None, "cpu", seed)
+    return SequenceQuality(**(SETTINGS | settings)).evaluator(Setup(dataset, dataset.data, None, "cpu", seed))
 
 
 def langevin(num_steps=10):

@@ -23,7 +23,7 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     # These load torch, which the command has something to tell before.
     from lpc_runner.base.schema import declared
     from lpc_runner.base.tensors import exact_arithmetic
-    from lpc_runner.evaluation.evaluator import Evaluator
+    from lpc_runner.evaluation.evaluator import Evaluator, Setup
     from lpc_runner.runner.in_python import load
     from lpc_runner.runner.plan import feature_cache
     from lpc_runner.runner.run import set_up_torch
@@ -37,7 +37,8 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
     metrics, dataset, cache = run.experiment.metrics, run.experiment.dataset, feature_cache(run.cfg)
     _require_data(run)
     metrics.require(dataset, cache)
-    evaluator = metrics.evaluator(dataset, dataset.load(), cache, run.experiment.device, run.experiment.seed)
+    setup = Setup(dataset, dataset.load(), cache, run.experiment.device, run.experiment.seed)
+    evaluator = metrics.evaluator(setup)
     with exact_arithmetic():
         numbers, facts = evaluator.final(run)
     stem = metrics.label(facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.ranks import SINGLE, Ranks
+from lpc_runner.base.ranks import SINGLE
 from lpc_runner.base.schema import PositiveFloat, PositiveInt, at_least, checked, declared
 from lpc_runner.base.tensors import generator
-from lpc_runner.data.dataset import Data, Dataset
 from lpc_runner.evaluation import diagnostics
 from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
-from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Trained, finite, is_amortised
+from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Setup, Trained, finite, is_amortised
 from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut, require_examples
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
@@ -62,20 +61,9 @@ class PosteriorMetrics(Metrics):
         self.num_chains, self.num_chain_steps, self.ais = num_chains, num_chain_steps, ais
         self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
 
-    def require(self, dataset: Dataset, cache_dir: Path) -> None:
-        """Nothing to fetch."""
-
-    def evaluator(
-        self,
-        dataset: Dataset,
-        data: Data,
-        cache_dir: Path,
-        device: torch.device | str,
-        seed: int,
-        ranks: Ranks = SINGLE,
-    ) -> Evaluator:
-        require_examples(dataset, data, "posterior")
-        return PosteriorEvaluator(dataset, data, self, device, seed) if ranks.is_main else Idle()
+    def evaluator(self, setup: Setup) -> Evaluator:
+        require_examples(setup, "posterior")
+        return PosteriorEvaluator(setup, self) if setup.ranks.is_main else Idle()
 
     def names(self) -> tuple[str, ...]:
         return tuple(NOTES)
@@ -112,10 +100,8 @@ class Start:
 class PosteriorEvaluator(HeldOut):
     """Measures the run's sampler on simulated and on test examples."""
 
-    def __init__(
-        self, dataset: Dataset, data: Data, settings: PosteriorMetrics, device: torch.device | str, seed: int
-    ) -> None:
-        super().__init__(dataset, data, device, seed, SINGLE)
+    def __init__(self, setup: Setup, settings: PosteriorMetrics) -> None:
+        super().__init__(replace(setup, ranks=SINGLE))
         self.settings, self.index = settings, self.chosen(settings.num_examples)
         self.ranks_found: np.ndarray | None = None  # of the last measurement, for the picture
         self.num_values = settings.num_states + 1

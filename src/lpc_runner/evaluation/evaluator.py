@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeGuard
 
@@ -113,6 +114,22 @@ class Idle(Evaluator):
         return {}
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What an evaluator measures on.
+
+    data: both splits of `dataset`. cache_dir: for what can be computed again. seed: the run's, which names its draws.
+    ranks: the processes that measure together.
+    """
+
+    dataset: Any
+    data: Data
+    cache_dir: Path
+    device: torch.device | str
+    seed: int
+    ranks: Ranks = SINGLE
+
+
 class Metrics(ABC):
     """What a user chooses to measure (the group `metrics`); constructing it loads nothing.
 
@@ -122,9 +139,9 @@ class Metrics(ABC):
     data_kinds: ClassVar[tuple[str, ...]]
     every_epochs: int
 
-    @abstractmethod
     def require(self, dataset: Dataset, cache_dir: Path) -> None:
-        """UserError (one line) when weights or examples are missing; loads no data."""
+        """UserError (one line) when weights or examples are missing; loads no data. By default nothing is needed."""
+        del dataset, cache_dir
 
     def to_fetch(self, dataset: Dataset, cache_dir: Path) -> str | None:
         """What `require` would download, and where to; None if nothing."""
@@ -132,16 +149,8 @@ class Metrics(ABC):
         return None
 
     @abstractmethod
-    def evaluator(
-        self,
-        dataset: Dataset,
-        data: Data,
-        cache_dir: Path,
-        device: torch.device | str,
-        seed: int,
-        ranks: Ranks = SINGLE,
-    ) -> Evaluator:
-        """References read from `cache_dir` or computed. seed: the run's, which names its samples. UserError."""
+    def evaluator(self, setup: Setup) -> Evaluator:
+        """What measures, its references read from the cache or computed. Raises UserError."""
 
     def names(self) -> tuple[str, ...] | None:
         """Every name that a number of `Evaluator.final` can have; None where they are not known before it."""

@@ -18,15 +18,15 @@ from torch import Tensor
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.likelihoods import draw
-from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import generator, hash_of_tensors
-from lpc_runner.data.dataset import Batch, Data, Dataset
+from lpc_runner.data.dataset import Batch
 from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability, prior_of
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
     Metrics,
+    Setup,
     Trained,
     evaluating,
     evenly_spaced,
@@ -50,8 +50,9 @@ _log = logging.getLogger(__name__)
 class HeldOut(Evaluator):
     """An evaluator of any kind of data by its test examples x and the start q of chains, which may simulate its own."""
 
-    def __init__(self, dataset: Dataset, data: Data, device: torch.device | str, seed: int, ranks: Ranks) -> None:
-        self.dataset, self.data, self.device, self.seed, self.ranks = dataset, data, torch.device(device), seed, ranks
+    def __init__(self, setup: Setup) -> None:
+        self.dataset, self.data, self.device = setup.dataset, setup.data, torch.device(setup.device)
+        self.seed, self.ranks = setup.seed, setup.ranks
 
     def draw_data(self, folder: Path) -> None:
         if self.dataset.kind == "images":
@@ -127,20 +128,9 @@ class LikelihoodMetrics(Metrics):
         self.ais, self.num_examples, self.num_simulated = ais, num_examples, num_simulated
         self.num_importance_samples, self.every_epochs = num_importance_samples, every_epochs
 
-    def require(self, dataset: Dataset, cache_dir: Path) -> None:
-        """Nothing to fetch."""
-
-    def evaluator(
-        self,
-        dataset: Dataset,
-        data: Data,
-        cache_dir: Path,
-        device: torch.device | str,
-        seed: int,
-        ranks: Ranks = SINGLE,
-    ) -> Evaluator:
-        require_examples(dataset, data, "likelihood")
-        return LikelihoodEvaluator(dataset, data, self, Path(cache_dir), device, seed, ranks)
+    def evaluator(self, setup: Setup) -> Evaluator:
+        require_examples(setup, "likelihood")
+        return LikelihoodEvaluator(setup, self)
 
     def names(self) -> tuple[str, ...]:
         return tuple(NOTES)
@@ -149,10 +139,10 @@ class LikelihoodMetrics(Metrics):
         return f"likelihood-k{facts['num_chains']}-s{facts['num_temperatures']}-n{facts['num_examples']}"
 
 
-def require_examples(dataset: Dataset, data: Data, option: str) -> None:
+def require_examples(setup: Setup, option: str) -> None:
     """Raises UserError (one line) where there are too few test examples for a standard error."""
-    if len(data.test) < 2:
-        raise UserError(f"{dataset.name} has {len(data.test)} test example, metrics={option} needs at least 2")
+    if (count := len(setup.data.test)) < 2:
+        raise UserError(f"{setup.dataset.name} has {count} test example, metrics={option} needs at least 2")
 
 
 NOTES = {
@@ -175,18 +165,9 @@ class LikelihoodEvaluator(HeldOut):
     Of several ranks, each has a share of the examples.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        data: Data,
-        settings: LikelihoodMetrics,
-        cache_dir: Path,
-        device: torch.device | str,
-        seed: int,
-        ranks: Ranks,
-    ) -> None:
-        super().__init__(dataset, data, device, seed, ranks)
-        self.settings, self.cache_dir = settings, cache_dir
+    def __init__(self, setup: Setup, settings: LikelihoodMetrics) -> None:
+        super().__init__(setup)
+        self.settings, self.cache_dir = settings, Path(setup.cache_dir)
         self.index = self.chosen(settings.num_examples)
 
     def during(self, trained: Trained) -> dict[str, float]:

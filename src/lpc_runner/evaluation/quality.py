@@ -33,7 +33,7 @@ from lpc_runner.evaluation.distances import (
     squared_radii,
     within_term,
 )
-from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Trained, finite
+from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Setup, Trained, finite
 from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor, pretrained
 from lpc_runner.evaluation.samples import draw_image_data, draw_images, draw_levels, sample_images, share_of
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
@@ -164,17 +164,9 @@ class SampleQuality(Metrics):
             return None
         return Inception(dataset.shape[0], Path(cache_dir), self.weights).to_fetch()
 
-    def evaluator(
-        self,
-        dataset: Dataset,
-        data: Data,
-        cache_dir: Path,
-        device: torch.device | str,
-        seed: int,
-        ranks: Ranks = SINGLE,
-    ) -> Evaluator:
-        measurer = self.prepare(data, dataset.identity(), cache_dir, device)
-        return ImageEvaluator(dataset, data, measurer, seed, ranks)
+    def evaluator(self, setup: Setup) -> Evaluator:
+        measurer = self.prepare(setup.data, setup.dataset.identity(), setup.cache_dir, setup.device)
+        return ImageEvaluator(setup, measurer)
 
     def names(self) -> tuple[str, ...]:
         suffix = "" if self.extractor == "inception" else f"_{self.extractor}"
@@ -304,8 +296,9 @@ def _choose(split: Split, limit: int | None, stream: str) -> Tensor:
 class ImageEvaluator(Evaluator):
     """Sample quality by features, and on the test split what the encoder says; seed: which images are drawn."""
 
-    def __init__(self, dataset: Dataset, data: Data, measurer: Measurer, seed: int, ranks: Ranks) -> None:
-        self.dataset, self.data, self.measurer, self.seed, self.ranks = dataset, data, measurer, seed, ranks
+    def __init__(self, setup: Setup, measurer: Measurer) -> None:
+        self.dataset, self.data, self.measurer = setup.dataset, setup.data, measurer
+        self.seed, self.ranks = setup.seed, setup.ranks
 
     def during(self, trained: Trained) -> dict[str, float]:
         count = self.measurer.num_samples_during

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
-from lpc_runner.data.dataset import Batch, Data, Dataset
+from lpc_runner.data.dataset import Batch
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
 from lpc_runner.evaluation import kalman, spike_metrics
 from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
@@ -23,6 +22,7 @@ from lpc_runner.evaluation.evaluator import (
     Evaluator,
     Idle,
     Metrics,
+    Setup,
     Trained,
     evaluating,
     evenly_spaced,
@@ -64,23 +64,10 @@ class SequenceQuality(Metrics):
         self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
         self.num_posterior_samples, self.every_epochs = num_posterior_samples, every_epochs
 
-    def require(self, dataset: Dataset, cache_dir: Path) -> None:
-        """Nothing to fetch."""
-
-    def evaluator(
-        self,
-        dataset: SequenceDataset,
-        data: Data,
-        cache_dir: Path,
-        device: torch.device | str,
-        seed: int,
-        ranks: Ranks = SINGLE,
-    ) -> Evaluator:
-        if len(data.test) < 2:
-            raise UserError(f"{dataset.name} has {len(data.test)} validation trial, metrics=sequences needs at least 2")
-        if not ranks.is_main:
-            return Idle()
-        return SequenceEvaluator(dataset, data, self, device, seed)
+    def evaluator(self, setup: Setup) -> Evaluator:
+        if (count := len(setup.data.test)) < 2:
+            raise UserError(f"{setup.dataset.name} has {count} validation trial, metrics=sequences needs at least 2")
+        return SequenceEvaluator(setup, self) if setup.ranks.is_main else Idle()
 
     def label(self, facts: dict[str, object]) -> str:
         return f"sequences-k{facts['num_importance_samples']}-n{facts['num_gap_trials']}-{facts['split']}"
@@ -120,10 +107,10 @@ class Inferred:
 class SequenceEvaluator(Evaluator):
     """Measures on the test split; seed names every draw, so that runs of one seed share their noise."""
 
-    def __init__(
-        self, dataset: SequenceDataset, data: Data, settings: SequenceQuality, device: torch.device | str, seed: int
-    ) -> None:
-        self.dataset, self.data, self.settings, self.seed = dataset, data, settings, seed
+    def __init__(self, setup: Setup, settings: SequenceQuality) -> None:
+        dataset: SequenceDataset = setup.dataset
+        data, device = setup.data, setup.device
+        self.dataset, self.data, self.settings, self.seed = dataset, data, settings, setup.seed
         self.held_out = dataset.num_held_out
         self.held_in = slice(0, dataset.shape[1] - self.held_out)
         self.values = data.test.values.to(device)

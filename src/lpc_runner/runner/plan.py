@@ -20,7 +20,7 @@ from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import run_hash, run_name
 from lpc_runner.data.dataset import Batches, Data
 from lpc_runner.evaluation.bounds import BY_BLOCK
-from lpc_runner.evaluation.evaluator import Evaluator, Metrics
+from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Setup
 from lpc_runner.inference.interfaces import Objective, require_shareable
 from lpc_runner.store.runs import DONE, RunDirectory
 from lpc_runner.tracking.tracker import Sink
@@ -198,6 +198,5 @@ def evaluator_of(planned: Planned, data: Data) -> Evaluator:
     experiment = planned.experiment
     with planned.ranks.main_first():
         cache = feature_cache(planned.cell.cfg)
-        return experiment.metrics.evaluator(
-            experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks
-        )
+        setup = Setup(experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks)
+        return experiment.metrics.evaluator(setup)
