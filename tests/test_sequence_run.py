@@ -11,7 +11,8 @@ from conftest import cells_of, only_run, plan_of, result_of
 
 import lpc_runner.sample
 from lpc_runner.config.build import build
-from lpc_runner.runner.plan import batches_of, build_learner
+from lpc_runner.runner.plan import build_learner
+from lpc_runner.runner.run import batches_of
 
 SMALL = (
     "device=cpu",

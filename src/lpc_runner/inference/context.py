@@ -34,11 +34,6 @@ class PersistentStates:
         """Remember z (B, d), all finite, of the examples index (B,)."""
         self.z[index] = z
 
-    def to(self, device: torch.device) -> PersistentStates:
-        """Move what is kept."""
-        self.z = self.z.to(device)
-        return self
-
     def state_dict(self) -> dict[str, Tensor]:
         return {"z": self.z}
 

@@ -79,9 +79,6 @@ class Cost:
 TABLE_4 = (Cost("LPC reverse", 24, 7), Cost("LPC jeffreys", 36, 11))
 TABLE_4_HARDWARE = "a GPU of 24 GB and 83 TFLOPS"
 
-# Figure 4: the range of step sizes swept; its inner values are not printed.
-FIGURE_4_STEP_SIZES = (0.001, 0.5)
-
 
 @dataclass(frozen=True)
 class Claim:

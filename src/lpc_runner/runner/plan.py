@@ -1,4 +1,4 @@
-"""The plan: cells checked, each with its place on disk; and what every rank of a run builds from it."""
+"""The plan of a command: its cells, each checked and with its place on disk; and the learner that a run trains."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from lpc_runner.base.tensors import seeded_layers
 from lpc_runner.config.build import Experiment, build
 from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import run_hash, run_name
-from lpc_runner.data.dataset import Batches, Data
 from lpc_runner.evaluation.bounds import BY_BLOCK
-from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Setup
+from lpc_runner.evaluation.evaluator import Metrics
 from lpc_runner.inference.interfaces import Objective, require_shareable
 from lpc_runner.store.runs import DONE, RunDirectory
 from lpc_runner.tracking.tracker import Sink
@@ -184,19 +183,3 @@ def build_learner(experiment: Experiment, ranks: Ranks = SINGLE, num_train: int 
         experiment.engine,
         num_train,
     )
-
-
-def batches_of(planned: Planned, data: Data) -> Batches:
-    """This rank's rows of every batch."""
-    experiment, size = planned.experiment, planned.experiment.trainer.batch_size
-    rows = planned.ranks.rows(size)
-    return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
-
-
-def evaluator_of(planned: Planned, data: Data) -> Evaluator:
-    """References and what they need; what has to be computed for them is rank 0's to compute and keep."""
-    experiment = planned.experiment
-    with planned.ranks.main_first():
-        cache = feature_cache(planned.cell.cfg)
-        setup = Setup(experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks)
-        return experiment.metrics.evaluator(setup)

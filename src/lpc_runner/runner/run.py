@@ -21,9 +21,9 @@ from lpc_runner.base.tensors import exact_arithmetic, keep_freed_memory
 from lpc_runner.config.build import Experiment
 from lpc_runner.config.identity import flat_keys
 from lpc_runner.config.options import as_dict
-from lpc_runner.data.dataset import Batches
-from lpc_runner.evaluation.evaluator import Evaluator
-from lpc_runner.runner.plan import Planned, batches_of, build_learner, evaluator_of
+from lpc_runner.data.dataset import Batches, Data
+from lpc_runner.evaluation.evaluator import Evaluator, Setup
+from lpc_runner.runner.plan import Planned, build_learner, feature_cache
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.environment import describe_environment, warn_of_another_device, warn_of_other_code
 from lpc_runner.store.log import MetricLog, final_numbers, rows_of
@@ -96,7 +96,7 @@ def _out_of_memory(planned: Planned, reason: str) -> UserError:
 
 
 def _train_and_measure(planned: Planned) -> dict[str, Any]:
-    """What result.json will hold. Every rank comes through here; rank 0 alone reads and writes the run's folder."""
+    """The content of result.json. Every rank runs this; rank 0 alone reads and writes the run's folder."""
     experiment, directory, is_main = planned.experiment, planned.directory, planned.ranks.is_main
     started = time.perf_counter()
     account = experiment.dataset.account()
@@ -111,7 +111,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
-    evaluator = evaluator_of(planned, data)
+    evaluator = _evaluator_of(planned, data)
     tracker = _open_tracker(planned) if is_main else Tracker(None)
     status = "failed"
     try:
@@ -163,6 +163,22 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         raise
     finally:
         tracker.close(status)
+
+
+def batches_of(planned: Planned, data: Data) -> Batches:
+    """This rank's rows of every batch."""
+    experiment, size = planned.experiment, planned.experiment.trainer.batch_size
+    rows = planned.ranks.rows(size)
+    return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
+
+
+def _evaluator_of(planned: Planned, data: Data) -> Evaluator:
+    """The evaluator with its references; rank 0 computes and keeps what the other ranks then read."""
+    experiment = planned.experiment
+    with planned.ranks.main_first():
+        cache = feature_cache(planned.cell.cfg)
+        setup = Setup(experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks)
+        return experiment.metrics.evaluator(setup)
 
 
 def _final(evaluator: Evaluator, learner: Learner, outcome: Outcome, device: str) -> dict[str, Any]:

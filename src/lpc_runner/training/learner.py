@@ -247,15 +247,6 @@ class Learner:
                 detail = str(error).strip().splitlines()[-1].strip()
                 raise UserError(f"trainer.init_from={source}: its {name} does not fit this one: {detail}") from None
 
-    def to(self, device: torch.device) -> Learner:
-        """Move model and encoder; call before the optimisers have state."""
-        self.model.to(device)
-        if self.encoder is not None:
-            self.encoder.to(device)
-        if self.kept is not None:
-            self.kept.to(device)
-        return self
-
 
 def _learning(sampler: Any) -> dict[str, Any]:
     """Those of a sampler and its parts that have a state, by their names in a checkpoint."""
