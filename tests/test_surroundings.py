@@ -30,7 +30,7 @@ import lpc_runner.sample
 from lpc_runner.base import files
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import flush_to_disk, is_held, lock_on, sync_folder, write_cache
-from lpc_runner.base.surroundings import said, settle
+from lpc_runner.base.surroundings import error_text, settle
 from lpc_runner.data.files import damage_named
 from lpc_runner.evaluation.quality import Reference
 from lpc_runner.runner import screen
@@ -377,7 +377,7 @@ def test_a_refusal_of_the_system_is_not_called_damage(error, tmp_path, monkeypat
     ],
 )
 def test_a_refusal_in_one_line(error, text):
-    assert said(error) == text
+    assert error_text(error) == text
 
 
 # Runs that move -------------------------------------------------------------------------------------------
