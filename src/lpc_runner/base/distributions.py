@@ -37,8 +37,8 @@ class _LogBinProbability(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-        # In place where a value is not needed again: this function's time is that of its passes over memory, and on a
-        # GPU that of its launches.
+        # In place where a value is not needed again: passes over memory, and launches on a GPU, take this function's
+        # time.
         unit = torch.exp(-log_scale) * math.sqrt(0.5)
         t = (mean - x).mul_(unit)  # in the mean's layout, for x may come in another
         sign = torch.ones_like(t).copysign_(t)
@@ -56,10 +56,10 @@ class _LogBinProbability(torch.autograd.Function):
         start = TAIL_START[x.dtype] * math.sqrt(0.5)
         is_tail = (near > start) & closed_near
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            # All elements in both ways rather than wait for the answer which are in the tail; the rest is discarded.
+            # Both forms of every element, one of which is discarded: asking where the tail is would wait for the device.
             tail, tail_at_near = _tail(near.clamp_min(start), far.clamp_min(start), decay)
             log_twice, at_near = torch.where(is_tail, tail, log_twice), torch.where(is_tail, tail_at_near, at_near)
-        elif bool(is_tail.any()):  # a CPU has the answer at once, and it is mostly no
+        elif bool(is_tail.any()):  # on a CPU asking does not wait, and mostly no element is in the tail
             where = is_tail.nonzero(as_tuple=True) if is_tail.ndim else ...
             log_twice[where], at_near[where] = _tail(near[where], far[where], decay[where])
 
@@ -230,7 +230,7 @@ class DiagonalGaussian:
 class BlockGaussian:
     """N(mean, L Lᵀ), L block-diagonal: mean (B, d); every factor holds n lower triangular blocks of it, (B, n, k, k).
 
-    It answers as DiagonalGaussian does wherever an update needs no forward KL.
+    It has DiagonalGaussian's methods, and serves every update without forward KL by two sums.
     """
 
     mean: Tensor

@@ -88,7 +88,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def remove_temporary(path: Path) -> None:
-    """Remove what a killed `write_atomically` left beside `path` (its name may be a pattern); nobody may be writing."""
+    """Remove what a killed `write_atomically` left beside `path` (its name may be a pattern); no process may write."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         left.unlink(missing_ok=True)
 

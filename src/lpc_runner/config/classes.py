@@ -1,7 +1,7 @@
-"""The name by which a run's hash and its config.yaml know a class of this package, wherever its file lies.
+"""Stable names of this package's classes, for run hashes and config.yaml, independent of where a class's file lies.
 
-A name is the path that the class had when it first came; it never changes, so that finished runs stay what they are.
-To move a class: move its file, give its new path in its YAML's `_target_`, and in its row here, on the right.
+A name is the first path that the class had; it never changes, so that the hashes of finished runs stay the same.
+To move a class: move its file, and give its new path in its YAML's `_target_` and on the right of its row here.
 A class from elsewhere has no row: its own `_target_` is its name.
 """
 

@@ -35,7 +35,7 @@ from lpc_runner.config.words import as_text, parsed, values_of
 _PLUGINS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
 
 
-# ${square:x} of a YAML file; what is no number is left to whoever checks x.
+# ${square:x} of a YAML file; what is not a number is left as it is, for the check of its own key.
 OmegaConf.register_new_resolver("square", lambda x: x * x if isinstance(x, int | float) else x, replace=True)
 # ${share:n,k} of a YAML file: a k-th of the whole number n, at least 1.
 OmegaConf.register_new_resolver("share", lambda n, k: max(n // k, 1) if isinstance(n, int) else n, replace=True)

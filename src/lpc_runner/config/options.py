@@ -61,7 +61,7 @@ def unknown_key(key: str, known: Collection[str]) -> str:
     if having := owners(group, name):
         return f"unknown key {key}: a key of {group}={', '.join(having)}"
     known = [name for name in known if name != key and not name.startswith("tuned") and "_target_" not in name]
-    # The same word spelt otherwise, in whichever group, is meant more often than another word of the same group.
+    # The same word spelt differently in any group is likelier to be meant than another word of the same group.
     same = [other for other in known if _plain(other.rpartition(".")[2]) == _plain(name)]
     if not same and (elsewhere := [group for group in groups() if owners(group, name)]):
         group = elsewhere[0]

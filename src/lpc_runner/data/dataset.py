@@ -111,7 +111,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, object]:
-        """What makes two datasets the same, wherever they lie: name, preprocessing, SHA-256 of user files."""
+        """What identifies the data, independent of their place: name, preprocessing, SHA-256 of user files."""
 
     @abstractmethod
     def prepare(self) -> None:

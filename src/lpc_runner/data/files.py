@@ -105,7 +105,7 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Header:
-    """dtype and shape of one array. fault: why it cannot be used, should somebody ask for it."""
+    """dtype and shape of one array. fault: why it cannot be used, empty if it can."""
 
     dtype: np.dtype
     shape: tuple[int, ...]

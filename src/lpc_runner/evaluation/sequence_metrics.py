@@ -248,8 +248,9 @@ class SequenceEvaluator(Evaluator):
     def _of_reconstruction(self, reconstruction: Tensor) -> dict[str, float]:
         """E_q[log p(x|z)] of the gap trials, (B,), and whether it explains their spikes better than the true rates do.
 
-        A draw from the true model's posterior has the law of the true z, so its rates score as the true ones on
-        average. Rates that score higher, by over two standard errors of the trials' differences, follow the spikes.
+        A draw from the true model's posterior is distributed as the true z is, so that its rates score as the true
+        ones do on average. Rates that score higher, by over two standard errors of the trials' differences, follow the
+        spikes.
         """
         numbers = {"reconstruction": float(reconstruction.mean())}
         if "rates" in self.extras and self.dataset.kind == COUNTS and len(reconstruction) > 1:

@@ -14,7 +14,7 @@ RIDGE = 1e-3  # penalty of the linear readouts, in units of the features' mean v
 def r_squared(estimate: Tensor, truth: Tensor) -> float:
     """1 - Σ (truth - estimate)² / Σ (truth - mean)², pooled over trials, bins and neurons.
 
-    The mean is each neuron's own over trials and bins, so that knowing how active a neuron is earns nothing. Float64.
+    The mean is each neuron's own over trials and bins, so that a neuron's mean rate alone gives 0. Float64.
     """
     truth, estimate = truth.double(), estimate.double()
     scatter = (truth - truth.mean((0, 1))).square().sum()

@@ -319,7 +319,7 @@ def stops(sampler) -> bool:
 
 
 def to_the_end(sampler):
-    """The same sampler, all of whose chains make T steps: for whoever measures a chain or draws it."""
+    """The same sampler, all of whose chains make T steps, for measurements and pictures."""
     if stops(sampler):
         sampler = copy.copy(sampler)
         sampler.stop = "never"

@@ -71,8 +71,8 @@ class Gradients:
     finite: bool = True
 
 
-def _nobody(gradients: Sequence[Tensor]) -> bool:
-    raise RuntimeError("a step of the encoder alone is the learner's to make")
+def _no_encoder_steps(gradients: Sequence[Tensor]) -> bool:
+    raise RuntimeError("only a learner makes steps of the encoder alone")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Context:
     engine: Eager = STEP_BY_STEP
     on_step: Callable[[Any, Any], None] | None = None
     judge: bool = False
-    update_encoder: Callable[[Sequence[Tensor]], bool] = _nobody
+    update_encoder: Callable[[Sequence[Tensor]], bool] = _no_encoder_steps
     kept: PersistentStates | None = None
 
     @property

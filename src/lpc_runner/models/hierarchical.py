@@ -42,7 +42,7 @@ class Hierarchical(LatentVariableModel):
     from the levels to x. between: hidden widths of each m_l, s_l, and of a top-down encoder's level. Both, and
     activation, are of dense levels. skip: whether x and every level read all levels above; else the next one alone.
     encoder: `factorised`, a diagonal Gaussian over e, or `top_down`, q(e_l | x, z above). One level is model=mlp, or
-    model=conv with one 1x1 map, whichever the encoder. Raises ValueError where levels and maps do not fit.
+    model=conv with one 1x1 map, for either encoder. Raises ValueError where levels and maps do not fit.
     """
 
     @checked
@@ -227,7 +227,7 @@ def _bottom_up(channels: int, side: int, maps: list[int]) -> nn.ModuleList:
 
 
 class _ByLevel(nn.Module):
-    """Features of x from the bottom up, and a head for every level, from them and what the levels above say."""
+    """Features of x from the bottom up, and a head for every level, from them and the levels above."""
 
     def __init__(self, model: Hierarchical, trunk: nn.ModuleList, heads: list[list[nn.Module]]) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class TopDownGaussian:
     features: tuple[Tensor, ...]
 
     def _walk(self, draw: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Tensor, DiagonalGaussian]:
-        """e (B, d), given by draw(level, mean, variance) from the top down, and the laws that it met."""
+        """e (B, d), given by draw(level, mean, variance) from the top down, and the distributions along the way."""
         drawn, means, variances = [], [], []
 
         def draw_at(level: int, stream: Tensor | None) -> Tensor:
@@ -295,7 +295,7 @@ class TopDownGaussian:
         return e, DiagonalGaussian(mean, variance)
 
     def at(self, z: Tensor) -> DiagonalGaussian:
-        """The law of each e_l given the levels above it in z (B, d)."""
+        """The distribution of each e_l given the levels above it in z (B, d)."""
         parts = self.encoder.split(z)
         return self._walk(lambda level, mean, variance: parts[level])[1]
 

@@ -41,8 +41,8 @@ from lpc_runner.study.tables import DASH, Table, show
 
 @dataclass(frozen=True)
 class Answer:
-    """HOLDS, FAILS, CHANCE or UNMEASURED for one dataset; extractor: "" where no features enter; cell: whose it is,
-    "" where it is of nobody in particular."""
+    """HOLDS, FAILS, CHANCE or UNMEASURED for one dataset; extractor: "" where no features enter; cell: the label of
+    its group, "" where it belongs to none."""
 
     claim: paper.Claim
     dataset: str
@@ -75,7 +75,7 @@ def _of_cells_that_compare(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def of_images(groups: Sequence[Group]) -> bool:
-    """Whether these runs drew images, of which alone the paper speaks; a shape that nobody recorded may be one."""
+    """Whether these runs are of images, as all of the paper's are; a shape that is not recorded may be one."""
     return any(len(run.shape) in (0, 3) for group in groups for run in group.runs)
 
 

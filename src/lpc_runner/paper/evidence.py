@@ -26,7 +26,7 @@ _MEASURING = ("metrics", "traces", "extractor")
 
 @dataclass(frozen=True)
 class Finding:
-    """An answer (HOLDS, FAILS, CHANCE, UNMEASURED) with the numbers behind it; cell: the label of whose it is.
+    """An answer (HOLDS, FAILS, CHANCE, UNMEASURED) with the numbers behind it; cell: the label of its group.
 
     unlike: how much sets the cell apart from all that it could be compared with, 0 where there is something to compare.
     """
@@ -227,7 +227,7 @@ Ask = Callable[[Group, Group], Finding]
 
 @dataclass
 class Evidence:
-    """The groups of one dataset in one way of measuring (None: nobody measured sample quality)."""
+    """The groups of one dataset in one way of measuring (None: sample quality was not measured)."""
 
     dataset: str
     groups: Sequence[Group]

@@ -288,7 +288,7 @@ def cell_values(group: Group, setting: Setting, metric: str) -> list[float]:
 
 
 def frechet_name(groups: Sequence[Group], setting: Setting) -> str | None:
-    """The name of the Fréchet distance in this setting, None where nobody measured it."""
+    """The name of the Fréchet distance in this setting, None where it was not measured."""
     names = {name for g in groups for run in g.counted if (m := run.measured(setting)) for name in m.values}
     return next((name for name in sorted(names) if base_name(name) in FRECHET), None)
 

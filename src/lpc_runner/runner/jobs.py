@@ -74,7 +74,7 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
 
 @contextmanager
 def proposing(output_dir: str) -> Iterator[Path]:
-    """What is started within it is a job of such a sweeper; the folder comes to hold the cells that were planned."""
+    """Jobs started within it belong to a searching sweeper; they write their cells into the folder that it yields."""
     above = Path(output_dir).absolute() / ".sweeps"
     above.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="proposed-", dir=above) as folder:
@@ -86,12 +86,12 @@ def proposing(output_dir: str) -> Iterator[Path]:
 
 
 def is_proposed() -> bool:
-    """Whether this process runs a job of such a sweeper."""
+    """Whether this process runs a job of a sweeper that searches."""
     return _FOLDER in os.environ
 
 
 def note_proposed(cell: Cell, number: int) -> None:
-    """Leave the cell of the sweep's job `number`, from 0, for the command's closing account."""
+    """Write the cell of the sweep's job `number`, from 0, for the command, which reports all runs at the end."""
     write_atomically(Path(os.environ[_FOLDER]) / f"{number:06d}.json", cell_text(cell))
 
 
@@ -117,12 +117,12 @@ def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
 
 
 def lease_folder() -> Path:
-    """Where this user's slots are locked: never a network folder, for every host has GPUs of its own."""
+    """The folder of this user's slots, on this machine: each host has GPUs of its own."""
     return Path(tempfile.gettempdir()) / f"lpc_runner-gpus-{os.getuid()}"
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Names of the GPUs 0 .. count - 1 of this process that mean the same GPU to every process of the machine."""
+    """Names of this process's GPUs 0 .. count - 1, each the same for all processes of the machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
     return [plain_name(name.strip()) for name in names[:count]]

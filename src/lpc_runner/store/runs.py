@@ -126,7 +126,7 @@ def lost(what: str) -> UserError:
 
 
 class Occupied(UserError):
-    """Another process is at work on this run."""
+    """Another process runs this run."""
 
 
 class RunDirectory:
@@ -284,7 +284,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Sole use of the directory. Raises Occupied with pid and host of whoever has it."""
+        """Sole use of the directory. Raises Occupied with pid and host of the process that has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = lock_on(self.path / ".lock")
         owner = self.path / ".owner"

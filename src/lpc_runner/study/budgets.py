@@ -76,7 +76,7 @@ def followed(group: Group) -> list[Run]:
 
 
 def mean_curve(runs: Sequence[list[Point]], metric: str) -> BudgetCurve:
-    """Averages at the updates that all runs have, so that no seed leaves midway; finite values only."""
+    """Averages at the updates that all runs have, so that every mean is over the same seeds; finite values only."""
     by_run = []
     for points in runs:
         by_update = {p.update: p for p in points if math.isfinite(p.values.get(metric, math.nan))}
@@ -115,7 +115,7 @@ def last_within(points: Sequence[Point], budget: Budget, limit: float) -> Point 
 
 
 def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget: Budget) -> Table | None:
-    """Every group at the smallest final budget of them all; None where nobody measured during training."""
+    """Every group at the smallest final budget of them all; None where nothing was measured during training."""
     smallest = budget_of(groups, budget)
     measured = {group.label: [run.curve(setting) for run in group.counted] for group in groups}
     shown = [group for group in groups if any(measured[group.label])]

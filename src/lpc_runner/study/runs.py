@@ -34,7 +34,7 @@ class Setting(NamedTuple):
     extractor_hash: str | None = None
 
     def fits(self, other: Setting) -> bool:
-        """Whether two measurements can be compared; a number of samples that nobody recorded fits nothing."""
+        """Whether two measurements can be compared; without a recorded number of samples they cannot."""
         if self.num_samples is None or self[:2] != other[:2]:
             return False
         return all(mine == theirs or None in (mine, theirs) for mine, theirs in zip(self[2:], other[2:]))

@@ -32,7 +32,7 @@ SETTINGS = {
     "silent": True,
     "console": "off",  # the terminal belongs to Progress and logging
     "init_timeout": 20,
-    "finish_timeout": 60,  # seconds; W&B's default waits for the network for ever
+    "finish_timeout": 60,  # seconds; W&B's default waits for the network without limit
     "finish_timeout_raises": True,
     "x_transaction_log_flush_interval": 2,  # seconds of rows that a kill may cost; W&B's default is 15
 }
@@ -41,10 +41,10 @@ SETTINGS = {
 class WandbTracker(Sink):
     """A W&B run, started by the constructor: `mode=online` raises UserError when it cannot, others warn.
 
-    mode, project, entity, tags come from the YAML file (WANDB_MODE, when set, goes before `mode`), the rest
+    mode, project, entity, tags come from the YAML file (WANDB_MODE, when set, overrides `mode`), the rest
     at run time: `run_id` stays the same when a run is resumed, `folder` is the run's directory, `resume_step`
     the update that training continues from (0: a new run). The attributes `mode` and `folder` (of the W&B
-    files) tell what came of it: "disabled" and None when nothing is recorded.
+    files) tell the outcome: "disabled" and None when nothing is recorded.
     """
 
     settings: ClassVar[dict[str, Any]] = SETTINGS
@@ -157,7 +157,7 @@ class WandbTracker(Sink):
     def _logged_before(self) -> int:
         """The first update that no session of this run before this one logged, 0 where W&B has no session of it.
 
-        Offline nobody answers what W&B has, and of a step that it is given twice it makes a row with a wrong number.
+        Offline it is unknown which rows W&B has, and a step that W&B gets twice becomes a second row of another number.
         """
         has_sessions = any((self._directory / "wandb").glob("*run-*"))
         last = last_row(self._directory / "metrics.jsonl").get("update")

@@ -43,7 +43,7 @@ def under_agent() -> bool:
 
 
 def start_service() -> None:
-    """Start W&B's client without a word on the terminal; whatever wandb raises."""
+    """Start W&B's client without output on the terminal. Raises whatever wandb raises."""
     import wandb
     from wandb.analytics.opentelemetry import opentelemetry_proxy
 

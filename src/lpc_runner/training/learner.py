@@ -57,7 +57,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam on each row of a table by itself: a row whose gradient is 0 keeps still, with its moments and its count.
+    """Adam on each row of a table by itself: a row whose gradient is 0 stays as it is, with its moments and its count.
 
     torch's Adam moves every row at every step by its momentum, and its SparseAdam corrects the bias of all rows by
     one common count of steps. Here a row takes the path of an Adam that sees this row's batches only.

@@ -1,4 +1,4 @@
-"""What a run keeps of its chains, for pictures: two training batches step by step, and trajectories of the result.
+"""What a run keeps of its chains, for pictures: some training batches step by step, and trajectories of the result.
 
 Every run records these, so that figures need no further runs.
 """

@@ -26,7 +26,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 
 
 class Interrupted(BaseException):
-    """Training stopped on a signal, after saving; not an Exception, so that nothing on the way swallows it."""
+    """Training stopped on a signal, after saving; no Exception, so that no `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -34,7 +34,7 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While active, the first signal sets `received`; the same one again acts at once, as it did before.
+    """While active, the first signal sets `received`; the same signal again acts as without this class, at once.
 
     A handler that was there before (a cluster launcher's, which asks for its job again and leaves) is called by
     `leave`, that is after the state was saved.
@@ -46,8 +46,8 @@ class Interrupts:
         self._waiting: list[tuple[Any, int, FrameType | None]] = []
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            # nohup has SIGHUP ignored, a script's background SIGINT: then neither is a reason to stop.
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+            # nohup ignores SIGHUP, a script's background job SIGINT: they stay ignored.
             wanted = [n for n in _SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
             self._previous = {number: signal.signal(number, self._receive) for number in wanted}
         return self
@@ -193,22 +193,22 @@ class Trainer:
                     tracker.log(counters.update, values["epoch"], measured)
                     values |= measured
                 progress.update(counters.update, total, values)
-                # After the last update too: measuring may take longer than we have.
+                # Also after the last update: measuring may take longer than the time that a signal leaves.
                 stop = interrupts.received is not None
-                if ranks.size > 1:  # what the ranks were told together: they must leave after the same update
+                if ranks.size > 1:  # summed over the ranks with the gradients: all must exit after the same update
                     stop = bool(gradients.stop)
                 if due or last or stop or time.monotonic() - saved_at > self.checkpoint_seconds:
                     self._save(learner, checkpoints, counters, tracker.metrics)
                     saved_at = time.monotonic()
                 if stop:
-                    ranks.agree(True)  # a rank that leaves has the others killed: not before rank 0 has saved
+                    ranks.agree(True)  # torchrun kills the others when one rank exits: wait until rank 0 has saved
                     interrupts.leave()
-            self._leave_if_told(interrupts, ranks)  # a signal during the last save: measuring may outlast its grace
+            self._leave_if_told(interrupts, ranks)  # a signal during the last save
         return Outcome("finished", counters, counters.update / batches.num_batches)
 
     @staticmethod
     def _leave_if_told(interrupts: Interrupts, ranks: Ranks) -> None:
-        """Everything is saved. Of several ranks none leaves alone: what rank 0 was told counts."""
+        """Exit where a signal came, after saving; all ranks do what rank 0 does."""
         if ranks.agree(interrupts.received is not None):
             interrupts.leave()
 
