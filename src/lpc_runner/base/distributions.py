@@ -56,7 +56,7 @@ class _LogBinProbability(torch.autograd.Function):
         start = TAIL_START[x.dtype] * math.sqrt(0.5)
         is_tail = (near > start) & closed_near
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            # Both forms of every element, one of which is discarded: asking where the tail is would wait for the device.
+            # Both forms of every element, one of which is discarded: asking where the tail is waits for the device.
             tail, tail_at_near = _tail(near.clamp_min(start), far.clamp_min(start), decay)
             log_twice, at_near = torch.where(is_tail, tail, log_twice), torch.where(is_tail, tail_at_near, at_near)
         elif bool(is_tail.any()):  # on a CPU asking does not wait, and mostly no element is in the tail

@@ -156,7 +156,7 @@ class Objective(Part, ABC):
     needs_chain: whether there is nothing to learn from z(0) alone. allows_chain: whether a chain means anything.
     needs_factorised_q: whether q(z|x) must be a DiagonalGaussian. capturable: whether, without a chain, `gradients`
     launches the same kernels for every batch: it reads no value of the device, takes random numbers by
-    context.noise.normal alone and reads nothing of Python's that changes; then it may be captured once, as a CUDA graph.
+    context.noise.normal alone and reads nothing of Python's that changes; then a CUDA graph may capture it once.
     """
 
     uses_encoder: bool = True
