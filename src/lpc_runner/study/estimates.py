@@ -28,6 +28,9 @@ COLUMNS = {
         "rhat_max",
         "ess_per_pass",
         "ess_per_pass_slowest",
+        "chain_acceptance",
+        "variance_bias",
+        "mean_error",
         "amortisation_gap",
         "approximation_gap",
         "log_likelihood",
@@ -48,6 +51,12 @@ NOTES = {
         "Gaps in nats per example, log_likelihood being the truth.",
     ),
 }
+
+
+BIAS = (
+    "variance_bias, mean_error: for as many decoder gradients of every sampler, against long Hamiltonian chains with a "
+    "Metropolis test; relative, and in standard deviations of the posterior with chance included."
+)
 
 
 def estimate_tables(dataset: str, groups: Sequence[Group]) -> list[Table]:
@@ -77,7 +86,7 @@ def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> T
                 ]
         rows.append([group.marked_label, str(len(group.counted)), *cells])
     facts = found[0].facts
-    notes = [*NOTES[kind]]
+    notes = [*NOTES[kind], *[BIAS] * ("variance_bias" in names)]
     if kind == "likelihood":
         if len({estimate.facts.get("start") for estimate in found}) > 1:
             priors = [group.label for group in shown if _start(group, setting) == "prior"]
