@@ -52,6 +52,8 @@ BESIDE = {
     ("method", "vae_top_down"): ("model=hierarchical",),
     ("metrics", "sequences"): ("model=lfads", "dataset=test_spikes"),
     ("method", "vem"): ("model=lfads", "dataset=test_spikes"),
+    ("experiment", "samplers_frozen"): ("trainer.init_from=RUN",),
+    ("experiment", "samplers_frozen_small"): ("trainer.init_from=RUN",),
 }
 # Files of a user that an option does not go without.
 NEEDS = {

@@ -98,8 +98,8 @@ NOTES = {
     "ess_per_pass": "effective samples per decoder pass, median over coordinates and examples",
     "ess_per_pass_slowest": "the same of each example's slowest coordinate, mean over examples",
     "chain_acceptance": "of steps; of chains without a test, what one would accept",
-    "variance_bias": "mean square distance from the reference's mean over its variance, - 1; mean over coordinates",
-    "mean_error": "of the posterior's mean in its standard deviations, root mean square, chance included",
+    "variance_bias": "square distance from the reference's mean over its variance, - 1; median over coordinates",
+    "mean_error": "of the posterior's mean in its standard deviations, chance included; median over coordinates",
     "reference_rhat_max": "as rhat_max, of the reference",
     "log_likelihood": "nats per example, annealed importance sampling",
     "free_elbo": "nats per example, a free q per example",
@@ -261,8 +261,8 @@ class PosteriorEvaluator(HeldOut):
             numbers["chain_acceptance"] = float(np.mean(acceptance))
         if against:
             variance, square, rhat = (np.concatenate(part) for part in zip(*against))
-            numbers["variance_bias"] = float(variance.mean()) - 1
-            numbers["mean_error"] = float(np.sqrt(square.mean()))
+            numbers["variance_bias"] = float(np.median(variance)) - 1
+            numbers["mean_error"] = float(np.sqrt(np.median(square)))
             numbers["reference_rhat_max"] = float(rhat.max())
         return numbers
 

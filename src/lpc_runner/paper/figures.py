@@ -10,6 +10,7 @@ from lpc_runner.paper.quality_figures import grid_pictures, level_pictures, obje
 from lpc_runner.paper.sweep_figures import sweep_pictures
 from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.curve_figures import compute_pictures, curve_pictures, metric_names
+from lpc_runner.study.estimates import estimate_pictures
 from lpc_runner.study.sequence_figures import sequence_pictures
 from lpc_runner.study.study import Study
 from lpc_runner.study.style import Picture
@@ -27,6 +28,7 @@ def study_pictures(study: Study, warnings: list[str]) -> Iterator[Picture]:
             yield from grid_pictures(dataset, groups, warnings)
             yield from level_pictures(dataset, groups, warnings)
             yield from sequence_pictures(dataset, groups)
+            yield from estimate_pictures(dataset, groups)
             settings = curve_settings(groups)
             for setting in settings:
                 for metric in metric_names(groups, setting):
