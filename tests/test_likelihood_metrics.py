@@ -186,8 +186,8 @@ def test_an_exact_sampler_is_calibrated_and_one_of_twice_the_variance_is_told(li
     assert numbers["amortisation_gap"] > -0.1
 
 
-LENGTHS = {"num_simulated": 8, "num_states": 1, "num_examples": 2, "num_chains": 8, "num_chain_steps": 800}
-REST = {"free_steps": 1, "free_samples": 2, "free_learning_rate": 0.05, "num_reference_steps": 500}
+LENGTHS = {"num_simulated": 8, "num_states": 1, "num_examples": 2, "num_chains": 32, "num_chain_steps": 200}
+REST = {"free_steps": 1, "free_samples": 2, "free_learning_rate": 0.05, "num_reference_steps": 100}
 
 
 def measured(data, tmp_path, trained, sampler):
@@ -198,7 +198,7 @@ def measured(data, tmp_path, trained, sampler):
 def test_bias_against_long_chains_is_that_of_the_closed_form(linear, tmp_path):
     """Unadjusted Langevin's law on a Gaussian of precision Λ is Gaussian of covariance 2 (Λ(2 - γΛ))^-1."""
     trained, data = linear
-    precision = trained.model.posterior(data.test.values[:1]).precision_matrix[0]
+    precision = trained.model.posterior(data.test.values[:1]).precision_matrix[0].detach()
     size = 0.8 / float(torch.linalg.eigvalsh(precision).max())
     wide = 2 * torch.linalg.inv(precision @ (2 * torch.eye(2) - size * precision)).diagonal()
     expected = float((wide / torch.linalg.inv(precision).diagonal()).mean()) - 1
@@ -214,10 +214,10 @@ def test_longer_paths_have_more_effective_samples_for_as_many_passes(linear, tmp
     """On a Gaussian a path of small angle φ = L sqrt(2γλ) leaves the correlation cos φ: ESS per pass tan²(φ/2)/L, about
     L γλ/2. That of MALA, L = 1, is the L-th part of it."""
     trained, data = linear
-    precision = trained.model.posterior(data.test.values[:1]).precision_matrix[0]
-    size = 0.02 / float(torch.linalg.eigvalsh(precision).max())
+    precision = trained.model.posterior(data.test.values[:1]).precision_matrix[0].detach()
+    size = 0.04 / float(torch.linalg.eigvalsh(precision).max())
     one, five = (measured(data, tmp_path, trained, kind(3, "all", Constant(size), Identity())) for kind in (MALA, HMC))
-    assert 3 < five["ess_per_pass_slowest"] / one["ess_per_pass_slowest"] < 8
+    assert 3 < five["ess_per_pass_slowest"] / one["ess_per_pass_slowest"] < 9
     assert five["variance_bias"] == pytest.approx(0, abs=0.1) and five["chain_acceptance"] > 0.97
 
 
@@ -267,7 +267,7 @@ def test_a_run_is_measured_by_both_and_the_report_shows_it(command, caplog):
     study = read_study(only_run().parent)
     (picture,) = estimate_pictures("digits", study.of("digits"))
     (axis,) = picture.figure.axes
-    (point,) = [line for line in axis.lines if len(line.get_xdata()) == 1]
+    point = axis.containers[0].lines[0]
     (estimate,) = [found for found in study.runs[0].estimates if found.kind == "posterior"]
     drawn = (point.get_xdata()[0], point.get_ydata()[0])
     assert drawn == (estimate.values["ess_per_pass"], estimate.values["variance_bias"])
