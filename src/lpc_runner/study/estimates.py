@@ -10,7 +10,7 @@ from typing import Any
 from lpc_runner.base.pictures import COLOURS
 from lpc_runner.study.grouping import Group
 from lpc_runner.study.pairs import Difference
-from lpc_runner.study.style import MARKERS, Picture, file_name, legend_below, new_figure, wrapped
+from lpc_runner.study.style import MARKERS, Picture, file_name, label_decades, legend_below, new_figure, wrapped
 from lpc_runner.study.tables import DASH, DIVERGED, Table, show, spread
 
 COLUMNS = {
@@ -151,19 +151,23 @@ def _chain_figure(dataset: str, points: Sequence[tuple[Group, list[list[float]]]
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=1)
     for index, (group, (sizes, biases)) in enumerate(points):
-        errors = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in (sizes, biases)]
+        errors = [[statistics.stdev(v) / math.sqrt(len(v))] if len(v) > 1 else None for v in (sizes, biases)]
         shape = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
         axis.errorbar(
             [statistics.fmean(sizes)],
             [statistics.fmean(biases)],
-            xerr=[errors[0]],
-            yerr=[errors[1]],
+            xerr=errors[0],
+            yerr=errors[1],
             color=COLOURS[index % len(COLOURS)],
             marker=shape,
             linestyle="",
             capsize=3,
             label=wrapped(f"{group.marked_label} ({len(sizes)} seed{'s' * (len(sizes) > 1)})", 48),
         )
+    means = [statistics.fmean(sizes) for _, (sizes, _) in points]
+    if max(means) > 10 * min(means) > 0:
+        axis.set_xscale("log")
+        label_decades(axis.xaxis, min(means), max(means))
     axis.set_xlabel("effective samples per decoder gradient (higher is better)")
     axis.set_ylabel("bias of the variance\n(0: none)")
     axis.set_title(dataset, loc="left")
