@@ -178,22 +178,19 @@ class Learner:
 
         frozen: model and encoder stay as they are.
         """
-        if not frozen:
-            self._step(batch, gradients)
-        self._tell(gradients)
-        if self.kept is not None and gradients.chain is not None:
-            counts = [len(batch.index)] * self.ranks.size
-            self.kept.keep(*(self.ranks.gather_rows(rows, counts) for rows in (batch.index, gradients.chain.z)))
-
-    def _step(self, batch: Batch, gradients: Combined) -> None:
-        optimizers = [part for part in (self.theta_optimizer, self.phi_optimizer) if part is not None]
+        optimizers = [] if frozen else [part for part in (self.theta_optimizer, self.phi_optimizer) if part is not None]
         if self._whole is not None:
             self._whole.step(optimizers)
         else:
             for optimizer in optimizers:
                 optimizer.step()
-        with self.engine.arithmetic():
-            self.model.observe(batch.x, gradients.z, self.ranks.mean)
+        if not frozen:
+            with self.engine.arithmetic():
+                self.model.observe(batch.x, gradients.z, self.ranks.mean)
+        self._tell(gradients)
+        if self.kept is not None and gradients.chain is not None:
+            counts = [len(batch.index)] * self.ranks.size
+            self.kept.keep(*(self.ranks.gather_rows(rows, counts) for rows in (batch.index, gradients.chain.z)))
 
     def pass_over(self, gradients: Combined) -> bool:
         """Of an update that is not made, tell the parts that see to it that the next can be; False if none does."""
