@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from series import config_dir
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.schema import hints_of
+from lpc_runner.base.schema import PositiveInt, accepted, checked, hints_of, required_by
 from lpc_runner.config import classes
 from lpc_runner.config.build import GIVEN_LATER, build
 from lpc_runner.config.identity import flat_keys, run_hash
@@ -51,6 +52,8 @@ BESIDE = {
     ("method", "vae_top_down"): ("model=hierarchical",),
     ("metrics", "sequences"): ("model=lfads", "dataset=test_spikes"),
     ("method", "vem"): ("model=lfads", "dataset=test_spikes"),
+    ("experiment", "samplers_frozen"): ("trainer.init_from=RUN",),
+    ("experiment", "samplers_frozen_small"): ("trainer.init_from=RUN",),
 }
 # Files of a user that an option does not go without.
 NEEDS = {
@@ -161,6 +164,46 @@ def test_yaml_keys_are_the_constructors_parameters(group, option, data, workplac
 
     path = group.replace("/", ".")
     compare(OmegaConf.to_container(OmegaConf.select(cell.cfg, path)), path)
+
+
+class Base:
+    @checked
+    def __init__(self, size: PositiveInt, name: str = "a") -> None:
+        self.size, self.name = size, name
+
+
+class Between(Base):
+    """No constructor of its own."""
+
+
+class Wider(Between):
+    @checked
+    def __init__(self, *first: Any, width: PositiveInt, **shared: Any) -> None:
+        super().__init__(*first, **shared)
+        self.width = width
+
+
+class Widest(Wider):
+    def __init__(self, name: str | None, **shared):
+        super().__init__(name=name or "b", **shared)
+
+
+class Open:
+    def __init__(self, size: int, **anything: Any) -> None:
+        self.anything = anything
+
+
+def test_a_constructor_that_passes_on_the_rest_has_its_bases_parameters_too():
+    offered = {"size": 1, "width": 2, "name": "n", "other": 3}
+    known = {name: value for name, value in offered.items() if name != "other"}
+    assert hints_of(Wider) == {"size": PositiveInt, "name": str, "width": PositiveInt}
+    assert hints_of(Widest) == hints_of(Wider) | {"name": str | None}
+    assert required_by(Wider) == ["size", "width"] and required_by(Widest) == ["size", "name", "width"]
+    assert accepted(Wider, offered) == accepted(Widest, offered) == known and Wider(1, width=2).size == 1
+    with pytest.raises(ValueError, match=r"^size must be an integer of at least 1, got 0$"):
+        Wider(size=0, width=1)
+    assert accepted(Open, offered) == offered and hints_of(Open) == {"size": int}
+    assert accepted(object, offered) == hints_of(object) == {}
 
 
 def test_every_shipped_class_has_one_name_for_ever():

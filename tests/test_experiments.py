@@ -58,6 +58,15 @@ def test_every_method_of_cost_makes_as_many_decoder_gradients_and_is_measured_as
     assert len(spent) == 1 and min(counts) >= 12 and max(counts) <= 15
 
 
+def test_every_sampler_of_samplers_makes_as_many_decoder_gradients_and_finds_its_step_size():
+    cells = cells_of("experiment=samplers", "seed=0")
+    steps = {"langevin": 1, "underdamped": 1, "mala": 2, "hmc": 1 + 5}  # and one for θ, but where a step has it
+    spent = [cell.cfg.sampler.num_steps * steps[cell.choices["sampler"]] for cell in cells]
+    assert len(cells) == 10 and set(spent) == {12} and cells[-1].cfg.sampler.num_leapfrog == 5
+    assert {cell.choices["step_size"] for cell in cells} == {"adapted"}
+    assert [cell.cfg.sampler.get("noise") for cell in cells].count("averaged") == 2
+
+
 def runs_of(*words: str) -> set[str]:
     """Names of the runs that a command stands for."""
     from lpc_runner.runner.plan import plan

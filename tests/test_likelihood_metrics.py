@@ -21,7 +21,9 @@ from lpc_runner.evaluation.calibration import PosteriorMetrics
 from lpc_runner.evaluation.evaluator import Setup
 from lpc_runner.evaluation.log_likelihood import LikelihoodMetrics
 from lpc_runner.inference.interfaces import Sampler
-from lpc_runner.inference.samplers import Info, State
+from lpc_runner.inference.preconditioning import Identity
+from lpc_runner.inference.samplers import HMC, MALA, Info, Langevin, State
+from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.dense import Linear
 
 
@@ -186,6 +188,41 @@ def test_an_exact_sampler_is_calibrated_and_one_of_twice_the_variance_is_told(li
     assert numbers["amortisation_gap"] > -0.1
 
 
+LENGTHS = {"num_simulated": 8, "num_states": 1, "num_examples": 2, "num_chains": 32, "num_chain_steps": 200}
+REST = {"free_steps": 1, "free_samples": 2, "free_learning_rate": 0.05, "num_reference_steps": 100}
+
+
+def measured(data, tmp_path, trained, sampler):
+    trained.sampler = sampler
+    return evaluator(data, tmp_path, PosteriorMetrics(**LENGTHS, **REST, ais=ais(1, 2))).final(trained)[0]
+
+
+def test_bias_against_long_chains_is_that_of_the_closed_form(linear, tmp_path):
+    """Unadjusted Langevin's law on a Gaussian of precision Λ is Gaussian of covariance 2 (Λ(2 - γΛ))^-1."""
+    trained, data = linear
+    precision = trained.model.posterior(data.test.values[:1]).precision_matrix[0].detach()
+    size = 0.8 / float(torch.linalg.eigvalsh(precision).max())
+    wide = 2 * torch.linalg.inv(precision @ (2 * torch.eye(2) - size * precision)).diagonal()
+    expected = float((wide / torch.linalg.inv(precision).diagonal()).mean()) - 1
+    chain = lambda noise: Langevin(3, "all", Constant(size), Identity(), noise=noise)
+    found = measured(data, tmp_path, trained, chain("independent"))
+    assert expected > 0.3 and found["variance_bias"] == pytest.approx(expected, abs=0.1)
+    assert found["mean_error"] < 0.15 and found["reference_rhat_max"] < 1.05
+    found = measured(data, tmp_path, trained, chain("averaged"))
+    assert found["variance_bias"] == pytest.approx(0, abs=0.1) and 0 < found["chain_acceptance"] < 1
+
+
+def test_longer_paths_have_more_effective_samples_for_as_many_passes(linear, tmp_path):
+    """On a Gaussian a path of small angle φ = L sqrt(2γλ) leaves the correlation cos φ: ESS per pass tan²(φ/2)/L, about
+    L γλ/2. That of MALA, L = 1, is the L-th part of it."""
+    trained, data = linear
+    precision = trained.model.posterior(data.test.values[:1]).precision_matrix[0].detach()
+    size = 0.04 / float(torch.linalg.eigvalsh(precision).max())
+    one, five = (measured(data, tmp_path, trained, kind(3, "all", Constant(size), Identity())) for kind in (MALA, HMC))
+    assert 3 < five["ess_per_pass_slowest"] / one["ess_per_pass_slowest"] < 9
+    assert five["variance_bias"] == pytest.approx(0, abs=0.1) and five["chain_acceptance"] > 0.97
+
+
 def test_chains_that_would_end_early_are_measured_whole(linear, tmp_path):
     """Ranks are among num_states of T steps, and mixing is of num_chain_steps, whatever training spares itself."""
     trained, data = linear
@@ -202,6 +239,7 @@ def test_a_run_is_measured_by_both_and_the_report_shows_it(command, caplog):
     """As the group of a run, of binary images; again afterwards, with a picture of the ranks."""
     from lpc_runner.evaluate import main
     from lpc_runner.report import study_tables
+    from lpc_runner.study.estimates import estimate_pictures
     from lpc_runner.study.study import read_study
 
     kept = [word for word in TINY if not word.startswith("metrics.")]
@@ -215,6 +253,7 @@ def test_a_run_is_measured_by_both_and_the_report_shows_it(command, caplog):
     assert metrics["log_likelihood_bits_per_dim"] == pytest.approx(bits) and "elbo" in metrics
     assert (only_run() / "samples" / "final.png").exists()
     more = ("metrics.num_chain_steps=20", "metrics.num_chains=2", "metrics.free_steps=4", "metrics.free_samples=2")
+    more += ("metrics.num_reference_steps=20",)
     caplog.set_level("INFO")
     answer = command(str(only_run()), "metrics=posterior", *words, *more, entry=main)
     assert answer.code == 0 and "among 3 states of a chain of T = 3" in answer.out, answer.err
@@ -226,6 +265,14 @@ def test_a_run_is_measured_by_both_and_the_report_shows_it(command, caplog):
     for line in ("log p(x), 4 test examples, AIS K = 2, S = 3, 2 levels", "| log_likelihood | error | difference |"):
         assert line in text
     assert "chains and posteriors, 4 test examples, 20 simulated" in text and "| calibration_chi2 |" in text
+    assert "| variance_bias | mean_error |" in text
+    study = read_study(only_run().parent)
+    (picture,) = estimate_pictures("digits", study.of("digits"))
+    (axis,) = picture.figure.axes
+    point = axis.containers[0].lines[0]
+    (estimate,) = [found for found in study.runs[0].estimates if found.kind == "posterior"]
+    drawn = (point.get_xdata()[0], point.get_ydata()[0])
+    assert drawn == (estimate.values["ess_per_pass"], estimate.values["variance_bias"])
 
 
 def test_a_mistake_is_one_line(command):

@@ -299,6 +299,13 @@ def test_init_from_takes_the_weights_and_nothing_else(run, command):
         assert float((new[key] - old[key]).abs().max()) <= 1.01e-3, key
     assert rows_of(onward)[0]["train/sigma"] == pytest.approx(float(old["/model/likelihood.log_scale"].exp()))
 
+    words = ("study=frozen", "trainer.frozen=true", "preconditioning=fisher", "step_size=adapted", *TINY)
+    answer = command(f"trainer.init_from={run}", *words, "trainer.max_updates=3")
+    assert answer.code == 0, answer.err
+    frozen = weights_of(only_run(study="frozen"))
+    assert all(bool((frozen[key] == old[key]).all()) for key in old if key.startswith(("/model", "/encoder")))
+    assert frozen["/step_size/made"] == 3 and float(frozen["/preconditioner/second_moment"].min()) > 0
+
     answer = command(f"trainer.init_from={run}", *(w.replace("[16]", "[8]") for w in TINY))
     assert answer.code == 1 and "does not fit" in answer.lines[-1]
 

@@ -28,7 +28,7 @@ from lpc_runner.paper.quality_figures import grid_pictures, level_pictures, obje
 from lpc_runner.paper.tables import divergence_table, paper_table, quality_table, time_table, tuning_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings
 from lpc_runner.study.curve_figures import compute_pictures, curve_pictures, metric_names
-from lpc_runner.study.estimates import estimate_tables, paired_table
+from lpc_runner.study.estimates import estimate_pictures, estimate_tables, paired_table
 from lpc_runner.study.sequence_figures import sequence_pictures
 from lpc_runner.study.study import Study, read_study
 from lpc_runner.study.style import Picture, png
@@ -158,6 +158,7 @@ def study_pictures(study: Study, warnings: list[str]) -> Iterator[Picture]:
             yield from grid_pictures(dataset, groups, warnings)
             yield from level_pictures(dataset, groups, warnings)
             yield from sequence_pictures(dataset, groups)
+            yield from estimate_pictures(dataset, groups)
             settings = curve_settings(groups)
             for setting in settings:
                 for metric in metric_names(groups, setting):

@@ -7,6 +7,8 @@
 A value that does not fit raises `ValueError` with one line, `num_steps must be an integer of at least 1, got 0
 (no steps at all: sampler=none)`; `lpc_runner.config` adds the group's name in front.
 
+A constructor that adds to its base's takes the rest as **, which the schema reads as the base's parameters.
+
 What a class offers beyond its constructor is a protocol (`inference.interfaces`, `tracking.tracker.Sink`); `declared`
 reads what a part says, and the protocol's own answer where it says nothing.
 """
@@ -75,33 +77,54 @@ def remedy(hint: Any) -> str:
     return next(filter(None, map(remedy, typing.get_args(hint))), "")
 
 
-def constructor_of(target: Any) -> Any:
-    """The function whose annotations describe `target`: a class's `__init__`, or the function itself."""
-    return target.__init__ if inspect.isclass(target) else target
+def _constructors(target: Any) -> list[Any]:
+    """The functions whose annotations describe `target`, a class or a function.
+
+    Of a class its `__init__`; where that takes a ** (what it passes on), the next base's that has one after it.
+    """
+    if not inspect.isclass(target):
+        return [inspect.unwrap(target)]
+    found = []
+    for owner in target.__mro__:
+        if "__init__" in vars(owner) and owner is not object:
+            found.append(inspect.unwrap(owner.__init__))
+            if not _takes_any(found[-1]):
+                break
+    return found
 
 
-def _parameters(target: Any) -> dict[str, inspect.Parameter]:
-    function = inspect.unwrap(constructor_of(target))
-    if function is object.__init__:
-        return {}
-    return {name: value for name, value in inspect.signature(function).parameters.items() if name != "self"}
+def _takes_any(function: Any) -> bool:
+    return any(value.kind is inspect.Parameter.VAR_KEYWORD for value in inspect.signature(function).parameters.values())
+
+
+def _parameters(target: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Parameters and annotations by name, a base's first, without * and **; unannotated ones are `Any`."""
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    for function in reversed(_constructors(target)):
+        hints = typing.get_type_hints(function, include_extras=True)
+        for name, value in inspect.signature(function).parameters.items():
+            if name != "self" and value.kind not in _ANY_NUMBER:
+                found[name] = value, hints.get(name, Any)
+    return found
 
 
 def hints_of(target: Any) -> dict[str, Any]:
-    """Annotations of a class's constructor or of a function, by parameter name; unannotated ones are `Any`."""
-    parameters = _parameters(target)
-    hints = typing.get_type_hints(inspect.unwrap(constructor_of(target)), include_extras=True) if parameters else {}
-    return {name: hints.get(name, Any) for name, value in parameters.items() if value.kind not in _ANY_NUMBER}
+    """Annotations of a class's constructor or of a function, by parameter name; unannotated ones are `Any`.
+
+    A constructor with a ** has the parameters of its base's constructor too.
+    """
+    return {name: hint for name, (_, hint) in _parameters(target).items()}
 
 
 def required_by(target: Any) -> list[str]:
     """Names that a constructor must be given."""
-    return [name for name in hints_of(target) if _parameters(target)[name].default is inspect.Parameter.empty]
+    return [name for name, (value, _) in _parameters(target).items() if value.default is inspect.Parameter.empty]
 
 
 def accepted(target: Any, offered: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments offered, those that a constructor takes: all of them where it has **."""
-    if any(value.kind is inspect.Parameter.VAR_KEYWORD for value in _parameters(target).values()):
+    """Of the arguments offered, those that a constructor takes: all of them where no base says what its ** are."""
+    constructors = _constructors(target)
+    if constructors and all(map(_takes_any, constructors)):
         return offered
     return {name: value for name, value in offered.items() if name in hints_of(target)}
 

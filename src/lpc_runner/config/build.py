@@ -146,6 +146,8 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
         raise UserError(f"objective={choices['objective']} needs a chain, and sampler=none has none")
     if sampler.num_steps > 0 and not asks("allows_chain"):
         raise UserError(f"objective={choices['objective']} has no chain: it goes with sampler=none only")
+    if sampler.num_steps == 0 and parts["trainer"].frozen:
+        raise UserError(f"trainer.frozen=true: sampler={choices['sampler']} has no chain to learn from")
     device = resolve_device(values["device"])
     asked = {name: facts[name] for name in GIVEN_LATER["model"] & hints_of(target).keys()}
     with seeded_layers(values["seed"], "initialisation"):

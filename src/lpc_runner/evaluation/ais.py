@@ -212,6 +212,29 @@ class AnnealedImportance:
         upper = None if z is None else math.log(self.num_chains) - inverse
         return Bounds(first - math.log(self.num_chains), torch.exp(2 * first - second), accepted, upper)
 
+    def posterior_chains(
+        self,
+        model: LatentVariableModel,
+        x: Tensor,
+        q: DiagonalGaussian,
+        shape: tuple[int, int],
+        source: torch.Generator,
+    ) -> Tensor:
+        """States (C, N, B, d) of C chains of N moves at b = 1 from q, kept in the CPU's memory; shape: (C, N).
+
+        As many moves before them find the step size of every example, which is then held: they leave p(z|x) invariant.
+        """
+        path, states = Annealing(model, x, q), []
+        point = path.point(path.normal(shape[0], source))
+        log_step = torch.full((len(x),), math.log(FIRST_STEP), dtype=x.dtype, device=x.device)
+        for move in range(2 * shape[1]):
+            point, acceptance = path.transition(point, 1.0, log_step.exp(), self.num_leapfrog, source)
+            if move < shape[1]:
+                log_step = log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
+            else:
+                states.append((path.mean + path.scale * point.u).cpu())
+        return torch.stack(states, 1)
+
     def num_moves(self, backward: bool) -> int:
         """Moves of a group of chains that one call of `bounds` makes, and starts of them; L passes each at most."""
         ways = 1 + len(self._groups()) * (2 if backward else 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.ranks import SINGLE
-from lpc_runner.base.schema import PositiveFloat, PositiveInt, at_least, checked, declared
+from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked, declared
 from lpc_runner.base.tensors import generator
 from lpc_runner.evaluation import diagnostics
 from lpc_runner.evaluation.ais import AnnealedImportance
@@ -35,8 +35,9 @@ class PosteriorMetrics(Metrics):
 
     num_simulated: examples drawn from the model with their z, whose rank is taken among num_states states of a chain
     from the run's own start, evenly spaced over the run's T. num_examples: test examples, evenly spaced, for num_chains
-    chains of num_chain_steps steps each, and for the gaps. free_steps, free_samples (even), free_learning_rate: the fit
-    of a free q per example. ais: log p(x), the truth in the gaps. Measured at the end only.
+    chains of num_chain_steps steps each, and for the gaps. num_reference_steps: of as many Hamiltonian chains with a
+    Metropolis test, from which bias is measured; 0 for none. free_steps, free_samples (even), free_learning_rate: the
+    fit of a free q per example. ais: log p(x), the truth in the gaps. Measured at the end only.
     """
 
     data_kinds = ("images", "spike counts", "real-valued series")
@@ -55,10 +56,14 @@ class PosteriorMetrics(Metrics):
         free_samples: Annotated[int, at_least(2)],
         free_learning_rate: PositiveFloat,
         ais: AnnealedImportance,
+        num_reference_steps: NonNegativeInt = 0,
     ) -> None:
         require_pairs(free_samples)
+        if 0 < num_reference_steps < MIN_STATES:
+            raise ValueError(f"num_reference_steps must be 0 or at least {MIN_STATES}, got {num_reference_steps}")
         self.num_simulated, self.num_states, self.num_examples = num_simulated, num_states, num_examples
         self.num_chains, self.num_chain_steps, self.ais = num_chains, num_chain_steps, ais
+        self.num_reference_steps = num_reference_steps
         self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
 
     def evaluator(self, setup: Setup) -> Evaluator:
@@ -80,6 +85,10 @@ NOTES = {
     "rhat_max": "the largest of them; over 1.01: chains of this length do not agree",
     "ess_per_pass": "effective samples per decoder pass, median over coordinates and examples",
     "ess_per_pass_slowest": "the same of each example's slowest coordinate, mean over examples",
+    "chain_acceptance": "of steps; of chains without a test, what one would accept",
+    "variance_bias": "square distance from the reference's mean over its variance, - 1; median over coordinates",
+    "mean_error": "of the posterior's mean in its standard deviations, chance included; median over coordinates",
+    "reference_rhat_max": "as rhat_max, of the reference",
     "log_likelihood": "nats per example, annealed importance sampling",
     "free_elbo": "nats per example, a free q per example",
     "free_drift": "nats per example gained in the last fifth of the fit",
@@ -204,11 +213,12 @@ class PosteriorEvaluator(HeldOut):
         return torch.stack(states)
 
     def _mixing(self, trained: Trained) -> dict[str, float]:
-        """R-hat and effective samples per pass of several long chains for each test example."""
+        """R-hat, effective samples per pass and bias of several long chains for each test example."""
         settings, sampler = self.settings, copy.copy(trained.sampler)
         sampler.num_steps = settings.num_chain_steps
-        per_example = settings.num_chains * settings.num_chain_steps * trained.model.latent_dim
-        r_hats, sizes, passes = [], [], 0.0
+        per_chain = max(settings.num_chain_steps, settings.num_reference_steps) * trained.model.latent_dim
+        per_example = settings.num_chains * per_chain
+        r_hats, sizes, passes, acceptance, against = [], [], 0.0, [], []
         for number, index in enumerate(self.index.split(max(1, KEPT_NUMBERS // per_example))):
             x, states = self.examples(index), []
             start = self._start(trained, x, index, settings.num_chains, "mixing start", number)
@@ -220,13 +230,41 @@ class PosteriorEvaluator(HeldOut):
             chains = chains.transpose(1, 2).numpy()
             r_hats.append(diagnostics.r_hat(chains))
             sizes.append(diagnostics.effective_sample_size(chains))
+            if chain.acceptance is not None:
+                acceptance += [float(chain.acceptance)] * len(index)
+            if settings.num_reference_steps:
+                # As many passes for every sampler, and of the states made by them the second half.
+                count = int(min(1, settings.num_chain_steps / passes) * len(states))
+                against.append(self._against_reference(trained, index, number, chains[:, count // 2 : count]))
         r_hat, size = np.concatenate(r_hats), np.concatenate(sizes) / (settings.num_chains * passes)
-        return {
+        numbers = {
             "rhat_median": float(np.median(r_hat)),
             "rhat_max": float(r_hat.max()),
             "ess_per_pass": float(np.median(size)),
             "ess_per_pass_slowest": float(size.min(1).mean()),
         }
+        if acceptance:
+            numbers["chain_acceptance"] = float(np.mean(acceptance))
+        if against:
+            variance, square, rhat = (np.concatenate(part) for part in zip(*against))
+            numbers["variance_bias"] = float(np.median(variance)) - 1
+            numbers["mean_error"] = float(np.sqrt(np.median(square)))
+            numbers["reference_rhat_max"] = float(rhat.max())
+        return numbers
+
+    def _against_reference(
+        self, trained: Trained, index: Tensor, number: int, chains: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of chains (C, L, B, d) and long Hamiltonian ones, (B, d) each: the mean square distance of their states, and
+        the square one of their mean, from the mean of the long ones, over the variance of these; R-hat of the latter.
+        """
+        settings, x = self.settings, self.examples(index)
+        q, shape = self.q(trained, x, index, settings.ais.start), (settings.num_chains, settings.num_reference_steps)
+        source = generator(self.seed, "reference", number, device=x.device)
+        exact = settings.ais.posterior_chains(trained.model, x, q, shape, source).numpy()
+        mean, variance = exact.mean((0, 1), dtype=np.float64), exact.var((0, 1), dtype=np.float64)
+        distance = (chains - mean) / np.sqrt(variance)
+        return (distance**2).mean((0, 1)), distance.mean((0, 1)) ** 2, diagnostics.r_hat(exact)
 
     # Gaps ---------------------------------------------------------------------------------------------------
 
@@ -263,6 +301,8 @@ class PosteriorEvaluator(HeldOut):
         steps = trained.sampler.num_steps
         among = f"{self.num_values - 1} {f'states of a chain of T = {steps}' if steps else 'draws of q'}"
         mixing = f"R-hat and effective samples of {settings.num_chains} chains of {settings.num_chain_steps:,} steps"
+        if steps and settings.num_reference_steps:
+            mixing += f", bias against Hamiltonian ones of {settings.num_reference_steps:,}"
         gaps = f"free q by {settings.free_steps:,} steps, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
         sources = f"ranks of z on {settings.num_simulated:,} simulated examples among {among}; on "
         sources += f"{len(self.index):,} test examples: {f'{mixing}; ' if steps else ''}gaps, {gaps}"
@@ -273,6 +313,7 @@ class PosteriorEvaluator(HeldOut):
             "num_examples": len(self.index),
             "num_chains": settings.num_chains,
             "num_chain_steps": settings.num_chain_steps,
+            **({"num_reference_steps": settings.num_reference_steps} if settings.num_reference_steps else {}),
             "num_temperatures": ais.num_temperatures,
             "ceilings": {},
             "notes": {name: NOTES[name] for name in numbers},

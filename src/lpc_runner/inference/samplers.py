@@ -180,22 +180,8 @@ class Langevin(MarkovChain):
     """
 
     @checked
-    def __init__(
-        self,
-        num_steps: NumSteps,
-        theta_states: ThetaStates,
-        step_size: Any,
-        preconditioner: Any,
-        theta_every: PositiveInt = 1,
-        start: Start = "encoder",
-        first_start: FirstStart = "encoder",
-        first_steps: PositiveInt | None = None,
-        stop: Stop = "never",
-        noise: Literal["independent", "averaged"] = "independent",
-    ) -> None:
-        super().__init__(
-            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps, stop
-        )
+    def __init__(self, *first: Any, noise: Literal["independent", "averaged"] = "independent", **shared: Any) -> None:
+        super().__init__(*first, **shared)
         self.noise = noise
 
     @property
@@ -271,22 +257,8 @@ class Underdamped(MarkovChain):
     energy_error_of = "before"
 
     @checked
-    def __init__(
-        self,
-        num_steps: NumSteps,
-        theta_states: ThetaStates,
-        step_size: Any,
-        preconditioner: Any,
-        theta_every: PositiveInt = 1,
-        start: Start = "encoder",
-        first_start: FirstStart = "encoder",
-        first_steps: PositiveInt | None = None,
-        stop: Stop = "never",
-        friction: PositiveFloat = 2.0,
-    ) -> None:
-        super().__init__(
-            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps, stop
-        )
+    def __init__(self, *first: Any, friction: PositiveFloat = 2.0, **shared: Any) -> None:
+        super().__init__(*first, **shared)
         self.friction = friction
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None, noise: Tensor | None = None) -> State:
@@ -355,22 +327,8 @@ class HMC(MALA):
     target_acceptance = 0.65
 
     @checked
-    def __init__(
-        self,
-        num_steps: NumSteps,
-        theta_states: ThetaStates,
-        step_size: Any,
-        preconditioner: Any,
-        theta_every: PositiveInt = 1,
-        start: Start = "encoder",
-        first_start: FirstStart = "encoder",
-        first_steps: PositiveInt | None = None,
-        stop: Stop = "never",
-        num_leapfrog: PositiveInt = 5,
-    ) -> None:
-        super().__init__(
-            num_steps, theta_states, step_size, preconditioner, theta_every, start, first_start, first_steps, stop
-        )
+    def __init__(self, *first: Any, num_leapfrog: PositiveInt = 5, **shared: Any) -> None:
+        super().__init__(*first, **shared)
         self.num_leapfrog = num_leapfrog
 
 

@@ -46,6 +46,8 @@ FIRST_VALUES = {
     "sampler.noise": "independent",
     "sampler.stop": "never",
     "objective.num_kept_states": None,
+    "trainer.frozen": False,
+    "metrics.num_reference_steps": 0,
 }
 # What every record holds, by type.
 _RECORDS = {

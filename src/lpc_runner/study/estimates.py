@@ -1,14 +1,16 @@
-"""Tables of log p(x), of chains and their gaps, and differences of methods paired by seed."""
+"""Tables and pictures of log p(x), of chains and their gaps, and differences of methods paired by seed."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lpc_runner.base.presentation import COLOURS
 from lpc_runner.study.study import Group
+from lpc_runner.study.style import MARKERS, Picture, file_name, label_decades, legend_below, new_figure, wrapped
 from lpc_runner.study.tables import DASH, DIVERGED, Table, show, spread
 
 # Compared where runs have them, in this order; all in nats per trial. log p(x) is exact where it is known at all;
@@ -100,6 +102,9 @@ COLUMNS = {
         "rhat_max",
         "ess_per_pass",
         "ess_per_pass_slowest",
+        "chain_acceptance",
+        "variance_bias",
+        "mean_error",
         "amortisation_gap",
         "approximation_gap",
         "log_likelihood",
@@ -120,6 +125,12 @@ NOTES = {
         "Gaps in nats per example, log_likelihood being the truth.",
     ),
 }
+
+
+BIAS = (
+    "variance_bias, mean_error: for as many decoder gradients of every sampler, against long Hamiltonian chains with a "
+    "Metropolis test; medians over coordinates and examples, relative and in standard deviations, chance included."
+)
 
 
 def estimate_tables(dataset: str, groups: Sequence[Group]) -> list[Table]:
@@ -151,7 +162,7 @@ def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> T
                 ]
         rows.append([group.marked_label, str(len(group.counted)), *cells])
     facts = estimates[0].facts
-    notes = [*NOTES[kind]]
+    notes = [*NOTES[kind], *[BIAS] * ("variance_bias" in names)]
     if kind == "likelihood":
         if len({estimate.facts.get("start") for estimate in estimates}) > 1:
             priors = [group.label for group in shown if _start(group, setting) == "prior"]
@@ -189,3 +200,49 @@ def _difference(group: Group, base: Group, setting: tuple[Any, ...], name: str) 
     if group is base or not by_seed or group.diverged or base.diverged:
         return DASH
     return Difference(by_seed).text()
+
+
+def estimate_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Picture]:
+    """Bias of the variance against effective samples per decoder gradient, a point for each group: mean and standard
+    error over seeds."""
+    settings = {estimate.setting for group in groups for run in group.counted for estimate in run.estimates}
+    for number, setting in enumerate(sorted(settings, key=str)):
+        points = []
+        for group in groups:
+            found = [_values(group, setting, name) for name in ("ess_per_pass", "variance_bias")]
+            seeds = [seed for seed in found[0] if seed in found[1]]
+            if seeds:
+                points.append((group, [[values[seed] for seed in seeds] for values in found]))
+        if points:
+            suffix = f"-{number}" if len(settings) > 1 else ""
+            caption = f"{dataset}: bias and effective samples of chains, mean ± standard error over seeds"
+            yield Picture(file_name(dataset, f"chains{suffix}"), caption, _chain_figure(dataset, points))
+
+
+def _chain_figure(dataset: str, points: Sequence[tuple[Group, list[list[float]]]]) -> Any:
+    figure = new_figure(11, 4.6 + 0.3 * -(-len(points) // 2))
+    axis = figure.subplots()
+    axis.axhline(0, color="black", linewidth=1)
+    for index, (group, (sizes, biases)) in enumerate(points):
+        errors = [[statistics.stdev(v) / math.sqrt(len(v))] if len(v) > 1 else None for v in (sizes, biases)]
+        shape = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        axis.errorbar(
+            [statistics.fmean(sizes)],
+            [statistics.fmean(biases)],
+            xerr=errors[0],
+            yerr=errors[1],
+            color=COLOURS[index % len(COLOURS)],
+            marker=shape,
+            linestyle="",
+            capsize=3,
+            label=wrapped(f"{group.marked_label} ({len(sizes)} seed{'s' * (len(sizes) > 1)})", 48),
+        )
+    means = [statistics.fmean(sizes) for _, (sizes, _) in points]
+    if max(means) > 10 * min(means) > 0:
+        axis.set_xscale("log")
+        label_decades(axis.xaxis, min(means), max(means))
+    axis.set_xlabel("effective samples per decoder gradient (higher is better)")
+    axis.set_ylabel("bias of the variance\n(0: none)")
+    axis.set_title(dataset, loc="left")
+    legend_below(figure, axis)
+    return figure

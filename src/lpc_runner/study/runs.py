@@ -19,7 +19,7 @@ STATUSES = ("finished", "diverged", "failed", "unfinished", "damaged")
 _AIS = ("num_chains", "num_temperatures")
 ESTIMATES = {
     "likelihood": ("split", "num_examples", "num_levels", *_AIS, "num_leapfrog"),
-    "posterior": ("split", "num_examples", "num_simulated", *_AIS, "num_chain_steps"),
+    "posterior": ("split", "num_examples", "num_simulated", *_AIS, "num_chain_steps", "num_reference_steps"),
 }
 
 

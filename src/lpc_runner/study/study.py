@@ -114,7 +114,7 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
     differing = [path for path in paths if len({repr(config.get(path)) for config in known}) > 1]
     groups: dict[str, Group] = {}
     for (properties, run), config in zip(members, configs):
-        extra = {path: config.get(path) for path in differing}
+        extra = {path: config.get(path, FIRST_VALUES.get(path)) for path in differing}
         text = {key: str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset")}
         new = Group(
             method_of(text["sampler"], text["objective"], properties.get("start")),

@@ -172,16 +172,20 @@ class Learner:
                 return self._whole.gradients(compute, context)
             return compute(context)
 
-    def apply(self, batch: Batch, gradients: Combined) -> None:
-        """The optimisers' steps; only ever called with finite gradients."""
-        optimizers = [part for part in (self.theta_optimizer, self.phi_optimizer) if part is not None]
+    def apply(self, batch: Batch, gradients: Combined, frozen: bool = False) -> None:
+        """The optimisers' steps, and what the sampler learns; only ever called with finite gradients.
+
+        frozen: model and encoder stay as they are.
+        """
+        optimizers = [] if frozen else [part for part in (self.theta_optimizer, self.phi_optimizer) if part is not None]
         if self._whole is not None:
             self._whole.step(optimizers)
         else:
             for optimizer in optimizers:
                 optimizer.step()
-        with self.engine.arithmetic():
-            self.model.observe(batch.x, gradients.z, self.ranks.mean)
+        if not frozen:
+            with self.engine.arithmetic():
+                self.model.observe(batch.x, gradients.z, self.ranks.mean)
         self._tell(gradients)
         if self.kept is not None and gradients.chain is not None:
             counts = [len(batch.index)] * self.ranks.size
@@ -236,10 +240,15 @@ class Learner:
             else:
                 part.load_state_dict(state[name])
 
-    def start_from(self, state: dict[str, Any], source: str) -> None:
-        """Take the weights, no state of optimisers or chains, of another run's checkpoint; UserError if they misfit."""
+    def start_from(self, state: dict[str, Any], source: str, frozen: bool = False) -> None:
+        """Take the weights, no state of optimisers or chains, of another run's checkpoint; UserError if they misfit.
+
+        frozen: nothing trains them, so that none may be missing.
+        """
         for name, part in (("model", self.model), ("encoder", self.encoder)):
             if part is None or name not in state:
+                if part is not None and frozen:
+                    raise UserError(f"trainer.init_from={source} has no {name}, and trainer.frozen=true trains none")
                 continue
             try:
                 part.load_state_dict(state[name])

@@ -105,7 +105,7 @@ class Trainer:
     whose chains start at z(0) ~ p(z), but for those that go on from a kept z. max_updates: stop after that many, null
     for num_epochs alone. log_every: updates between rows of metrics.jsonl. checkpoint_seconds: time between checkpoints
     (one also at every measurement, at the end, and on a signal). init_from: a run directory to take the first weights
-    from.
+    from. frozen: they stay as they are, and only step size and preconditioner learn from the chains.
 
     On several ranks batch_size is that of all together; every rank runs this loop, and only rank 0 logs and saves.
     """
@@ -120,10 +120,13 @@ class Trainer:
         log_every: PositiveInt,
         checkpoint_seconds: PositiveFloat,
         init_from: str | None,
+        frozen: bool = False,
     ) -> None:
+        if frozen and init_from is None:
+            raise ValueError("trainer.frozen=true needs trainer.init_from=RUN: a run that trained the weights")
         self.num_epochs, self.batch_size, self.num_prior_batches = num_epochs, batch_size, num_prior_batches
         self.max_updates, self.log_every = max_updates, log_every
-        self.checkpoint_seconds, self.init_from = checkpoint_seconds, init_from
+        self.checkpoint_seconds, self.init_from, self.frozen = checkpoint_seconds, init_from, frozen
 
     def total_updates(self, batches_per_epoch: int) -> int:
         """Updates of a whole run."""
@@ -168,7 +171,7 @@ class Trainer:
                     batch, seed, counters.update, from_prior, trace, logged, signalled, first_epoch=epoch == 0
                 )
                 if gradients.verdict():
-                    learner.apply(batch, gradients)
+                    learner.apply(batch, gradients, self.frozen)
                 elif not learner.pass_over(gradients):
                     logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
                     self._save(learner, checkpoints, counters, tracker.metrics)
