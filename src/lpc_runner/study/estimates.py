@@ -209,10 +209,10 @@ def estimate_pictures(dataset: str, groups: Sequence[Group]) -> Iterator[Picture
     for number, setting in enumerate(sorted(settings, key=str)):
         points = []
         for group in groups:
-            found = [_values(group, setting, name) for name in ("ess_per_pass", "variance_bias")]
-            seeds = [seed for seed in found[0] if seed in found[1]]
+            by_seed = [_values(group, setting, name) for name in ("ess_per_pass", "variance_bias")]
+            seeds = [seed for seed in by_seed[0] if seed in by_seed[1]]
             if seeds:
-                points.append((group, [[values[seed] for seed in seeds] for values in found]))
+                points.append((group, [[values[seed] for seed in seeds] for values in by_seed]))
         if points:
             suffix = f"-{number}" if len(settings) > 1 else ""
             caption = f"{dataset}: bias and effective samples of chains, mean ± standard error over seeds"
