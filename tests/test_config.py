@@ -9,11 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from conftest import RUNS, TINY, cell_of, cells_of, environment, plan_of, result_of, write_images
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from PIL import Image
 from series import config_dir
@@ -521,6 +525,37 @@ def test_a_sweep_over_values_composes_once(monkeypatch):
         range(20)
     )
     assert len(calls) == 2  # the question whether it is a sweep, and the cells
+
+
+def test_a_single_run_is_composed_once_and_keeps_hydras_callbacks(command, workplace, monkeypatch):
+    from hydra._internal.hydra import Hydra
+
+    composed = Hydra.compose_config
+    calls = []
+    monkeypatch.setattr(Hydra, "compose_config", lambda *given, **more: calls.append(1) or composed(*given, **more))
+    seen = "+hydra.callbacks.seen._target_=test_config.Seen"
+    answer = command(*TINY, seen, "trainer.max_updates=1")
+    assert answer.code == 0, answer.err
+    assert len(calls) == 1 and Seen.events == ["run starts", "job starts", "job ends", "run ends"]
+    assert HydraConfig.instance().cfg is None  # as before
+
+
+class Seen(Callback):
+    events: ClassVar[list[str]] = []
+
+    def on_run_start(self, **_):
+        self.events.append("run starts")
+
+    def on_job_start(self, config, **_):
+        assert config.hydra.mode == RunMode.RUN and config.hydra.job.chdir is False
+        self.events.append("job starts")
+
+    def on_job_end(self, **_):
+        self.events.append("job ends")
+
+    def on_run_end(self, job_return, **_):
+        assert job_return.status == JobStatus.COMPLETED
+        self.events.append("run ends")
 
 
 def test_a_dataset_says_what_is_trained_where_a_command_says_nothing_of_it(data):

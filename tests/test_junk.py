@@ -74,7 +74,7 @@ trees = st.recursive(
 )
 
 
-@both(200, 3000)
+@both(100, 3000)
 def test_command_lines(count, workplace):
     @settings(max_examples=count, **CONFIG)
     @given(st.lists(words, min_size=1, max_size=3), st.booleans())
@@ -196,7 +196,7 @@ def finished(command) -> RunDirectory:
     return RunDirectory.open(only_run())
 
 
-@both(200, 2000)
+@both(80, 2000)
 def test_records_of_a_run(count, finished):
     """Whatever stands in a run's records: listing it gives a row; loading or showing it works or says why in a line."""
     planned = [plan_of(*TINY)]

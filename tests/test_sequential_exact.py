@@ -208,6 +208,7 @@ def test_free_q_reaches_the_best_factorised_q_on_every_trial():
         assert (exact_elbo(model, x, amortised(batch)) < free).all()
 
 
+@pytest.mark.slow
 def test_a_table_with_block_covariances_reaches_the_best_of_its_family():
     """Its gap is ½ (Σ log det Λ_bb - log det Λ) over blocks b, less than the factorised one; within 0.03 nats."""
     model = lds(encoder="free_block", num_train=4)

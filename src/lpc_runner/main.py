@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import logging
@@ -72,11 +71,9 @@ def _run() -> None:
             if not looking:
                 composed = compose_command(args)  # all, so that a mistake in the last is found before the first runs
                 if composed.method_word is not None:
-                    sys.argv.insert(
-                        1, composed.method_word
-                    )  # the same words from here on: for Hydra, and in the records
+                    sys.argv.insert(1, composed.method_word)  # for the records, and for Hydra with --cfg
         if looking or args.cfg:
-            _hydra(args)
+            _hydra()
             return
         cells = composed.cells
         wait_passively(shared=not composed.launcher.endswith(".BasicLauncher"))
@@ -92,7 +89,7 @@ def _run() -> None:
         if ranks and not ranks.is_main:
             if not cells[0].cfg.check:
                 with frozen(cells, write=False):
-                    _hydra(args)
+                    _hydra(composed.single)
             return
         if cells[0].cfg.check:
             print_plan(planned, composed.chosen)
@@ -103,7 +100,7 @@ def _run() -> None:
             return
         sweep = proposing(cells[0].cfg.output_dir) if searches else frozen(cells)
         with sweep as folder, _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
-            _hydra(args)
+            _hydra(composed.single)
             if folder is not None:
                 planned = proposed_runs(folder)
         print_results(planned)
@@ -132,8 +129,11 @@ def _first(ranks: Any) -> AbstractContextManager[None]:
     return ranks.main_first() if ranks else nullcontext()
 
 
-def _hydra(args: argparse.Namespace) -> None:
-    """Hand over to Hydra, which parses the same command line again and calls `job` for every cell."""
+def _hydra(single: tuple[DictConfig, Any] | None = None) -> None:
+    """Hand over to Hydra, which calls `job` for every cell.
+
+    single: the composition of a single run. Without it Hydra reads the command line again, and composes what it says.
+    """
     import hydra
 
     from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
@@ -143,7 +143,10 @@ def _hydra(args: argparse.Namespace) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
     try:
         with words_for_workers(sys.argv), variants_read():
-            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
+            if single is not None:
+                _run_single(*single)
+            else:
+                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
     except UserError:
         raise
     except KeyboardInterrupt:  # while jobs run elsewhere, or between two of them
@@ -155,6 +158,25 @@ def _hydra(args: argparse.Namespace) -> None:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _run_single(composition: DictConfig, loader: Any) -> None:
+    """`job` under Hydra, its logging and callbacks included, as `Hydra.run` has it, which would compose twice more."""
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import run_job
+    from hydra.types import HydraContext, RunMode
+    from omegaconf import read_write
+
+    from lpc_runner.config.options import CONFIG_NAME
+
+    with read_write(composition.hydra):
+        composition.hydra.mode = RunMode.RUN
+    callbacks = Callbacks(composition)
+    callbacks.on_run_start(config=composition, config_name=CONFIG_NAME)
+    context = HydraContext(config_loader=loader, callbacks=callbacks)
+    done = run_job(job, composition, "hydra.run.dir", None, context)
+    callbacks.on_run_end(config=composition, config_name=CONFIG_NAME, job_return=done)
+    _ = done.return_value  # raises what the job raised
 
 
 @contextmanager

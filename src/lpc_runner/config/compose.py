@@ -58,9 +58,10 @@ class Composed:
     sweeper: str | None = None
     # With check=true: what each dataset chose besides, in words.
     chosen: tuple[str, ...] = ()
-    # Of a command of one cell that says nothing of the method: the word on it that the dataset adds, for Hydra, which
-    # composes such a run itself.
+    # Of a command of one cell that says nothing of the method: the word on it that the dataset adds.
     method_word: str | None = None
+    # Of a single run: what Hydra composed, its own part included, and Hydra's loader.
+    single: tuple[DictConfig, Any] | None = None
 
     @property
     def is_sweep(self) -> bool:
@@ -102,8 +103,11 @@ def compose_command(args: argparse.Namespace) -> Composed:
             for cell in composed:
                 require_own_names(folder, cell.choices)
         chosen = map(_chosen_by_dataset, _of_each_dataset(composed)) if composed[0].cfg.check else ()
-        method_word = words[0] if len(words) == 1 else None
-        return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)), method_word)
+        word = words[0] if len(words) == 1 else None
+        single = None
+        if launcher == NO_LAUNCHER:
+            single = once(*_with(word, cells[0])), _loader()
+        return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)), word, single)
 
 
 def _loader() -> Any:
@@ -251,7 +255,7 @@ def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -
             word = None
             if suited is not None and not _METHOD_WORDS & {o.key_or_group for o in read}:
                 word = f"method={suited}"
-                full = once(*overrides, word)
+                full = once(*_with(word, overrides))
             cfg = OmegaConf.masked_copy(full, [str(name) for name in full if name != "hydra"])
             known[key] = cfg, choices_of(full.hydra), word
         cfg, choices = copy.deepcopy(known[key][0]), dict(known[key][1])
@@ -260,6 +264,10 @@ def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -
         composed.append(resolved(cfg, choices, overrides))
         chosen.append(known[key][2])
     return composed, chosen
+
+
+def _with(word: str | None, overrides: list[str]) -> list[str]:
+    return overrides if word is None else [word, *overrides]
 
 
 def _is_plain(override: Override, folders: list[Path]) -> bool:
