@@ -99,10 +99,17 @@ def cells_with(group: str, option: str, data: Path, *more: str):
     return cells_of(*beside(group, option, data), *apart, f"{group}={option}", *more)
 
 
+def narrowed(group: str, option: str) -> list[str]:
+    """The first of a study's seeds, and of its datasets, which are options of their own."""
+    sweep = (FILES.get((group, option)) or {}).get("hydra", {}).get("sweeper", {}).get("params", {})
+    dataset = [f"dataset={str(sweep['dataset']).split(',')[0]}"] if "dataset" in sweep else []
+    return ["seed=0", *dataset] if group in STUDIES else []
+
+
 @pytest.mark.parametrize("group, option", OPTIONS)
 def test_every_option_composes_and_builds(group, option, data, workplace):
     """With the first seed, and of the cells that choose the same options the first: the others differ in values."""
-    cells = cells_with(group, option, data, *(["seed=0"] if group in STUDIES else []))
+    cells = cells_with(group, option, data, *narrowed(group, option))
     assert len(cells) == 1 or group in STUDIES
     firsts = {}
     for cell in cells:
