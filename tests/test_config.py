@@ -572,17 +572,15 @@ def test_a_dataset_says_what_is_trained_where_a_command_says_nothing_of_it(data)
         ("model=mlp",),
         ("step_size.value=0.2",),
         ("dataset=arrays", arrays),
-        ("tuned.method=lpc_persistent",),
+        ("tuned.method=lpc_persistent_encoder",),
     ):
         cell = cell_of(*words)
-        assert (cell.choices["method"], cell.choices["objective"], cell.cfg.sampler.start) == (
-            "lpc_persistent",
-            "prior",
-            "persistent",
-        )
+        choices, sampler = cell.choices, cell.cfg.sampler
+        assert (choices["method"], choices["objective"]) == ("lpc_persistent_encoder", "forward")
+        assert (sampler.start, sampler.first_start, sampler.num_steps) == ("persistent", "prior", 1)
     for words in (("objective=jeffreys",), ("preconditioning=adam",), ("method=none",), ("experiment=small",)):
         assert cell_of(*words).choices["method"] == "none"
     assert cell_of("dataset=mnist").choices["method"] == "none"
     assert cell_of("method=lpc_jeffreys").cfg.sampler.start == "encoder"
     first, second = cells_of("-m", "seed=0,1")
-    assert first.choices["method"] == second.choices["method"] == "lpc_persistent" and second.cfg.seed == 1
+    assert first.choices["method"] == second.choices["method"] == "lpc_persistent_encoder" and second.cfg.seed == 1

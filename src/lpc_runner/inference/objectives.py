@@ -96,7 +96,7 @@ class WeightedKL(interfaces.Objective):
     def gradients(self, context: Context) -> Gradients:
         """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
-        From another start the encoder still learns, from its own z ~ q (no effect without a chain). The acceptance that
+        From another start the encoder still learns, reverse KL from its own z ~ q (no effect without a chain). The acceptance that
         MALA would have had is logged, chain/mala_acceptance, where the engine shows every step.
         """
         model, sampler, noise, engine = context.model, context.sampler, context.noise, context.engine
@@ -124,8 +124,10 @@ class WeightedKL(interfaces.Objective):
         if shadow is not None:
             scalars["chain/mala_acceptance"] = shadow.mean()
         if q is not None and warm is not None:
+            # Beside kept chains, forward KL alone needs no decoder at q's z: there is no ELBO then.
+            has_elbo = self.reverse > 0 or context.kept is None
             at_warm = chain.first
-            if start is not warm:
+            if start is not warm and has_elbo:
                 with engine.autocast(), constant(context.theta):
                     at_warm = FusedPotential(partial(model.log_joint, context.batch.x), ())(warm, False)
                 num_evaluations += len(warm)
@@ -139,8 +141,10 @@ class WeightedKL(interfaces.Objective):
 
             loss = self.loss(negative_log_q, negative_elbo).mean()
             phi = list(torch.autograd.grad(loss, context.phi))
-            with torch.no_grad():
-                scalars |= {"train/encoder_loss": loss, "train/elbo": -negative_elbo().mean()}
+            scalars["train/encoder_loss"] = loss.detach()
+            if has_elbo:
+                with torch.no_grad():
+                    scalars["train/elbo"] = -negative_elbo().mean()
             scalars |= describe_encoder(model, q, warm)
         return Gradients(theta, phi, chain.z, num_evaluations, scalars, maxima, chain)
 
