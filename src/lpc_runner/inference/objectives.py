@@ -96,8 +96,8 @@ class WeightedKL(interfaces.Objective):
     def gradients(self, context: Context) -> Gradients:
         """Algorithm 1 for one batch, up to and without the optimisers' steps.
 
-        From another start the encoder still learns, reverse KL from its own z ~ q (no effect without a chain). The acceptance that
-        MALA would have had is logged, chain/mala_acceptance, where the engine shows every step.
+        From another start the encoder still learns, reverse KL from its own z ~ q (no effect without a chain). The
+        acceptance that MALA would have had is logged, chain/mala_acceptance, where the engine shows every step.
         """
         model, sampler, noise, engine = context.model, context.sampler, context.noise, context.engine
         q = context.q()  # q(z|x; φ)
