@@ -576,7 +576,7 @@ def test_a_dataset_says_what_is_trained_where_a_command_says_nothing_of_it(data)
     ):
         cell = cell_of(*words)
         choices, sampler = cell.choices, cell.cfg.sampler
-        assert (choices["method"], choices["objective"]) == ("lpc_persistent_encoder", "forward")
+        assert (choices["method"], choices["objective"]) == ("lpc_persistent_encoder", "reverse")
         assert (sampler.start, sampler.first_start, sampler.num_steps) == ("persistent", "prior", 1)
     for words in (("objective=jeffreys",), ("preconditioning=adam",), ("method=none",), ("experiment=small",)):
         assert cell_of(*words).choices["method"] == "none"

@@ -86,6 +86,7 @@ def test_every_experiment_has_a_small_variant_with_its_own_study(name):
     assert 0 < max(small.cfg.traces.updates) <= total
 
 
+@pytest.mark.slow
 def test_figures_that_share_runs_share_them_on_disk(workplace):
     """Figures 3, 7 and 8 are Figure 2's runs, 1 and 6 Table 1's, 9 Figure 5's."""
     one = ("dataset=cifar10", "seed=0")

@@ -82,6 +82,7 @@ def owner_pid(run: Path) -> int:
     return int((run / ".owner").read_text().split()[1])
 
 
+@pytest.mark.faults
 def test_two_workers_run_a_sweep_and_each_run_is_that_of_one_process(settings, tmp_path, command):
     sweep = ("-m", "seed=0,1", *settings, "trainer.num_epochs=10")
     assert command(*sweep).code == 0

@@ -67,6 +67,7 @@ def keys_in(panels):
     return found
 
 
+@pytest.mark.slow
 def test_every_panel_asks_for_what_the_runs_hold_in_w_and_b(server, study):
     """The oracle is the server's store of the published runs, not the code that read the folder."""
     assert all(done.startswith("published") for _, done in publish(study))

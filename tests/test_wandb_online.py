@@ -208,6 +208,7 @@ def assert_training_went_on_and_publishing_completes(server, run, out, err, seco
     assert stored.summary["status"] == "finished" and len(server.runs) == 1
 
 
+@pytest.mark.faults
 def test_a_server_closed_in_mid_run_costs_nothing_and_publishing_completes(server, tmp_path):
     result = train_while(server, tmp_path, server.down)
     assert_training_went_on_and_publishing_completes(server, *result)
