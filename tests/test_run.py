@@ -504,4 +504,4 @@ def test_a_command_that_says_nothing_of_the_method_runs_what_its_plan_says(comma
         answer = command(*words, *more)
         assert answer.code == 0, answer.err
     names = sorted(path.name for path in Path("outputs/default").iterdir())
-    assert len(names) == 2 and all("langevin-prior-fisher" in name for name in names)
+    assert len(names) == 2 and all("langevin-reverse-fisher" in name for name in names)
