@@ -84,13 +84,13 @@ def _constructors(target: Any) -> list[Any]:
     """
     if not inspect.isclass(target):
         return [inspect.unwrap(target)]
-    found = []
+    constructors = []
     for owner in target.__mro__:
         if "__init__" in vars(owner) and owner is not object:
-            found.append(inspect.unwrap(owner.__init__))
-            if not _takes_any(found[-1]):
+            constructors.append(inspect.unwrap(owner.__init__))
+            if not _takes_any(constructors[-1]):
                 break
-    return found
+    return constructors
 
 
 def _takes_any(function: Any) -> bool:
@@ -99,13 +99,13 @@ def _takes_any(function: Any) -> bool:
 
 def _parameters(target: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
     """Parameters and annotations by name, a base's first, without * and **; unannotated ones are `Any`."""
-    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    parameters: dict[str, tuple[inspect.Parameter, Any]] = {}
     for function in reversed(_constructors(target)):
         hints = typing.get_type_hints(function, include_extras=True)
         for name, value in inspect.signature(function).parameters.items():
             if name != "self" and value.kind not in _ANY_NUMBER:
-                found[name] = value, hints.get(name, Any)
-    return found
+                parameters[name] = value, hints.get(name, Any)
+    return parameters
 
 
 def hints_of(target: Any) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def accepted(target: Any, offered: dict[str, Any]) -> dict[str, Any]:
     constructors = _constructors(target)
     if constructors and all(map(_takes_any, constructors)):
         return offered
-    return {name: value for name, value in offered.items() if name in hints_of(target)}
+    taken = _parameters(target)
+    return {name: value for name, value in offered.items() if name in taken}
 
 
 @functools.cache

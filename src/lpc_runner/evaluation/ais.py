@@ -50,6 +50,11 @@ class Point(NamedTuple):
     drift: Tensor
 
 
+def towards_target(log_step: Tensor, acceptance: Tensor) -> Tensor:
+    """log ε (B,) after a move whose chains (C, B) were accepted with these probabilities."""
+    return log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
+
+
 class Annealing:
     """The laws p_b of a chunk of examples, in u = (z - mean of q)/(standard deviation of q): under p_0, N(0, I).
 
@@ -111,16 +116,19 @@ class Annealing:
         kept = [torch.where(accepted.view(*accepted.shape, *[1] * (a.ndim - 2)), a, b) for a, b in zip(new, point)]
         return Point(*kept), acceptance
 
+    def first_log_step(self) -> Tensor:
+        """log ε (B,) before anything was learned."""
+        return torch.full((len(self.mean),), math.log(FIRST_STEP), dtype=self.mean.dtype, device=self.mean.device)
+
     def step_sizes(self, temperatures: list[float], num_leapfrog: int, source: torch.Generator) -> list[Tensor]:
         """ε (B,) for each inner temperature b_1 .. b_{S-1}, from PILOTS chains: log ε follows their mean acceptance."""
         if len(temperatures) <= 2:
             return []
         point = self.point(self.normal(PILOTS, source))
-        log_step = torch.full((len(self.mean),), math.log(FIRST_STEP), dtype=self.mean.dtype, device=self.mean.device)
-        sizes = []
+        log_step, sizes = self.first_log_step(), []
         for b in temperatures[1:-1]:
             point, acceptance = self.transition(point, b, log_step.exp(), num_leapfrog, source)
-            log_step = log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
+            log_step = towards_target(log_step, acceptance)
             sizes.append(log_step.exp())
         return sizes
 
@@ -226,11 +234,11 @@ class AnnealedImportance:
         """
         path, states = Annealing(model, x, q), []
         point = path.point(path.normal(shape[0], source))
-        log_step = torch.full((len(x),), math.log(FIRST_STEP), dtype=x.dtype, device=x.device)
+        log_step = path.first_log_step()
         for move in range(2 * shape[1]):
             point, acceptance = path.transition(point, 1.0, log_step.exp(), self.num_leapfrog, source)
             if move < shape[1]:
-                log_step = log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
+                log_step = towards_target(log_step, acceptance)
             else:
                 states.append((path.mean + path.scale * point.u).cpu())
         return torch.stack(states, 1)

@@ -21,6 +21,11 @@ PAIRED = (*LIKELIHOODS, *GAPS)
 TITLE = "paired differences"
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard deviation (over n - 1) divided by √n; None of fewer than two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 @dataclass(frozen=True)
 class Difference:
     """group - base of one number: by_seed, in the order of the seeds; mean; its standard error, None for one pair."""
@@ -33,10 +38,8 @@ class Difference:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard deviation of the differences (over n - 1) divided by √n."""
-        if len(self.by_seed) < 2:
-            return None
-        return statistics.stdev(self.by_seed.values()) / math.sqrt(len(self.by_seed))
+        """That of the mean over seeds."""
+        return standard_error(list(self.by_seed.values()))
 
     def text(self) -> str:
         """+0.42 ± 0.11, the sign always."""
@@ -224,7 +227,7 @@ def _chain_figure(dataset: str, points: Sequence[tuple[Group, list[list[float]]]
     axis = figure.subplots()
     axis.axhline(0, color="black", linewidth=1)
     for index, (group, (sizes, biases)) in enumerate(points):
-        errors = [[statistics.stdev(v) / math.sqrt(len(v))] if len(v) > 1 else None for v in (sizes, biases)]
+        errors = list(map(standard_error, (sizes, biases)))
         shape = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
         axis.errorbar(
             [statistics.fmean(sizes)],

@@ -13,7 +13,7 @@ from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import SYMBOLS
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.uploads import Place, place_of, rows_of, runs_of, settings_of
-from lpc_runner.tracking.wandb_service import one_line, online
+from lpc_runner.tracking.wandb_service import one_line, online, read_mapping
 
 # Spread over orders of magnitude in a sweep.
 LOGARITHMIC = ("step_size", "learning_rate", "scale")
@@ -112,7 +112,7 @@ def save_dashboard(
     facts = study_facts(study)
     path = output or Path(study) / "dashboard.json"
     _require_package()
-    before = _read(path)
+    before = read_mapping(path, "the dashboard is saved as a new one then")
     with ExitStack() as stack:
         try:
             stack.enter_context(online("saving a dashboard"))
@@ -340,15 +340,6 @@ def _write(path: Path, place: Place, workspace: Any, report: Any, saved: dict[st
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged; delete it: the dashboard is saved as a new one then") from None
 
 
 def _require_package() -> None:

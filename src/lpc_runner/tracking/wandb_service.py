@@ -159,15 +159,19 @@ def destination(server: str, entity: str, project: str) -> str:
     return f"{server.rstrip('/')}/{entity}/{project}"
 
 
-def read_published(folder: Path) -> dict[str, dict[str, Any]]:
-    """By destination: `run_id` there, the `studies` that its group and tags name, `complete`. UserError if damaged."""
-    path = Path(folder) / PUBLISHED
+def read_mapping(path: Path, afterwards: str) -> dict[str, Any]:
+    """A JSON mapping, {} where there is none. Raises UserError if it is damaged; afterwards: what deleting it means."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged; delete it: W&B is asked what it holds before anything is sent") from None
+        raise UserError(f"{path} is damaged; delete it: {afterwards}") from None
+
+
+def read_published(folder: Path) -> dict[str, dict[str, Any]]:
+    """By destination: `run_id` there, the `studies` that its group and tags name, `complete`. UserError if damaged."""
+    return read_mapping(Path(folder) / PUBLISHED, "W&B is asked what it holds before anything is sent")
 
 
 def note_published(folder: Path, place: str, run_id: str, studies: Sequence[str], *, complete: bool) -> None:
