@@ -2,13 +2,13 @@
 
 import math
 
+import kalman
 import pytest
 import torch
 from series import lds
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.tensors import generator
-from lpc_runner.evaluation import kalman
 from lpc_runner.evaluation.ais import AnnealedImportance, Annealing, schedule
 from lpc_runner.models.dense import Linear
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import kalman
 import pytest
 import torch
 from sequence_models import FactorModel, Guess
 from series import lds
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
-from lpc_runner.evaluation import kalman
 from lpc_runner.evaluation.bounds import fit_free_posterior, importance_bound
 from lpc_runner.evaluation.sequence_metrics import SequenceEvaluator
 from lpc_runner.models.dense import Linear
@@ -167,8 +167,8 @@ class TestFreePosterior:
         with torch.no_grad():
             model.likelihood.log_scale.fill_(-3)
             x = model.decode(torch.randn(4, model.latent_dim, dtype=torch.float64))
-        best = kalman.log_likelihood(model, x) - kalman.approximation_gap(model)
-        monkeypatch.setattr(kalman, "is_linear_gaussian", lambda model: linear_gaussian)
+        best = linear_gaussian.log_likelihood(model, x) - kalman.approximation_gap(model)
+        monkeypatch.setattr(linear_gaussian, "is_linear_gaussian", lambda model: linear_gaussian)
         ones = torch.ones(4, model.latent_dim, dtype=torch.float64)
         prior = DiagonalGaussian(0 * ones, ones)
         evaluator = SequenceEvaluator.__new__(SequenceEvaluator)

@@ -29,6 +29,7 @@ MOVED = {
     "lpc_runner.distributions": "lpc_runner.base.distributions",
     "lpc_runner.emissions": "lpc_runner.base.distributions",
     "lpc_runner.errors": "lpc_runner.base.errors",
+    "lpc_runner.evaluation.kalman": "lpc_runner.evaluation.linear_gaussian",
     "lpc_runner.evaluation.level_pictures": "lpc_runner.evaluation.samples",
     "lpc_runner.evaluation.references": "lpc_runner.evaluation.quality",
     "lpc_runner.evaluation.sealed": "lpc_runner.store.checkpoints",

@@ -34,7 +34,7 @@ from lpc_runner.evaluation.evaluator import (
     is_amortised,
     without_held_out,
 )
-from lpc_runner.evaluation.kalman import exact_log_evidence
+from lpc_runner.evaluation.linear_gaussian import exact_log_evidence
 from lpc_runner.evaluation.samples import draw_image_data, draw_images
 from lpc_runner.inference.chain import constant
 from lpc_runner.models.latent import LatentVariableModel

@@ -16,7 +16,7 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
-from lpc_runner.evaluation import kalman, spike_metrics
+from lpc_runner.evaluation import linear_gaussian, spike_metrics
 from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
@@ -226,7 +226,7 @@ class SequenceEvaluator(Evaluator):
                 numbers |= self._of_reconstruction(bound.elbo + q.kl_per_dimension(model.prior).double().sum(1))
         numbers["free_drift"] = float(fitted.drift.mean())
         best = max(numbers[f"{name}_iwae"] for name in proposals)
-        exact = kalman.exact_log_evidence(model, x[..., self.held_in])
+        exact = linear_gaussian.exact_log_evidence(model, x[..., self.held_in])
         if exact is not None:
             best = numbers["log_evidence"] = float(exact.mean())
         numbers["approximation_gap"] = best - numbers["free_elbo"]
@@ -239,8 +239,8 @@ class SequenceEvaluator(Evaluator):
 
     def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> FreePosterior:
         """The best factorised q of every trial: in closed form where there is one, else fitted, from `start` if any."""
-        if kalman.is_linear_gaussian(model):
-            return FreePosterior(kalman.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
+        if linear_gaussian.is_linear_gaussian(model):
+            return FreePosterior(linear_gaussian.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
         settings = self.settings
         fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}
         return fit_free_posterior(model, x, start, self.seed, learning_rate=settings.free_learning_rate, **fit)
