@@ -30,7 +30,9 @@ def evidence(model: LFADS) -> LowRankMultivariateNormal:
     mean, *shifted = exact.decode(torch.cat([torch.zeros_like(units[:1]), units]))[..., model.held_in].flatten(1)
     variance = model.likelihood.gaussian_variance()
     assert variance is not None  # of a Gaussian
-    return LowRankMultivariateNormal(mean, torch.stack(shifted, 1) - mean[:, None], variance.double().cpu().expand(len(mean)))
+    return LowRankMultivariateNormal(
+        mean, torch.stack(shifted, 1) - mean[:, None], variance.double().cpu().expand(len(mean))
+    )
 
 
 def log_likelihood(model: LFADS, x: Tensor) -> Tensor:
