@@ -23,10 +23,6 @@ class FeatureMoments:
     mean: Tensor
     covariance: Tensor
 
-    def to(self, device: torch.device | str) -> FeatureMoments:
-        """The same moments on another device."""
-        return FeatureMoments(self.mean.to(device), self.covariance.to(device))
-
 
 def moments(features: Tensor, *, chunk: int = 4096) -> FeatureMoments:
     """Mean and covariance of features (N, d), accumulated in float64 over chunks; UserError when N < 2."""
