@@ -172,7 +172,7 @@ class TestFreePosterior:
         ones = torch.ones(4, model.latent_dim, dtype=torch.float64)
         prior = DiagonalGaussian(0 * ones, ones)
         evaluator = SequenceEvaluator.__new__(SequenceEvaluator)
-        evaluator.settings = SimpleNamespace(free_steps=250, free_samples=8, free_learning_rate=0.02)
+        evaluator.settings = SimpleNamespace(fit={"num_steps": 250, "num_samples": 8, "learning_rate": 0.02})
         evaluator.seed = 0
         elbo = lambda q: importance_bound(model, x, q, 4000, 0).elbo
         found = elbo(evaluator._free(model, x, None).q)

@@ -52,9 +52,14 @@ def importance_bound(
         z = repeated.rsample(torch.cat(noise))
         log_weight = model.log_joint(x.repeat(count, *[1] * (x.ndim - 1)), z).double() - repeated.log_prob(z).double()
         weights[start : start + count] = log_weight.view(count, len(x))
-    iwae = torch.logsumexp(weights, 0) - math.log(num_samples)
-    effective = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
-    return Importance(iwae, weights.mean(0), effective)
+    iwae, effective_samples = mean_weight(weights)
+    return Importance(iwae, weights.mean(0), effective_samples)
+
+
+def mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """log (1/K) Σ w and (Σ w)² / Σ w² of log weights (K, B), each (B,)."""
+    total = torch.logsumexp(log_w, 0)
+    return total - math.log(len(log_w)), torch.exp(2 * total - torch.logsumexp(2 * log_w, 0))
 
 
 _LATE = 0.8  # the part of the steps after which convergence is asked about
@@ -101,7 +106,6 @@ def fit_free_posterior(
     interact, but every step visits all of them. Without a start, larger steps lead from the prior into the
     neighbourhood first.
     """
-    require_pairs(num_samples)
     if start is None:
         _, start = _descend(model, x, prior_of(model, len(x)), seed, num_steps, num_samples, COLD * learning_rate)
     late, fitted = _descend(model, x, start, seed, num_steps, num_samples, learning_rate)
@@ -121,8 +125,8 @@ def _descend(
     """q before the last fifth of the steps, and after all of them."""
     mean = start.mean.detach().clone().requires_grad_()
     log_variance = start.variance.detach().log().clone().requires_grad_()
-    rates = {id(mean): learning_rate, id(log_variance): _LOG_VARIANCE_RATE * learning_rate}
-    optimizer = torch.optim.Adam([{"params": [part], "lr": rates[id(part)]} for part in (mean, log_variance)])
+    rates = (learning_rate, _LOG_VARIANCE_RATE * learning_rate)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in zip((mean, log_variance), rates)])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     source = generator(seed, "free posterior", device=x.device)
     repeated = x.repeat(num_samples, *[1] * (x.ndim - 1))

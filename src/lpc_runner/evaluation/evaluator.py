@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
 from lpc_runner.data.dataset import Data, Dataset
@@ -128,6 +129,12 @@ class Setup:
     device: torch.device | str
     seed: int
     ranks: Ranks = SINGLE
+
+
+def require_examples(setup: Setup, option: str) -> None:
+    """Raises UserError (one line) where there are too few test examples for a standard error."""
+    if (count := len(setup.data.test)) < 2:
+        raise UserError(f"{setup.dataset.name} has {count} test example, metrics={option} needs at least 2")
 
 
 class Metrics(ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
-from lpc_runner.evaluation import linear_gaussian, spike_metrics
+from lpc_runner.evaluation import linear_gaussian
 from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
@@ -28,12 +26,22 @@ from lpc_runner.evaluation.evaluator import (
     evenly_spaced,
     finite,
     is_amortised,
+    require_examples,
     without_held_out,
 )
-from lpc_runner.evaluation.posterior import Means, chain_means, joined, posterior_means
+from lpc_runner.evaluation.posterior import (
+    CHUNK,
+    Means,
+    bits_per_spike,
+    chain_means,
+    linear_r_squared,
+    poisson_log_likelihood,
+    posterior_means,
+    pulse_timing,
+    r_squared,
+)
 from lpc_runner.models.latent import LatentVariableModel
 
-CHUNK = 260  # trials that share one draw of noise; results depend on it, so it is no setting
 PER_TRIAL = "nats per trial"
 
 
@@ -61,12 +69,11 @@ class SequenceQuality(Metrics):
     ) -> None:
         require_pairs(free_samples)
         self.num_importance_samples, self.num_gap_trials = num_importance_samples, num_gap_trials
-        self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
+        self.fit = {"num_steps": free_steps, "num_samples": free_samples, "learning_rate": free_learning_rate}
         self.num_posterior_samples, self.every_epochs = num_posterior_samples, every_epochs
 
     def evaluator(self, setup: Setup) -> Evaluator:
-        if (count := len(setup.data.test)) < 2:
-            raise UserError(f"{setup.dataset.name} has {count} validation trial, metrics=sequences needs at least 2")
+        require_examples(setup, "sequences")
         return SequenceEvaluator(setup, self) if setup.ranks.is_main else Idle()
 
     def label(self, facts: dict[str, object]) -> str:
@@ -132,7 +139,7 @@ class SequenceEvaluator(Evaluator):
             numbers["elbo"] = float(importance_bound(trained.model, self.x, q, 1, self.seed).elbo.mean())
             if "rates" in self.extras:
                 means = self._means(trained, q, min(8, self.settings.num_posterior_samples))
-                numbers["rates_r2"] = spike_metrics.r_squared(means.rates, self.extras["rates"])
+                numbers["rates_r2"] = r_squared(means.rates, self.extras["rates"])
             return numbers
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
@@ -196,8 +203,7 @@ class SequenceEvaluator(Evaluator):
         return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.variance for q in parts]))
 
     def _means(self, trained: Trained, q: DiagonalGaussian, num_samples: int) -> Means:
-        parts = [posterior_means(trained.model, part, num_samples, self.seed, i) for i, part in _chunks(q)]
-        return joined(parts)
+        return posterior_means(trained.model, q, num_samples, self.seed)
 
     def _infer(self, trained: Trained, free: DiagonalGaussian) -> Inferred:
         """The encoder's posterior of every test trial; without an amortised one, the free q of the gap trials."""
@@ -241,9 +247,7 @@ class SequenceEvaluator(Evaluator):
         """The best factorised q of every trial: in closed form where there is one, else fitted, from `start` if any."""
         if linear_gaussian.is_linear_gaussian(model):
             return FreePosterior(linear_gaussian.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
-        settings = self.settings
-        fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}
-        return fit_free_posterior(model, x, start, self.seed, learning_rate=settings.free_learning_rate, **fit)
+        return fit_free_posterior(model, x, start, self.seed, **self.settings.fit)
 
     def _of_reconstruction(self, reconstruction: Tensor) -> dict[str, float]:
         """E_q[log p(x|z)] of the gap trials, (B,), and whether it explains their spikes better than the true rates do.
@@ -261,9 +265,7 @@ class SequenceEvaluator(Evaluator):
 
     def _true_log_likelihood(self) -> Tensor:
         """log-likelihood of held-in spikes under the true rates, nats per trial, (B,) float64."""
-        return spike_metrics.poisson_log_likelihood(
-            self.values[..., self.held_in], self.extras["rates"][..., self.held_in]
-        )
+        return poisson_log_likelihood(self.values[..., self.held_in], self.extras["rates"][..., self.held_in])
 
     def _divergences(self, model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, float]:
         """KL(q ‖ p) in all and of every named block, means over trials."""
@@ -275,37 +277,33 @@ class SequenceEvaluator(Evaluator):
         """What posterior means say of rates, spikes, latents, pulses and behaviour of these trials."""
         numbers, extras = {}, {name: values[index] for name, values in self.extras.items()}
         if "rates" in extras:
-            numbers["rates_r2"] = spike_metrics.r_squared(means.rates, extras["rates"])
+            numbers["rates_r2"] = r_squared(means.rates, extras["rates"])
         if self.dataset.kind == COUNTS:
             numbers |= self._of_spikes(index, means.rates)
         if "latents" in extras:
-            numbers["latents_r2"] = spike_metrics.linear_r_squared(means.factors, extras["latents"])
+            numbers["latents_r2"] = linear_r_squared(means.factors, extras["latents"])
         if "behaviour" in extras:
-            numbers["behaviour_r2"] = spike_metrics.linear_r_squared(means.factors, extras["behaviour"])
+            numbers["behaviour_r2"] = linear_r_squared(means.factors, extras["behaviour"])
         if "pulse_bin" in extras and means.inputs is not None:
-            numbers["pulse_timing"] = spike_metrics.pulse_timing(means.inputs, extras["pulse_bin"])
+            numbers["pulse_timing"] = pulse_timing(means.inputs, extras["pulse_bin"])
         return numbers
 
     def _of_spikes(self, index: Tensor, rates: Tensor) -> dict[str, float]:
         """Bits per spike and log-likelihood of held-in spikes, and bits per spike of held-out ones, under rates."""
         counts, held_in, held_out = self.values[index], self.held_in, slice(self.held_in.stop, None)
-        likelihood = spike_metrics.poisson_log_likelihood(counts[..., held_in], rates[..., held_in])
+        likelihood = poisson_log_likelihood(counts[..., held_in], rates[..., held_in])
         numbers = {
-            "bits_per_spike": spike_metrics.bits_per_spike(counts[..., held_in], rates[..., held_in]),
+            "bits_per_spike": bits_per_spike(counts[..., held_in], rates[..., held_in]),
             "spike_log_likelihood": float(likelihood.mean()),
         }
         if self.held_out:
-            numbers["cosmoothing_bits_per_spike"] = spike_metrics.bits_per_spike(
-                counts[..., held_out], rates[..., held_out]
-            )
+            numbers["cosmoothing_bits_per_spike"] = bits_per_spike(counts[..., held_out], rates[..., held_out])
         return numbers
 
     def _of_chain(self, trained: Trained, inferred: Inferred) -> dict[str, float]:
         """Rates averaged over the run's own chain from q, given held-in neurons."""
-        model, count = trained.model, self.settings.num_posterior_samples
-        x = self.x[inferred.index]
-        parts = zip(x.split(CHUNK), _chunks(inferred.q))
-        means = joined(chain_means(model, rows, q, trained.sampler, count, self.seed, i) for rows, (i, q) in parts)
+        x, count = self.x[inferred.index], self.settings.num_posterior_samples
+        means = chain_means(trained.model, x, inferred.q, trained.sampler, count, self.seed)
         numbers = self._of_means(inferred.index, means)
         kept = ("rates_r2", "bits_per_spike", "cosmoothing_bits_per_spike")
         return {f"chain_{name}": numbers[name] for name in kept if name in numbers}
@@ -319,7 +317,7 @@ class SequenceEvaluator(Evaluator):
         by = "the encoder" if is_amortised(trained.encoder) else "the free q"
         sources = (
             f"{len(inferred.index):,} validation trials with posteriors from {by}, "
-            f"{settings.num_posterior_samples} draws each; free q ({settings.free_steps} steps), IWAE with "
+            f"{settings.num_posterior_samples} draws each; free q ({settings.fit['num_steps']} steps), IWAE with "
             f"K = {settings.num_importance_samples:,} and gaps on {num_gap:,} of them"
         )
         return {
@@ -357,8 +355,3 @@ class SequenceEvaluator(Evaluator):
                 ceilings |= self._of_spikes(index, rates[index])
         ceilings |= {f"chain_{name}": value for name, value in ceilings.items()}
         return {name: value for name, value in ceilings.items() if math.isfinite(value)}
-
-
-def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
-    parts = zip(q.mean.split(CHUNK), q.variance.split(CHUNK))
-    return ((number, DiagonalGaussian(*part)) for number, part in enumerate(parts))

@@ -15,8 +15,7 @@ from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import COLOURS, picture_style
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.sequences import COUNTS, SequenceDataset
-from lpc_runner.evaluation.posterior import Means
-from lpc_runner.evaluation.spike_metrics import linear_readout
+from lpc_runner.evaluation.posterior import Means, linear_readout
 
 *LINES, TRUTH, DATA = COLOURS
 BLUE, ORANGE = LINES[:2]
