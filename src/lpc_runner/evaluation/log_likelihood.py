@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from lpc_runner.evaluation.evaluator import (
     without_held_out,
 )
 from lpc_runner.evaluation.linear_gaussian import exact_log_evidence
-from lpc_runner.evaluation.samples import draw_image_data, draw_images
+from lpc_runner.evaluation.samples import draw_data, draw_images
 from lpc_runner.inference.chain import constant
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
@@ -56,13 +55,7 @@ class HeldOut(Evaluator):
         self.seed, self.ranks = setup.seed, setup.ranks
 
     def draw_data(self, folder: Path) -> None:
-        if self.dataset.kind == "images":
-            draw_image_data(self.data, folder)
-        else:
-            from lpc_runner.evaluation.sequence_pictures import data_picture
-
-            dataset: Any = self.dataset  # a SequenceDataset, being no images
-            data_picture(self.data.train, dataset, folder / "data.png")
+        draw_data(self.dataset, self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         """Of images, samples, and at the end reconstructions; of sequences nothing."""

@@ -6,7 +6,7 @@ Arrays are (trials, T, ...).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,25 +29,19 @@ class Means(NamedTuple):
     inputs: Tensor | None = None
 
 
-class _Average:
-    """Running means of what the model makes of z."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.count = model, 0
-        self.sums: list[Tensor] = []
-
-    @torch.no_grad()
-    def add(self, z: Tensor) -> None:
-        run = self.model.run(z)
-        parts = [self.model.decode(z), run.factors, *([] if run.inputs is None else [run.inputs])]
-        self.sums = [total + part for total, part in zip(self.sums, parts)] if self.sums else parts
-        self.count += 1
-
-    def means(self) -> Means:
-        return Means(*(total / self.count for total in self.sums))
+def _mean(model: Any, states: Iterable[Tensor]) -> Means:
+    """What the model makes of each z, averaged."""
+    sums, count = [], 0
+    for z in states:
+        with torch.no_grad():
+            run = model.run(z)
+            parts = [model.decode(z), run.factors, *([] if run.inputs is None else [run.inputs])]
+        sums = [total + part for total, part in zip(sums, parts)] if sums else parts
+        count += 1
+    return Means(*(total / count for total in sums))
 
 
-def _joined(parts: Iterator[Means]) -> Means:
+def _joined(parts: Iterable[Means]) -> Means:
     """Means of consecutive trials as one."""
     return Means(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
 
@@ -61,15 +55,12 @@ def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
 def posterior_means(model: Any, q: DiagonalGaussian, num_samples: int, seed: int) -> Means:
     """Means over num_samples draws z ~ q."""
 
-    def of_chunk(number: int, q: DiagonalGaussian) -> Means:
+    def draws(number: int, q: DiagonalGaussian) -> Iterator[Tensor]:
         source = generator(seed, "posterior", number, device=q.mean.device)
-        average = _Average(model)
         for _ in range(num_samples):
-            noise = torch.randn(q.mean.shape, generator=source, device=q.mean.device, dtype=q.mean.dtype)
-            average.add(q.rsample(noise))
-        return average.means()
+            yield q.rsample(torch.randn(q.mean.shape, generator=source, device=q.mean.device, dtype=q.mean.dtype))
 
-    return _joined(of_chunk(*chunk) for chunk in _chunks(q))
+    return _joined(_mean(model, draws(*chunk)) for chunk in _chunks(q))
 
 
 def chain_means(model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, num_states: int, seed: int) -> Means:
@@ -80,18 +71,17 @@ def chain_means(model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, nu
     sampler = to_the_end(sampler)
     num_chains = -(-num_states // sampler.num_steps)
 
-    def of_chunk(x: Tensor, number: int, q: DiagonalGaussian) -> Means:
-        average = _Average(model)
-        keep = lambda state, info: average.add(state.z)
+    def states(x: Tensor, number: int, q: DiagonalGaussian) -> Iterator[Tensor]:
         for draw in range(number * num_chains, (number + 1) * num_chains):
-            source = generator(seed, "posterior chain", draw, device=x.device)
+            source, kept = generator(seed, "posterior chain", draw, device=x.device), []
             z = q.rsample(torch.randn(q.mean.shape, generator=source, device=x.device, dtype=x.dtype))
             noise = ChainNoise(seed, draw, tuple(z.shape), x.device, x.dtype, stream="posterior chain noise")
+            keep = lambda state, info, kept=kept: kept.append(state.z.clone())
             run_chain(partial(model.log_joint, x), z, sampler, noise, centre=q.mean, q=q, on_step=keep)
-        return average.means()
+            yield from kept
 
     with gradients_through_rnns():
-        return _joined(of_chunk(rows, *chunk) for rows, chunk in zip(x.split(CHUNK), _chunks(start)))
+        return _joined(_mean(model, states(rows, *chunk)) for rows, chunk in zip(x.split(CHUNK), _chunks(start)))
 
 
 RIDGE = 1e-3  # penalty of the linear readouts, in units of the features' mean variance

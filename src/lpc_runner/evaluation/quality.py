@@ -37,7 +37,7 @@ from lpc_runner.evaluation.distances import (
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Setup, Trained, finite
 from lpc_runner.evaluation.features import Extractor, Inception, Pretrained, RandomConv, extract
 from lpc_runner.evaluation.imagenet import ImageNet
-from lpc_runner.evaluation.samples import draw_image_data, draw_images, draw_levels, sample_images, share_of
+from lpc_runner.evaluation.samples import draw_data, draw_images, draw_levels, sample_images, share_of
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
@@ -265,22 +265,24 @@ class SampleQuality(Metrics):
         return Measurer(extractor, reference, tuple(real.shape[1:]), self)
 
 
+@dataclass(frozen=True)
 class Measurer:
-    """Measures generated images against one fixed reference.
+    """Measures generated images of one shape (C, H, W) against one fixed reference."""
 
-    num_samples, num_samples_during: how many images it wants at the end, and during training.
-    """
+    extractor: Extractor
+    reference: Reference
+    shape: tuple[int, ...]
+    settings: SampleQuality
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        reference: Reference,
-        shape: tuple[int, ...],
-        settings: SampleQuality,
-    ) -> None:
-        self.extractor, self.reference, self._shape, self._settings = extractor, reference, shape, settings
-        self.num_samples = settings.num_samples or len(reference.features)
-        self.num_samples_during = min(settings.num_samples_during, self.num_samples)
+    @property
+    def num_samples(self) -> int:
+        """How many images it wants at the end."""
+        return self.settings.num_samples or len(self.reference.features)
+
+    @property
+    def num_samples_during(self) -> int:
+        """How many it wants during training."""
+        return min(self.settings.num_samples_during, self.num_samples)
 
     def measure(self, images: Iterable[Tensor], num_samples: int, ranks: Ranks = SINGLE) -> dict[str, float]:
         """All numbers of the first `num_samples` of `images`, uint8 chunks (B, C, H, W) of any size.
@@ -289,7 +291,7 @@ class Measurer:
         images run out. Of several ranks, each brings its own share of the images, and rank 0 gets the numbers.
         """
         shares = share_of(num_samples, ranks)
-        samples = extract(self.extractor, images, shares[ranks.rank], self._settings.batch_size, self._shape)
+        samples = extract(self.extractor, images, shares[ranks.rank], self.settings.batch_size, self.shape)
         samples = ranks.gather_rows(samples, shares)
         if not ranks.is_main:
             return {}
@@ -300,7 +302,7 @@ class Measurer:
         numbers = {
             "fd": frechet_distance(FeatureMoments(*summary), moments(samples)),
             "kid": kernel_distance(real, samples, reference_term=kept.within),
-            **compare_neighbours(real, samples, self._settings.k, reference_radii=radii),
+            **compare_neighbours(real, samples, self.settings.k, reference_radii=radii),
         }
         return {name_of(number, self.extractor.name): value for number, value in numbers.items()}
 
@@ -315,10 +317,10 @@ class Measurer:
         return {
             "num_samples": num_samples,
             "num_references": num_references,
-            "k": self._settings.k,
-            "reference": self._settings.reference,
+            "k": self.settings.k,
+            "reference": self.settings.reference,
             **self.extractor.facts(),
-            "coverage_ceiling": coverage_ceiling(num_references, num_samples, self._settings.k),
+            "coverage_ceiling": coverage_ceiling(num_references, num_samples, self.settings.k),
             f"{name_of('fd', self.extractor.name)}_floor": self.reference.floor,
             "num_floor": self.reference.num_floor,
         }
@@ -361,7 +363,7 @@ class ImageEvaluator(Evaluator):
         return self.measurer.measure(images, count, self.ranks)
 
     def draw_data(self, folder: Path) -> None:
-        draw_image_data(self.data, folder)
+        draw_data(self.dataset, self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         pictures = draw_images(trained, self.dataset, self.data, self.seed, folder, update)

@@ -40,6 +40,7 @@ from lpc_runner.evaluation.posterior import (
     pulse_timing,
     r_squared,
 )
+from lpc_runner.evaluation.samples import draw_data
 from lpc_runner.models.latent import LatentVariableModel
 
 PER_TRIAL = "nats per trial"
@@ -99,7 +100,8 @@ def notes_on(numbers: dict[str, float], num_importance_samples: int) -> dict[str
     notes["reconstruction"] = f"{PER_TRIAL}: mean of log p(x|z) over draws of q"
     notes["identity_overfit"] = "1: draws of q explain the spikes they saw better than the true rates do"
     notes["pulse_timing"] = "share of trials whose largest input is within one bin of the pulse"
-    return notes | {f"chain_{name}": f"{note}; its sampler's chain from q" for name, note in notes.items()}
+    notes |= {f"chain_{name}": f"{note}; its sampler's chain from q" for name, note in notes.items()}
+    return {name: note for name, note in notes.items() if name in numbers}
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class SequenceEvaluator(Evaluator):
         self.values = data.test.values.to(device)
         self.extras = {name: values.to(device) for name, values in data.test.extras.items()}
         self.x = without_held_out(dataset.to_model(self.values), self.held_out)
+        self.every = torch.arange(len(self.x), device=self.x.device)
         self.gap_index = evenly_spaced(len(self.x), settings.num_gap_trials, device)
         self.last: Inferred | None = None  # of the last final measurement, for the pictures
         self.gaps: dict[str, float] = {}
@@ -133,12 +136,11 @@ class SequenceEvaluator(Evaluator):
         if not is_amortised(trained.encoder):
             return {}
         with evaluating(trained.model, trained.encoder):
-            numbers = {}
-            index = torch.arange(len(self.x), device=self.x.device)
-            q = self._encoded(trained, index)
-            numbers["elbo"] = float(importance_bound(trained.model, self.x, q, 1, self.seed).elbo.mean())
+            q = self._encoded(trained, self.every)
+            numbers = {"elbo": float(importance_bound(trained.model, self.x, q, 1, self.seed).elbo.mean())}
             if "rates" in self.extras:
-                means = self._means(trained, q, min(8, self.settings.num_posterior_samples))
+                count = min(8, self.settings.num_posterior_samples)
+                means = posterior_means(trained.model, q, count, self.seed)
                 numbers["rates_r2"] = r_squared(means.rates, self.extras["rates"])
             return numbers
 
@@ -146,8 +148,11 @@ class SequenceEvaluator(Evaluator):
         with evaluating(trained.model, trained.encoder):
             numbers, free = self._bounds(trained)
             self.gaps = dict(numbers) if all(map(math.isfinite, numbers.values())) else {}
-            inferred = self._infer(trained, free)
-            self.last = inferred
+            # The encoder's posterior of every test trial; without an amortised one, the free q of the gap trials.
+            index, q = self.gap_index, free
+            if is_amortised(trained.encoder):
+                index, q = self.every, self._encoded(trained, self.every)
+            inferred = self.last = self._infer(trained, index, q)
             numbers |= self._divergences(trained.model, inferred.q)
             numbers |= self._of_means(inferred.index, inferred.means)
             if trained.sampler.num_steps > 0:
@@ -157,9 +162,7 @@ class SequenceEvaluator(Evaluator):
         return numbers, self._facts(trained, inferred, numbers)
 
     def draw_data(self, folder: Path) -> None:
-        from lpc_runner.evaluation.sequence_pictures import data_picture
-
-        data_picture(self.data.train, self.dataset, folder / "data.png")
+        draw_data(self.dataset, self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         """Rates of single trials, at the end also factors, inputs and gaps; nothing during training of a free table."""
@@ -170,8 +173,7 @@ class SequenceEvaluator(Evaluator):
             if not is_amortised(trained.encoder):
                 return {}
             with evaluating(trained.model, trained.encoder):
-                q = self._encoded(trained, self.gap_index)
-                inferred = Inferred(self.gap_index, q, self._means(trained, q, self.settings.num_posterior_samples))
+                inferred = self._infer(trained, self.gap_index, self._encoded(trained, self.gap_index))
         trials = pictures.Trials(
             inferred.index.tolist(),
             inferred.means,
@@ -202,16 +204,9 @@ class SequenceEvaluator(Evaluator):
             parts = [trained.encoder(Batch(self.x[rows], rows)) for rows in index.split(CHUNK)]
         return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.variance for q in parts]))
 
-    def _means(self, trained: Trained, q: DiagonalGaussian, num_samples: int) -> Means:
-        return posterior_means(trained.model, q, num_samples, self.seed)
-
-    def _infer(self, trained: Trained, free: DiagonalGaussian) -> Inferred:
-        """The encoder's posterior of every test trial; without an amortised one, the free q of the gap trials."""
-        index, q = self.gap_index, free
-        if is_amortised(trained.encoder):
-            index = torch.arange(len(self.x), device=self.x.device)
-            q = self._encoded(trained, index)
-        return Inferred(index, q, self._means(trained, q, self.settings.num_posterior_samples))
+    def _infer(self, trained: Trained, index: Tensor, q: DiagonalGaussian) -> Inferred:
+        count = self.settings.num_posterior_samples
+        return Inferred(index, q, posterior_means(trained.model, q, count, self.seed))
 
     # Numbers ------------------------------------------------------------------------------------------------
 
@@ -238,8 +233,7 @@ class SequenceEvaluator(Evaluator):
         numbers["approximation_gap"] = best - numbers["free_elbo"]
         if "encoder" in proposals:
             numbers["amortisation_gap"] = numbers["free_elbo"] - numbers["encoder_elbo"]
-            every = torch.arange(len(self.x), device=self.x.device)
-            whole = importance_bound(model, self.x, self._encoded(trained, every), 10, self.seed)
+            whole = importance_bound(model, self.x, self._encoded(trained, self.every), 10, self.seed)
             numbers["elbo"] = float(whole.elbo.mean())
         return numbers, fitted.q
 
@@ -327,11 +321,7 @@ class SequenceEvaluator(Evaluator):
             "num_gap_trials": num_gap,
             "num_importance_samples": settings.num_importance_samples,
             "ceilings": {name: value for name, value in ceilings.items() if name in numbers},
-            "notes": {
-                name: note
-                for name, note in notes_on(numbers, settings.num_importance_samples).items()
-                if name in numbers
-            },
+            "notes": notes_on(numbers, settings.num_importance_samples),
             "sources": sources,
         }
 
