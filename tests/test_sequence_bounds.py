@@ -12,6 +12,7 @@ from series import lds
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.evaluation.bounds import fit_free_posterior, importance_bound
+from lpc_runner.evaluation.linear_gaussian import log_likelihood
 from lpc_runner.evaluation.sequence_metrics import SequenceEvaluator
 from lpc_runner.models.dense import Linear
 
@@ -167,8 +168,8 @@ class TestFreePosterior:
         with torch.no_grad():
             model.likelihood.log_scale.fill_(-3)
             x = model.decode(torch.randn(4, model.latent_dim, dtype=torch.float64))
-        best = linear_gaussian.log_likelihood(model, x) - kalman.approximation_gap(model)
-        monkeypatch.setattr(linear_gaussian, "is_linear_gaussian", lambda model: linear_gaussian)
+        best = log_likelihood(model, x) - kalman.approximation_gap(model)
+        monkeypatch.setattr("lpc_runner.evaluation.linear_gaussian.is_linear_gaussian", lambda model: linear_gaussian)
         ones = torch.ones(4, model.latent_dim, dtype=torch.float64)
         prior = DiagonalGaussian(0 * ones, ones)
         evaluator = SequenceEvaluator.__new__(SequenceEvaluator)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -223,7 +224,7 @@ class AnnealedImportance:
         As many moves before them find the step size of every example, which is then held: they leave p(z|x) invariant.
         """
         path, states = Annealing(model, x, q, self.num_leapfrog), []
-        *_, (point, step) = path.tuning(num_chains, [1.0] * num_moves, source)
+        ((point, step),) = deque(path.tuning(num_chains, [1.0] * num_moves, source), maxlen=1)
         for _ in range(num_moves):
             point, _ = path.transition(point, 1.0, step, source)
             states.append(path.z_of(point.u).cpu())
