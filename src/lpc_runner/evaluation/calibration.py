@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -161,22 +160,17 @@ class PosteriorEvaluator(HeldOut):
         return q.rsample(noise) if from_q else model.prior.scale * noise, q
 
     def _run(
-        self,
-        trained: Trained,
-        sampler: Any,
-        x: Tensor,
-        index: Tensor,
-        copies: int,
-        name: tuple[str, int],
-        keep: Callable[[Tensor], None],
-    ) -> Chain:
-        """`copies` chains for each example; keep: called with the z of every step."""
+        self, trained: Trained, sampler: Any, x: Tensor, index: Tensor, copies: int, name: tuple[str, int]
+    ) -> tuple[Chain, Tensor]:
+        """`copies` chains for each example, and the z of every step in the CPU's memory, (T, copies, B, d)."""
         z, q = self._start(trained, x, index, copies, name)
         stream, number = name
         noise = ChainNoise(self.seed, number, tuple(z.shape), x.device, z.dtype, stream=f"{stream} noise")
         joint = partial(trained.model.log_joint, x.repeat(copies, *[1] * (x.ndim - 1)))
-        centre, on_step = None if q is None else q.mean, lambda state, info: keep(state.z)
-        return run_chain(joint, z, to_the_end(sampler), noise, centre=centre, q=q, on_step=on_step)
+        states, centre = [], None if q is None else q.mean
+        keep = lambda state, info: states.append(state.z.detach().cpu().clone())
+        chain = run_chain(joint, z, to_the_end(sampler), noise, centre=centre, q=q, on_step=keep)
+        return chain, torch.stack(states).unflatten(1, (copies, len(x)))
 
     def _calibration(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
         """Ranks of z* among thinned states of a chain on x ~ p(x|z*), z* ~ p(z) (Talts et al. 2018)."""
@@ -188,7 +182,7 @@ class PosteriorEvaluator(HeldOut):
                 return {}, {}
             z, x = drawn
             states = self._states(trained, x, number)
-            ranks.append((states < z).sum(0).cpu().numpy())
+            ranks.append((states < z.cpu()).sum(0).numpy())
             self.num_values = len(states) + 1
         self.ranks_found = np.concatenate(ranks)
         chi2, p = uniformity(self.ranks_found, self.num_values)
@@ -205,19 +199,12 @@ class PosteriorEvaluator(HeldOut):
         """Thinned states (L, B, d) of the run's chain on x; without a chain, draws of q."""
         sampler, count = trained.sampler, self.settings.num_states
         index = torch.arange(len(x), device=x.device)
+        name = ("calibration", number)
         if sampler.num_steps == 0:
-            return self._start(trained, x, index, count, ("calibration", number))[0].view(count, len(x), -1)
-        wanted = set(np.linspace(sampler.num_steps, 0, min(count, sampler.num_steps), endpoint=False).round().tolist())
-        states, t = [], 0
-
-        def keep(z: Tensor) -> None:
-            nonlocal t
-            t += 1
-            if t in wanted:
-                states.append(z.detach().clone())
-
-        self._run(trained, sampler, x, index, 1, ("calibration", number), keep)
-        return torch.stack(states)
+            return self._start(trained, x, index, count, name)[0].view(count, len(x), -1).cpu()
+        _, states = self._run(trained, sampler, x, index, 1, name)
+        steps = np.linspace(sampler.num_steps, 0, min(count, sampler.num_steps), endpoint=False).round()
+        return states[steps.astype(int) - 1, 0]
 
     def _mixing(self, trained: Trained) -> dict[str, float]:
         """R-hat, effective samples per pass and bias of several long chains for each test example."""
@@ -227,12 +214,10 @@ class PosteriorEvaluator(HeldOut):
         per_example = settings.num_chains * per_chain
         r_hats, sizes, passes, acceptance, against = [], [], 0.0, [], []
         for number, index in enumerate(self.index.split(max(1, KEPT_NUMBERS // per_example))):
-            x, states = self.examples(index), []
-            keep = lambda z, states=states: states.append(z.detach().cpu().clone())
-            chain = self._run(trained, sampler, x, index, settings.num_chains, ("mixing", number), keep)
+            x = self.examples(index)
+            chain, states = self._run(trained, sampler, x, index, settings.num_chains, ("mixing", number))
             passes = chain.num_evaluations / (settings.num_chains * len(x))
-            chains = torch.stack(states, 1).view(settings.num_chains, len(index), len(states), -1)
-            chains = chains.transpose(1, 2).numpy()
+            chains = states.transpose(0, 1).numpy()
             r_hats.append(r_hat(chains))
             sizes.append(effective_sample_size(chains))
             if chain.acceptance is not None:

@@ -159,27 +159,27 @@ class LikelihoodEvaluator(HeldOut):
 
     def during(self, trained: Trained) -> dict[str, float]:
         with self.measuring(trained):
-            numbers = self._test_numbers(
-                trained, self._rows(len(self.index), partial(self._test, trained), None, "AIS")
-            )
-        return finite(numbers) if self.ranks.is_main else {}
+            rows = self._rows(len(self.index), partial(self._test, trained), None, "AIS")
+            return finite(self._test_numbers(trained, rows)) if self.ranks.is_main else {}
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
-        settings, model = self.settings, trained.model
+        model, num_simulated = trained.model, self.settings.num_simulated
         with self.measuring(trained):
-            num_simulated = settings.num_simulated
             if num_simulated and self.simulate(model, 1, "bdmc", 0) is None:
                 _log.warning("%s draws no samples: no upper bound", type(model.likelihood).__name__)
                 num_simulated = 0
-            self._announce(trained, num_simulated)
+            if self.ranks.is_main:
+                self._announce(trained, num_simulated)
             rows = self._rows(len(self.index), partial(self._test, trained), self._key(trained, "test"), "AIS")
-            numbers = self._test_numbers(trained, rows)
+            gaps = None
             if num_simulated:
                 key = self._key(trained, "simulated", num_simulated)
-                gap = self._rows(num_simulated, partial(self._simulated, trained), key, "BDMC")[:, 0]
-                numbers["bdmc_gap"], numbers["bdmc_gap_error"] = mean_and_error(gap)
-        if not self.ranks.is_main:
-            return {}, {}
+                gaps = self._rows(num_simulated, partial(self._simulated, trained), key, "BDMC")[:, 0]
+            if not self.ranks.is_main:
+                return {}, {}
+            numbers = self._test_numbers(trained, rows)
+            if gaps is not None:
+                numbers["bdmc_gap"], numbers["bdmc_gap_error"] = mean_and_error(gaps)
         numbers = finite(numbers)
         return numbers, self._facts(trained, numbers, num_simulated)
 
@@ -253,8 +253,6 @@ class LikelihoodEvaluator(HeldOut):
 
     def _announce(self, trained: Trained, num_simulated: int) -> None:
         """How much is to be done and for how long at most, before it starts."""
-        if not self.ranks.is_main:
-            return
         ais, index = self.settings.ais, self.index[:EXAMPLES]
         x = self.examples(index)
         per_move = ais.seconds_per_move(trained.model, x, self.q(trained, x, index, ais.start))
@@ -276,8 +274,6 @@ class LikelihoodEvaluator(HeldOut):
 
     def _test_numbers(self, trained: Trained, rows: Tensor) -> dict[str, float]:
         numbers = {}
-        if not self.ranks.is_main:
-            return numbers
         numbers["log_likelihood"], numbers["log_likelihood_error"] = mean_and_error(rows[:, 0])
         if is_probability(self.dataset, trained.model):
             bits = math.prod(self.dataset.shape) * math.log(2)
@@ -287,9 +283,8 @@ class LikelihoodEvaluator(HeldOut):
         if rows.shape[1] > 3:
             numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
         if math.isfinite(numbers["log_likelihood"]):  # else the parameters are not, and closed forms raise
-            parts = (exact_log_evidence(trained.model, self.examples(part)) for part in self.index.split(EXAMPLES))
-            exact = [part for part in parts if part is not None]
-            numbers |= {"log_evidence": float(torch.cat(exact).mean())} if exact else {}
+            exact = exact_log_evidence(trained.model, self.examples(self.index))
+            numbers |= {} if exact is None else {"log_evidence": float(exact.mean())}
         return numbers
 
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:
