@@ -127,21 +127,6 @@ class Reference:
         """Keep it in one file, sealed with a hash over its content and `key`."""
         write_sealed(path, vars(self), key)
 
-    @property
-    def within(self) -> float:
-        """The real part of the kernel distance."""
-        return self.scalars[0].item()
-
-    @property
-    def num_floor(self) -> int:
-        """Real images of the other split."""
-        return int(self.scalars[2])
-
-    @property
-    def floor(self) -> float | None:
-        """The Fréchet distance to them; None of fewer than 2."""
-        return None if self.num_floor < 2 else self.scalars[1].item()
-
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +134,7 @@ _log = logging.getLogger(__name__)
 class SampleQuality(Metrics):
     """Fréchet and kernel distance, precision, recall, density and coverage of generated images.
 
-    extractor, weights: see `evaluation.features`. k: neighbours that make a ball. num_samples: generated
+    extractor, weights: see `make_extractor`. k: neighbours that make a ball. num_samples: generated
     images at the end, None for as many as references. max_references: cap on the real images, None for all.
     reference: the split they come from. every_epochs: measure during training too, 0 for only at the end,
     then with num_samples_during images against the same references. Raises ValueError where a count is too
@@ -172,14 +157,6 @@ class SampleQuality(Metrics):
         every_epochs: NonNegativeInt,
         num_samples_during: PositiveInt,
     ) -> None:
-        counts = {
-            "num_samples": num_samples,
-            "max_references": max_references,
-            "num_samples_during": num_samples_during,
-        }
-        for name, count in counts.items():
-            if count is not None and count <= k:
-                raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
         if weights is not None and extractor not in ("inception", "imagenet"):
             _log.warning("metrics.weights has no effect with metrics.extractor=%s", extractor)
         self.extractor: ExtractorName = extractor
@@ -187,6 +164,9 @@ class SampleQuality(Metrics):
         self.num_samples, self.max_references, self.reference = num_samples, max_references, reference
         self.batch_size, self.every_epochs = batch_size, every_epochs
         self.num_samples_during = num_samples_during
+        for name in ("num_samples", "max_references", "num_samples_during"):
+            if (count := getattr(self, name)) is not None and count <= k:
+                raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
 
     def check(self, num_available: int) -> None:
         """UserError when the reference split, of num_available images, is too small for k."""
@@ -295,13 +275,10 @@ class Measurer:
         samples = ranks.gather_rows(samples, shares)
         if not ranks.is_main:
             return {}
-        kept = self.reference
-        real, radii, *summary = (
-            part.to(samples.device) for part in (kept.features, kept.radii, kept.mean, kept.covariance)
-        )
+        real, radii, *summary, scalars = (part.to(samples.device) for part in vars(self.reference).values())
         numbers = {
             "fd": frechet_distance(FeatureMoments(*summary), moments(samples)),
-            "kid": kernel_distance(real, samples, reference_term=kept.within),
+            "kid": kernel_distance(real, samples, reference_term=scalars[0].item()),
             **compare_neighbours(real, samples, self.settings.k, reference_radii=radii),
         }
         return {name_of(number, self.extractor.name): value for number, value in numbers.items()}
@@ -314,6 +291,7 @@ class Measurer:
         finite sets even real images are not at 0.
         """
         num_references = len(self.reference.features)
+        _, floor, num_floor = self.reference.scalars.tolist()
         return {
             "num_samples": num_samples,
             "num_references": num_references,
@@ -321,8 +299,8 @@ class Measurer:
             "reference": self.settings.reference,
             **self.extractor.facts(),
             "coverage_ceiling": coverage_ceiling(num_references, num_samples, self.settings.k),
-            f"{name_of('fd', self.extractor.name)}_floor": self.reference.floor,
-            "num_floor": self.reference.num_floor,
+            f"{name_of('fd', self.extractor.name)}_floor": floor if num_floor >= 2 else None,
+            "num_floor": int(num_floor),
         }
 
 
