@@ -39,6 +39,11 @@ def finite(numbers: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if name not in left_out}
 
 
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error (standard deviation over n - 1, divided by √n) of values (n,)."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
 def is_amortised(encoder: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether an encoder answers for examples that it was not trained on."""
     return encoder is not None and declared(encoder, EncoderInterface, "amortised")

@@ -31,6 +31,7 @@ from lpc_runner.evaluation.evaluator import (
     evenly_spaced,
     finite,
     is_amortised,
+    mean_and_error,
     require_examples,
     without_held_out,
 )
@@ -315,8 +316,3 @@ class LikelihoodEvaluator(HeldOut):
             "notes": {name: NOTES[name] for name in numbers},
             "sources": sources,
         }
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error (standard deviation over n - 1, divided by √n) of values (n,)."""
-    return float(values.mean()), float(values.std()) / math.sqrt(len(values))

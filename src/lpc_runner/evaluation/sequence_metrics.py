@@ -26,6 +26,7 @@ from lpc_runner.evaluation.evaluator import (
     evenly_spaced,
     finite,
     is_amortised,
+    mean_and_error,
     require_examples,
     without_held_out,
 )
@@ -127,6 +128,10 @@ class SequenceEvaluator(Evaluator):
         self.x = without_held_out(dataset.to_model(self.values), self.held_out)
         self.every = torch.arange(len(self.x), device=self.x.device)
         self.gap_index = evenly_spaced(len(self.x), settings.num_gap_trials, device)
+        self.true_log_likelihood: Tensor | None = None  # of held-in spikes under the true rates, nats per trial, (B,)
+        if dataset.kind == COUNTS and "rates" in self.extras:
+            held_in = (values[..., self.held_in] for values in (self.values, self.extras["rates"]))
+            self.true_log_likelihood = poisson_log_likelihood(*held_in)
         self.last: Inferred | None = None  # of the last final measurement, for the pictures
         self.gaps: dict[str, float] = {}
 
@@ -251,15 +256,10 @@ class SequenceEvaluator(Evaluator):
         spikes.
         """
         numbers = {"reconstruction": float(reconstruction.mean())}
-        if "rates" in self.extras and self.dataset.kind == COUNTS and len(reconstruction) > 1:
-            excess = reconstruction - self._true_log_likelihood()[self.gap_index]
-            error = excess.std() / math.sqrt(len(excess))
-            numbers["identity_overfit"] = float(excess.mean() > 2 * error)
+        if self.true_log_likelihood is not None and len(reconstruction) > 1:
+            mean, error = mean_and_error(reconstruction - self.true_log_likelihood[self.gap_index])
+            numbers["identity_overfit"] = float(mean > 2 * error)
         return numbers
-
-    def _true_log_likelihood(self) -> Tensor:
-        """log-likelihood of held-in spikes under the true rates, nats per trial, (B,) float64."""
-        return poisson_log_likelihood(self.values[..., self.held_in], self.extras["rates"][..., self.held_in])
 
     def _divergences(self, model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, float]:
         """KL(q ‖ p) in all and of every named block, means over trials."""
@@ -274,10 +274,9 @@ class SequenceEvaluator(Evaluator):
             numbers["rates_r2"] = r_squared(means.rates, extras["rates"])
         if self.dataset.kind == COUNTS:
             numbers |= self._of_spikes(index, means.rates)
-        if "latents" in extras:
-            numbers["latents_r2"] = linear_r_squared(means.factors, extras["latents"])
-        if "behaviour" in extras:
-            numbers["behaviour_r2"] = linear_r_squared(means.factors, extras["behaviour"])
+        for name in ("latents", "behaviour"):
+            if name in extras:
+                numbers[f"{name}_r2"] = linear_r_squared(means.factors, extras[name])
         if "pulse_bin" in extras and means.inputs is not None:
             numbers["pulse_timing"] = pulse_timing(means.inputs, extras["pulse_bin"])
         return numbers
@@ -329,19 +328,14 @@ class SequenceEvaluator(Evaluator):
         """The same numbers for the truth: the true system's log p(x) where it is exact, else the true rates'."""
         ceilings: dict[str, float] = {}
         exact = getattr(self.dataset, "log_evidence", lambda values: None)(self.data.test.values.numpy())
-        rates = self.extras.get("rates")
-        log_p = None
-        if exact is not None:
-            log_p = torch.from_numpy(exact).to(index.device)
-        elif rates is not None and self.dataset.kind == COUNTS:
-            log_p = self._true_log_likelihood()
+        log_p = self.true_log_likelihood if exact is None else torch.from_numpy(exact).to(index.device)
         if log_p is not None:
             names = ("encoder_elbo", "encoder_iwae", "free_elbo", "free_iwae", "log_evidence")
             ceilings |= dict.fromkeys(names, float(log_p[self.gap_index].mean())) | {"elbo": float(log_p.mean())}
-        if rates is not None:
+        if "rates" in self.extras:
             ceilings["rates_r2"] = 1.0
-            if self.dataset.kind == COUNTS:
-                ceilings["reconstruction"] = float(self._true_log_likelihood()[self.gap_index].mean())
-                ceilings |= self._of_spikes(index, rates[index])
+        if self.true_log_likelihood is not None:
+            ceilings["reconstruction"] = float(self.true_log_likelihood[self.gap_index].mean())
+            ceilings |= self._of_spikes(index, self.extras["rates"][index])
         ceilings |= {f"chain_{name}": value for name, value in ceilings.items()}
         return {name: value for name, value in ceilings.items() if math.isfinite(value)}
