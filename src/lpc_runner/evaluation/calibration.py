@@ -156,8 +156,9 @@ class PosteriorEvaluator(HeldOut):
         source = generator(self.seed, f"{stream} start", number, device=x.device)
         shape, like = (copies * len(x), model.latent_dim), next(model.parameters())
         noise = torch.randn(shape, generator=source, device=x.device, dtype=like.dtype)
-        from_q = q is not None and (place == "encoder" or sampler.num_steps == 0)
-        return q.rsample(noise) if from_q else model.prior.scale * noise, q
+        if q is not None and (place == "encoder" or sampler.num_steps == 0):
+            return q.rsample(noise), q
+        return model.prior.scale * noise, q
 
     def _run(
         self, trained: Trained, sampler: Any, x: Tensor, index: Tensor, copies: int, name: tuple[str, int]

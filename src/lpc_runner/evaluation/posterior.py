@@ -43,7 +43,8 @@ def _mean(model: Any, states: Iterable[Tensor]) -> Means:
 
 def _joined(parts: Iterable[Means]) -> Means:
     """Means of consecutive trials as one."""
-    return Means(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))
+    rates, factors, inputs = zip(*parts)
+    return Means(torch.cat(rates), torch.cat(factors), None if inputs[0] is None else torch.cat(inputs))
 
 
 def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
