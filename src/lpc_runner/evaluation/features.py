@@ -184,12 +184,13 @@ def extract(
     images: Iterable[Tensor],
     num_images: int,
     batch_size: int,
-    shape: tuple[int, ...] | None = None,
+    shape: tuple[int, ...],
 ) -> Tensor:
-    """Features (num_images, d) float32, on the extractor's device, of the first num_images of `images`."""
+    """Features (num_images, d) float32, on the extractor's device, of the first num_images of `images`, each (C, H, W)
+    as `shape` says."""
     parts, missing = [], num_images
     for chunk in images:
-        if chunk.dtype != torch.uint8 or (shape is not None and tuple(chunk.shape[1:]) != shape):
+        if chunk.dtype != torch.uint8 or chunk.shape[1:] != shape:
             raise ValueError(f"expected uint8 images (B, *{shape}), got {chunk.dtype} {tuple(chunk.shape)}")
         kept = chunk[:missing]
         parts += [extractor(batch) for batch in kept.split(batch_size)]

@@ -108,10 +108,10 @@ class Reference:
     @classmethod
     def compute(cls, extractor: Extractor, real: Tensor, floor: Tensor, k: int, batch_size: int) -> Reference:
         """From real (N, C, H, W) and disjoint floor (n, C, H, W) uint8 images."""
-        features = extract(extractor, real.split(batch_size), len(real), batch_size)
+        features = extract(extractor, real.split(batch_size), len(real), batch_size, real.shape[1:])
         summary, distance = moments(features), -1.0
         if len(floor) >= 2:
-            others = extract(extractor, floor.split(batch_size), len(floor), batch_size)
+            others = extract(extractor, floor.split(batch_size), len(floor), batch_size, floor.shape[1:])
             distance = frechet_distance(summary, moments(others))
         scalars = torch.tensor([within_term(features), distance, len(floor)], dtype=torch.float64)
         parts = (features, squared_radii(features, k), summary.mean, summary.covariance, scalars)
