@@ -207,11 +207,11 @@ MUTANTS = [
     Mutant("moves of AIS without a Metropolis test", "evaluation/ais.py",
            "self.uniform(count, source) < acceptance", "acceptance >= 0", ais("unbiased")),
     Mutant("a leapfrog that ends with a full kick", "evaluation/ais.py",
-           "(size if move < num_leapfrog else 0.5 * size)", "size", ais("unbiased")),
+           "(size if move < self.num_leapfrog else 0.5 * size)", "size", ais("unbiased")),
     Mutant("the way back at the temperatures of the way there", "evaluation/ais.py",
            "at = s - 1 if backward else s ", "at = min(s, num_increments - 1) ", ais("unbiased")),
     Mutant("an upper bound that is a lower one", "evaluation/ais.py",
-           "math.log(self.num_chains) - inverse", "inverse - math.log(self.num_chains)", ais("enclose")),
+           "-mean_weight(-torch.cat", "mean_weight(-torch.cat", ais("enclose")),
     # Layers
     Mutant("columns of a doubling by its rows' weights", "models/upsampling.py",
            "i::2, j::2", "i::2, i::2", ("tests/test_models.py", "doubling")),

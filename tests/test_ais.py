@@ -2,13 +2,13 @@
 
 import math
 
+import kalman
 import pytest
 import torch
 from series import lds
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.tensors import generator
-from lpc_runner.evaluation import kalman
 from lpc_runner.evaluation.ais import AnnealedImportance, Annealing, schedule
 from lpc_runner.models.dense import Linear
 
@@ -40,7 +40,7 @@ def test_the_schedule_rises_from_0_to_1_slowly_at_both_ends():
 def test_one_temperature_is_importance_sampling():
     model, x, _, q = linear(6)
     found = ais(20, 1).bounds(model, x, q, 0, "t")
-    path = Annealing(model, x, q)
+    path = Annealing(model, x, q, 3)
     counts = (8, 8, 4)  # chains at once
     u = torch.cat([path.normal(n, generator(0, f"ais/t/forward/{i}")) for i, n in enumerate(counts)])
     z = q.rsample(u)
@@ -55,11 +55,11 @@ def test_weights_are_unbiased_though_moves_are_often_rejected(backward):
     """E[w] = p(x) forward, E[1/w] = 1/p(x) backward from exact draws, at steps of which a Metropolis test matters."""
     model, x, _, q = linear(1)
     count, temperatures = 30_000, schedule(6)
-    path, source = Annealing(model, x, q), generator(0, "test/weights")
+    path, source = Annealing(model, x, q, 2), generator(0, "test/weights")
     steps = [torch.tensor([1.4 * (1 - 0.8 * b)], dtype=torch.float64) for b in temperatures[1:-1]]
     z = model.posterior(x).sample((count,)) if backward else None
     u = path.whiten(z) if backward else path.normal(count, source)
-    log_w, acceptance = path.log_weights(u, temperatures, steps, 2, source, backward=backward)
+    log_w, acceptance = path.log_weights(u, temperatures, steps, source, backward=backward)
     ratio = torch.exp((model.log_evidence(x) - log_w) * (1 if backward else -1))
     error = float(ratio.std()) / math.sqrt(count)
     assert error < 0.05 and abs(float(ratio.mean()) - 1) < 4 * error

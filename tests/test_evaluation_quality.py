@@ -17,9 +17,9 @@ from lpc_runner.data.dataset import Data, Split
 from lpc_runner.evaluation import features, imagenet, quality
 from lpc_runner.evaluation.classifier import Classifier
 from lpc_runner.evaluation.distances import coverage_ceiling
-from lpc_runner.evaluation.features import Inception, RandomConv, make_extractor
+from lpc_runner.evaluation.features import Inception, RandomConv
 from lpc_runner.evaluation.imagenet import PACKAGE, ImageNet
-from lpc_runner.evaluation.quality import SampleQuality
+from lpc_runner.evaluation.quality import SampleQuality, make_extractor
 
 IDENTITY = {"name": "digits"}
 K = 5
@@ -296,7 +296,7 @@ def test_inception_sees_grey_images_as_colour(tmp_path, monkeypatch):
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=str(path))
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr(features, "INCEPTION_HASH", features.sha256_of(path)[:8])
+    monkeypatch.setattr(Inception, "HASH", features.sha256_of(path)[:8])
     monkeypatch.setattr(features.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(path.read_bytes()))
 
     fetched = Inception(1, tmp_path / "cache", None)
@@ -442,7 +442,7 @@ def test_missing_inception_weights_stop_before_anything_is_computed(digits, tmp_
 
 def test_names_say_which_features_were_used(digits, tmp_path, monkeypatch):
     class Stub(RandomConv):
-        name, metric_suffix = "inception", ""
+        name = "inception"
 
     names = {"fd", "kid", "precision", "recall", "density", "coverage"}
     measurer = settings().prepare(digits, IDENTITY, tmp_path, "cpu")

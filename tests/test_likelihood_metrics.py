@@ -1,6 +1,7 @@
 """metrics=likelihood and metrics=posterior: numbers against closed forms, resumption, and the commands around them."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_ranks_share_the_examples(linear, tmp_path, monkeypatch):
     for ranks in (SINGLE, Ranks(0, 2, 0), Ranks(1, 2, 1)):
         one = evaluator(data, tmp_path, ranks=ranks)
         with one.measuring(trained):
-            parts.append(one._rows(10, one._test(trained), None, "AIS"))
+            parts.append(one._rows(10, partial(one._test, trained), None, "AIS"))
     assert torch.equal(torch.cat(parts[1:]), parts[0]) and min(map(len, parts)) > 0
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import kalman
 import pytest
 import torch
 from sequence_models import FactorModel, Guess
 from series import lds
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
-from lpc_runner.evaluation import kalman
 from lpc_runner.evaluation.bounds import fit_free_posterior, importance_bound
+from lpc_runner.evaluation.linear_gaussian import log_likelihood
 from lpc_runner.evaluation.sequence_metrics import SequenceEvaluator
 from lpc_runner.models.dense import Linear
 
@@ -167,12 +168,12 @@ class TestFreePosterior:
         with torch.no_grad():
             model.likelihood.log_scale.fill_(-3)
             x = model.decode(torch.randn(4, model.latent_dim, dtype=torch.float64))
-        best = kalman.log_likelihood(model, x) - kalman.approximation_gap(model)
-        monkeypatch.setattr(kalman, "is_linear_gaussian", lambda model: linear_gaussian)
+        best = log_likelihood(model, x) - kalman.approximation_gap(model)
+        monkeypatch.setattr("lpc_runner.evaluation.linear_gaussian.is_linear_gaussian", lambda model: linear_gaussian)
         ones = torch.ones(4, model.latent_dim, dtype=torch.float64)
         prior = DiagonalGaussian(0 * ones, ones)
         evaluator = SequenceEvaluator.__new__(SequenceEvaluator)
-        evaluator.settings = SimpleNamespace(free_steps=250, free_samples=8, free_learning_rate=0.02)
+        evaluator.settings = SimpleNamespace(fit={"num_steps": 250, "num_samples": 8, "learning_rate": 0.02})
         evaluator.seed = 0
         elbo = lambda q: importance_bound(model, x, q, 4000, 0).elbo
         found = elbo(evaluator._free(model, x, None).q)

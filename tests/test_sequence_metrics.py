@@ -13,7 +13,7 @@ from sequence_models import Exact, FactorModel
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
-from lpc_runner.evaluation import spike_metrics
+from lpc_runner.evaluation import posterior
 from lpc_runner.evaluation.evaluator import Setup
 from lpc_runner.evaluation.sequence_metrics import SequenceQuality
 from lpc_runner.inference.preconditioning import Identity
@@ -90,57 +90,57 @@ NO_STEPS = NoSteps(None, None)
 class TestRSquared:
     def test_truth_has_one_and_mean_rates_have_zero(self):
         truth = torch.rand(5, 7, 3)
-        assert spike_metrics.r_squared(truth, truth) == 1
+        assert posterior.r_squared(truth, truth) == 1
         mean = truth.double().mean((0, 1)).expand(truth.shape)
-        assert spike_metrics.r_squared(mean, truth) == pytest.approx(0, abs=1e-12)
+        assert posterior.r_squared(mean, truth) == pytest.approx(0, abs=1e-12)
 
     def test_known_value(self):
         """Truth 0, 2 and estimate 0, 1: error 1, scatter 2."""
         truth, estimate = torch.tensor([0.0, 2.0]).view(1, 2, 1), torch.tensor([0.0, 1.0]).view(1, 2, 1)
-        assert spike_metrics.r_squared(estimate, truth) == pytest.approx(0.5)
+        assert posterior.r_squared(estimate, truth) == pytest.approx(0.5)
 
     def test_knowing_how_active_a_neuron_is_earns_nothing(self):
         truth = torch.rand(5, 7, 3) + 100 * torch.arange(3)
-        assert abs(spike_metrics.r_squared(truth.double().mean((0, 1)).expand(truth.shape), truth)) < 1e-9
+        assert abs(posterior.r_squared(truth.double().mean((0, 1)).expand(truth.shape), truth)) < 1e-9
 
     def test_a_linear_map_is_found_and_an_unrelated_one_is_not(self):
         features = torch.randn(40, 10, 4)
         target = features @ torch.randn(4, 2) + 5
-        assert spike_metrics.linear_r_squared(features, target) > 0.999
-        assert spike_metrics.linear_r_squared(features, torch.randn(40, 10, 2)) < 0.05
+        assert posterior.linear_r_squared(features, target) > 0.999
+        assert posterior.linear_r_squared(features, torch.randn(40, 10, 2)) < 0.05
 
     def test_the_predicted_half_is_not_the_fitted_one(self):
         """Features that name the trial fit anything: the held half must not profit."""
         features = torch.eye(40).unsqueeze(1).expand(40, 10, 40)
-        assert spike_metrics.linear_r_squared(features, torch.randn(40, 1, 1).expand(40, 10, 1)) < 0.1
+        assert posterior.linear_r_squared(features, torch.randn(40, 1, 1).expand(40, 10, 1)) < 0.1
 
 
 class TestSpikes:
     def test_density_is_torchs(self):
         counts, rates = torch.poisson(torch.full((3, 4, 5), 2.0)), torch.rand(3, 4, 5) * 3
         expected = torch.distributions.Poisson(rates.double()).log_prob(counts.double()).sum((1, 2))
-        assert torch.allclose(spike_metrics.poisson_log_likelihood(counts, rates), expected)
+        assert torch.allclose(posterior.poisson_log_likelihood(counts, rates), expected)
 
     def test_a_rate_of_zero_explains_no_spikes_and_only_those(self):
         rates = torch.zeros(1, 1, 1)
-        assert float(spike_metrics.poisson_log_likelihood(torch.zeros(1, 1, 1), rates)) == 0
-        assert float(spike_metrics.poisson_log_likelihood(torch.ones(1, 1, 1), rates)) == -math.inf
+        assert float(posterior.poisson_log_likelihood(torch.zeros(1, 1, 1), rates)) == 0
+        assert float(posterior.poisson_log_likelihood(torch.ones(1, 1, 1), rates)) == -math.inf
 
     def test_mean_rates_have_zero_bits(self):
         counts = torch.poisson(torch.rand(10, 20, 3) * 2)
         mean = counts.double().mean((0, 1)).expand(counts.shape)
-        assert spike_metrics.bits_per_spike(counts, mean) == pytest.approx(0, abs=1e-12)
+        assert posterior.bits_per_spike(counts, mean) == pytest.approx(0, abs=1e-12)
 
     def test_one_bit_where_a_neuron_fires_in_half_of_the_bins_it_could(self):
         """One spike in every second bin, rates 1 and 0 known: log 2 per spike over the mean rate of a half."""
         counts = torch.tensor([1.0, 0.0]).repeat(50).view(1, 100, 1)
-        assert spike_metrics.bits_per_spike(counts, counts) == pytest.approx(1)
+        assert posterior.bits_per_spike(counts, counts) == pytest.approx(1)
 
     def test_pulses_within_one_bin(self):
         inputs = torch.zeros(4, 10, 2)
         for trial, peak in enumerate((3, 4, 5, 6)):
             inputs[trial, peak] = torch.tensor([0.0, -1.0])
-        assert spike_metrics.pulse_timing(inputs, torch.tensor([4, 4, 4, 4])) == 0.75
+        assert posterior.pulse_timing(inputs, torch.tensor([4, 4, 4, 4])) == 0.75
 
 
 class TestEvaluator:
@@ -177,11 +177,11 @@ class TestEvaluator:
         dataset = Made(model, num_held_out=2)
         _, facts = evaluator_of(dataset).final(self.trained(model, langevin()))
         test = dataset.data.test
-        truth = spike_metrics.bits_per_spike(test.values[..., :6], test.extras["rates"][..., :6])
+        truth = posterior.bits_per_spike(test.values[..., :6], test.extras["rates"][..., :6])
         assert facts["ceilings"]["bits_per_spike"] == facts["ceilings"]["chain_bits_per_spike"] == truth
-        held_out = spike_metrics.bits_per_spike(test.values[..., 6:], test.extras["rates"][..., 6:])
+        held_out = posterior.bits_per_spike(test.values[..., 6:], test.extras["rates"][..., 6:])
         assert facts["ceilings"]["cosmoothing_bits_per_spike"] == held_out
-        log_p = spike_metrics.poisson_log_likelihood(test.values[..., :6], test.extras["rates"][..., :6])
+        log_p = posterior.poisson_log_likelihood(test.values[..., :6], test.extras["rates"][..., :6])
         index = torch.linspace(0, 9, 6).round().long()
         assert facts["ceilings"]["free_iwae"] == pytest.approx(float(log_p[index].mean()))
         assert facts["ceilings"]["elbo"] == pytest.approx(float(log_p.mean()))

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import kalman
 import pytest
 import torch
 from series import lds, lfads
@@ -10,7 +11,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Batch
-from lpc_runner.evaluation import kalman
+from lpc_runner.evaluation import linear_gaussian
 from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.objectives import VariationalEM
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
@@ -68,7 +69,8 @@ def test_kalman_log_likelihood_is_that_of_the_dense_gaussian(name):
     _, _, map_, mean = linear_maps(model)
     variance = torch.exp(2 * model.likelihood.log_scale.detach())
     dense = MultivariateNormal(mean, map_ @ map_.T + variance * torch.eye(len(mean), **F64))
-    torch.testing.assert_close(kalman.log_likelihood(model, x), dense.log_prob(x.flatten(1)))
+    for exact in (linear_gaussian, kalman):
+        torch.testing.assert_close(exact.log_likelihood(model, x), dense.log_prob(x.flatten(1)))
 
 
 def test_the_filter_starts_at_the_first_states_own_prior():
@@ -88,7 +90,7 @@ def test_smoother_and_posterior_of_z_agree(name):
     x, dim = series(model), model.generator.initial_size
     system = kalman.linear_gaussian(model)
     means, covariances = kalman.smooth(system, kalman.kalman_filter(system, x))
-    exact = kalman.posterior(model, x)
+    exact = linear_gaussian.posterior(model, x)
     to_states, offset, _, _ = linear_maps(model)
     torch.testing.assert_close(means.flatten(1), exact.mean @ to_states.T + offset)
     dense = to_states @ exact.covariance_matrix[0] @ to_states.T
@@ -103,8 +105,8 @@ def test_bayes_rule():
     x = series(model)
     for scale in (0.1, 1.0, 4.0):
         z = scale * torch.randn(3, model.latent_dim, **F64)
-        evidence = model.log_joint(x, z) - kalman.posterior(model, x).log_prob(z)
-        torch.testing.assert_close(evidence, kalman.log_likelihood(model, x))
+        evidence = model.log_joint(x, z) - linear_gaussian.posterior(model, x).log_prob(z)
+        torch.testing.assert_close(evidence, linear_gaussian.log_likelihood(model, x))
 
 
 def test_held_out_neurons_are_not_part_of_the_exact_answer():
@@ -112,37 +114,37 @@ def test_held_out_neurons_are_not_part_of_the_exact_answer():
     x = series(model)
     x[..., -2:] = math.nan
     z = torch.randn(3, model.latent_dim, **F64)
-    evidence = model.log_joint(x, z) - kalman.posterior(model, x).log_prob(z)
-    torch.testing.assert_close(evidence, kalman.log_likelihood(model, x))
+    evidence = model.log_joint(x, z) - linear_gaussian.posterior(model, x).log_prob(z)
+    torch.testing.assert_close(evidence, linear_gaussian.log_likelihood(model, x))
 
 
 def test_only_linear_gaussian_systems_have_exact_answers():
-    assert kalman.is_linear_gaussian(lds())
-    assert not kalman.is_linear_gaussian(lfads(generator="linear"))  # Poisson
-    assert not kalman.is_linear_gaussian(lds(generator="gru"))
-    assert not kalman.is_linear_gaussian(lds(input_prior="ar1"))
+    assert linear_gaussian.is_linear_gaussian(lds())
+    assert not linear_gaussian.is_linear_gaussian(lfads(generator="linear"))  # Poisson
+    assert not linear_gaussian.is_linear_gaussian(lds(generator="gru"))
+    assert not linear_gaussian.is_linear_gaussian(lds(input_prior="ar1"))
 
 
 def exact_elbo(model, x, q):
     """E_q[log p(x, z)] + entropy, in closed form: log p(x, z) is quadratic in z."""
-    posterior = kalman.posterior(model, x)
+    posterior = linear_gaussian.posterior(model, x)
     precision = posterior.precision_matrix[0]
     shift = q.mean - posterior.mean
     trace = (q.variance * precision.diagonal()).sum(1) + (shift @ precision * shift).sum(1)
     divergence = 0.5 * (trace - model.latent_dim - torch.logdet(precision) - q.variance.log().sum(1))
-    return kalman.log_likelihood(model, x) - divergence  # log p - KL(q ‖ p(z|x))
+    return linear_gaussian.log_likelihood(model, x) - divergence  # log p - KL(q ‖ p(z|x))
 
 
 def test_the_approximation_gap_is_what_the_best_factorised_q_lacks():
     """At mean μ and variances 1/Λ_ii the ELBO is log p - gap, and any other diagonal q is below."""
     model = lds()
     x = series(model)
-    exact = kalman.posterior(model, x)
-    best = kalman.best_factorised(model, x)
+    exact = linear_gaussian.posterior(model, x)
+    best = linear_gaussian.best_factorised(model, x)
     torch.testing.assert_close(best.variance, 1 / exact.precision_matrix.diagonal(dim1=1, dim2=2))
     gap = kalman.approximation_gap(model)
     assert gap > 0.1
-    torch.testing.assert_close(exact_elbo(model, x, best), kalman.log_likelihood(model, x) - gap)
+    torch.testing.assert_close(exact_elbo(model, x, best), linear_gaussian.log_likelihood(model, x) - gap)
     marginal = DiagonalGaussian(exact.mean, exact.covariance_matrix.diagonal(dim1=1, dim2=2))
     for other in (marginal, DiagonalGaussian(exact.mean + 0.1, best.variance)):
         assert (exact_elbo(model, x, other) < exact_elbo(model, x, best)).all()
@@ -156,7 +158,7 @@ def test_the_chains_moments_against_the_smoother(metric):
     """
     model = lds(num_steps=4)
     x, num_chains, num_steps = series(model, 1), 20_000, 150
-    exact = kalman.posterior(model, x)
+    exact = linear_gaussian.posterior(model, x)
     precision, dim = exact.precision_matrix[0], model.latent_dim
     q = DiagonalGaussian(exact.mean, 1 / precision.diagonal()[None])
     root = q.variance[0].sqrt() if metric == "encoder" else torch.ones(dim, **F64)
@@ -193,7 +195,7 @@ def test_free_q_reaches_the_best_factorised_q_on_every_trial():
         learner.phi_optimizer.param_groups[0]["lr"] = rate
         learner.gradients(batch, 0, update, False)  # the E-steps; θ's step is never applied
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
-    best = kalman.log_likelihood(model, x) - kalman.approximation_gap(model)
+    best = linear_gaussian.log_likelihood(model, x) - kalman.approximation_gap(model)
     with torch.no_grad():
         free = exact_elbo(model, x, table(batch))
     assert (free <= best + 1e-9).all() and (free > best - 0.02).all()
@@ -220,16 +222,16 @@ def test_a_table_with_block_covariances_reaches_the_best_of_its_family():
     for update, rate in enumerate([0.05] * 5 + [0.01] * 5 + [0.001] * 5):
         learner.phi_optimizer.param_groups[0]["lr"] = rate
         learner.gradients(batch, 0, update, False)
-    posterior = kalman.posterior(model, x)
+    posterior = linear_gaussian.posterior(model, x)
     precision = posterior.precision_matrix[0]
     blocks = [slice(t, t + 2) for t in range(0, model.latent_dim, 2)]  # z_0 and every u_t have two coordinates
     gap = 0.5 * (sum(torch.logdet(precision[b, b]) for b in blocks) - torch.logdet(precision))
-    best = kalman.log_likelihood(model, x) - gap
+    best = linear_gaussian.log_likelihood(model, x) - gap
     with torch.no_grad():
         q = table(batch)
         factor = torch.stack([torch.block_diag(*q.factors[0][i], *q.factors[1][i]) for i in range(4)])
         dense = MultivariateNormal(q.mean, scale_tril=factor)
-        elbo = kalman.log_likelihood(model, x) - kl_divergence(dense, posterior)
+        elbo = linear_gaussian.log_likelihood(model, x) - kl_divergence(dense, posterior)
         z = torch.randn(4, model.latent_dim, **F64)
         torch.testing.assert_close(q.log_prob(z), dense.log_prob(z))
         torch.testing.assert_close(q.variance, dense.variance)
@@ -242,7 +244,7 @@ def test_a_table_with_block_covariances_reaches_the_best_of_its_family():
 
 def posterior_of_states(model, x):
     """p(x_0, ..., x_T | y): the dense posterior of z through the model's own map from z to states."""
-    exact = kalman.posterior(model, x)
+    exact = linear_gaussian.posterior(model, x)
     to_states, offset, _, _ = linear_maps(model)
     spread, start = model.initial_map.weight.detach(), model.initial_map.bias.detach()
     first = torch.cat([spread, torch.zeros(len(start), model.latent_dim - len(start), **F64)], 1)
@@ -297,11 +299,11 @@ def test_exact_em_raises_the_bound_monotonically():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    values = [kalman.log_likelihood(model, x).sum().item()]
+    values = [linear_gaussian.log_likelihood(model, x).sum().item()]
     for _ in range(15):
         q = posterior_of_states(model, x)
         exact_m_step(model, x, q)
-        after = kalman.log_likelihood(model, x).sum()
+        after = linear_gaussian.log_likelihood(model, x).sum()
         divergence = kl_divergence(q, posterior_of_states(model, x)).sum()
         values += [(after - divergence).item(), after.item()]
     assert all(after > before - 1e-7 for before, after in pairwise(values))

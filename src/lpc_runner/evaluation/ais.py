@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
 from lpc_runner.base.schema import PositiveInt, checked
 from lpc_runner.base.tensors import generator
-from lpc_runner.inference.chain import FusedPotential
+from lpc_runner.evaluation.bounds import mean_weight
 from lpc_runner.models.latent import LatentVariableModel
 
 # Results depend on these, so they are no settings. Chains of an example that share one draw of noise and run at once:
@@ -50,31 +52,30 @@ class Point(NamedTuple):
     drift: Tensor
 
 
-def towards_target(log_step: Tensor, acceptance: Tensor) -> Tensor:
-    """log ε (B,) after a move whose chains (C, B) were accepted with these probabilities."""
-    return log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
-
-
 class Annealing:
     """The laws p_b of a chunk of examples, in u = (z - mean of q)/(standard deviation of q): under p_0, N(0, I).
 
-    x: (B, *data_shape). q: over (B, d). A pass is one forward and backward of the decoder.
+    x: (B, *data_shape). q: over (B, d). A pass is one forward and backward of the decoder. num_leapfrog: passes of a
+    move.
     """
 
-    def __init__(self, model: LatentVariableModel, x: Tensor, q: DiagonalGaussian) -> None:
-        self.model, self.x, self.mean, self.scale = model, x, q.mean.detach(), q.variance.detach().sqrt()
+    def __init__(self, model: LatentVariableModel, x: Tensor, q: DiagonalGaussian, num_leapfrog: int) -> None:
+        self.model, self.x, self.num_leapfrog = model, x, num_leapfrog
+        self.mean, self.scale = q.mean.detach(), q.variance.detach().sqrt()
         self.log_volume = self.scale.double().log().sum(1)
-        self._potentials: dict[int, FusedPotential] = {}
 
     def point(self, u: Tensor) -> Point:
         """What a chain needs to know at u, by one pass."""
-        if len(u) not in self._potentials:
-            x = self.x.repeat(len(u), *[1] * (self.x.ndim - 1))
-            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self._potentials = {len(u): FusedPotential(lambda z: self.model.log_joint(x, z), parameters)}
-        z = (self.mean + self.scale * u).flatten(0, 1)
-        value, drift = self._potentials[len(u)](z, accumulate=False)
-        return Point(u, value.double().view(u.shape[:2]), drift.view_as(u) * self.scale)
+        x = self.x.repeat(len(u), *[1] * (self.x.ndim - 1))
+        z = self.z_of(u).flatten(0, 1).requires_grad_()
+        with torch.enable_grad():
+            value = self.model.log_joint(x, z)
+        (drift,) = torch.autograd.grad(value.sum(), z)
+        return Point(u, value.detach().double().view(u.shape[:2]), drift.view_as(u) * self.scale)
+
+    def z_of(self, u: Tensor) -> Tensor:
+        """z of u, of its shape."""
+        return self.mean + self.scale * u
 
     def whiten(self, z: Tensor) -> Tensor:
         """u of z (B, d)."""
@@ -95,12 +96,10 @@ class Annealing:
         shape, like = (count, len(self.mean)), self.mean
         return torch.rand(shape, generator=source, device=like.device, dtype=like.dtype)
 
-    def transition(
-        self, point: Point, b: float, step: Tensor, num_leapfrog: int, source: torch.Generator
-    ) -> tuple[Point, Tensor]:
+    def transition(self, point: Point, b: float, step: Tensor, source: torch.Generator) -> tuple[Point, Tensor]:
         """One step of Hamiltonian Monte Carlo that leaves p_b invariant, and its acceptance probability (C, B).
 
-        step: ε in units of u, (B,). num_leapfrog passes. A path that leaves the range of numbers is rejected.
+        step: ε in units of u, (B,). A path that leaves the range of numbers is rejected.
         """
         count = len(point.u)
         energy = lambda at, p: 0.5 * (p.double().square() + (1 - b) * at.u.double().square()).sum(2) - b * at.log_joint
@@ -108,42 +107,35 @@ class Annealing:
         size = (step * (1 + JITTER * (2 * self.uniform(count, source) - 1))).unsqueeze(2)
         momentum = self.normal(count, source)
         before, p, new = energy(point, momentum), momentum + 0.5 * size * force(point), point
-        for move in range(1, num_leapfrog + 1):
+        for move in range(1, self.num_leapfrog + 1):
             new = self.point(new.u + size * p)
-            p = p + (size if move < num_leapfrog else 0.5 * size) * force(new)
+            p = p + (size if move < self.num_leapfrog else 0.5 * size) * force(new)
         acceptance = torch.exp(before - energy(new, p)).clamp(max=1).nan_to_num(nan=0.0)
         accepted = self.uniform(count, source) < acceptance
         kept = [torch.where(accepted.view(*accepted.shape, *[1] * (a.ndim - 2)), a, b) for a, b in zip(new, point)]
         return Point(*kept), acceptance
 
-    def first_log_step(self) -> Tensor:
-        """log ε (B,) before anything was learned."""
-        return torch.full((len(self.mean),), math.log(FIRST_STEP), dtype=self.mean.dtype, device=self.mean.device)
-
-    def step_sizes(self, temperatures: list[float], num_leapfrog: int, source: torch.Generator) -> list[Tensor]:
-        """ε (B,) for each inner temperature b_1 .. b_{S-1}, from PILOTS chains: log ε follows their mean acceptance."""
-        if len(temperatures) <= 2:
-            return []
-        point = self.point(self.normal(PILOTS, source))
-        log_step, sizes = self.first_log_step(), []
-        for b in temperatures[1:-1]:
-            point, acceptance = self.transition(point, b, log_step.exp(), num_leapfrog, source)
-            log_step = towards_target(log_step, acceptance)
-            sizes.append(log_step.exp())
-        return sizes
+    def tuning(
+        self, count: int, temperatures: Sequence[float], source: torch.Generator
+    ) -> Iterator[tuple[Point, Tensor]]:
+        """`count` chains that move once at each b: where they are, and ε (B,), whose log follows their acceptance."""
+        point, log_step = self.point(self.normal(count, source)), torch.full_like(self.mean[:, 0], math.log(FIRST_STEP))
+        for b in temperatures:
+            point, acceptance = self.transition(point, b, log_step.exp(), source)
+            log_step = log_step + RATE * (acceptance.mean(0).to(log_step) - TARGET)
+            yield point, log_step.exp()
 
     def log_weights(
         self,
         u: Tensor,
         temperatures: list[float],
         steps: list[Tensor],
-        num_leapfrog: int,
         source: torch.Generator,
         backward: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """log w (C, B) float64, and the mean acceptance of the moves (B,) (1 where there are none).
 
-        u: z_0 ~ q, or, backward, exact draws of p(z|x) (C, B, d).
+        u: z_0 ~ q, or, backward, exact draws of p(z|x) (C, B, d). steps: ε (B,) of each inner temperature.
         """
         point, total = self.point(u), torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
         accepted, num_increments = torch.zeros_like(total[0]), len(temperatures) - 1
@@ -152,7 +144,7 @@ class Annealing:
             total += (temperatures[s] - temperatures[s - 1]) * self.log_ratio(point)
             if number < num_increments - 1:
                 at = s - 1 if backward else s  # the temperature whose law the move leaves as it is
-                point, acceptance = self.transition(point, temperatures[at], steps[at - 1], num_leapfrog, source)
+                point, acceptance = self.transition(point, temperatures[at], steps[at - 1], source)
                 accepted += acceptance.mean(0)
         moves = num_increments - 1
         return total, accepted / moves if moves else torch.ones_like(accepted)
@@ -200,47 +192,42 @@ class AnnealedImportance:
 
         Memory holds CHAINS chains of every example at once, whatever K and S are.
         """
-        path = Annealing(model, x, q)
+        path = Annealing(model, x, q, self.num_leapfrog)
         source = lambda *names: generator(seed, "/".join(("ais", stream, *map(str, names))), device=x.device)
-        steps = path.step_sizes(self.temperatures, self.num_leapfrog, source("pilot"))
-        nothing = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-        first, second, inverse, accepted = nothing, nothing, nothing, torch.zeros_like(nothing)
+        steps = []
+        if self.num_temperatures > 1:
+            steps = [step for _, step in path.tuning(PILOTS, self.temperatures[1:-1], source("pilot"))]
+        forward, backward, accepted = [], [], torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for number, count in enumerate(self._groups()):
             noise = source("forward", number)
-            arguments = self.temperatures, steps, self.num_leapfrog, noise
-            log_w, acceptance = path.log_weights(path.normal(count, noise), *arguments)
-            first = torch.logaddexp(first, torch.logsumexp(log_w, 0))
-            second = torch.logaddexp(second, torch.logsumexp(2 * log_w, 0))
-            accepted = accepted + count * acceptance / self.num_chains
+            log_w, acceptance = path.log_weights(path.normal(count, noise), self.temperatures, steps, noise)
+            forward.append(log_w)
+            accepted += count * acceptance / self.num_chains
             if z is not None:
-                arguments = self.temperatures, steps, self.num_leapfrog, source("backward", number)
-                start = path.whiten(z).expand(count, *z.shape)
-                log_w, _ = path.log_weights(start, *arguments, backward=True)
-                inverse = torch.logaddexp(inverse, torch.logsumexp(-log_w, 0))
-        upper = None if z is None else math.log(self.num_chains) - inverse
-        return Bounds(first - math.log(self.num_chains), torch.exp(2 * first - second), accepted, upper)
+                start, noise = path.whiten(z).expand(count, *z.shape), source("backward", number)
+                backward.append(path.log_weights(start, self.temperatures, steps, noise, backward=True)[0])
+        lower, effective_samples = mean_weight(torch.cat(forward))
+        upper = -mean_weight(-torch.cat(backward))[0] if backward else None
+        return Bounds(lower, effective_samples, accepted, upper)
 
     def posterior_chains(
         self,
         model: LatentVariableModel,
         x: Tensor,
         q: DiagonalGaussian,
-        shape: tuple[int, int],
+        num_chains: int,
+        num_moves: int,
         source: torch.Generator,
     ) -> Tensor:
-        """States (C, N, B, d) of C chains of N moves at b = 1 from q, kept in the CPU's memory; shape: (C, N).
+        """States (C, N, B, d) of C chains of N moves at b = 1 from q, kept in the CPU's memory.
 
         As many moves before them find the step size of every example, which is then held: they leave p(z|x) invariant.
         """
-        path, states = Annealing(model, x, q), []
-        point = path.point(path.normal(shape[0], source))
-        log_step = path.first_log_step()
-        for move in range(2 * shape[1]):
-            point, acceptance = path.transition(point, 1.0, log_step.exp(), self.num_leapfrog, source)
-            if move < shape[1]:
-                log_step = towards_target(log_step, acceptance)
-            else:
-                states.append((path.mean + path.scale * point.u).cpu())
+        path, states = Annealing(model, x, q, self.num_leapfrog), []
+        ((point, step),) = deque(path.tuning(num_chains, [1.0] * num_moves, source), maxlen=1)
+        for _ in range(num_moves):
+            point, _ = path.transition(point, 1.0, step, source)
+            states.append(path.z_of(point.u).cpu())
         return torch.stack(states, 1)
 
     def num_moves(self, backward: bool) -> int:
@@ -255,17 +242,16 @@ class AnnealedImportance:
 
     def seconds_per_move(self, model: LatentVariableModel, x: Tensor, q: DiagonalGaussian) -> float:
         """The slowest of three moves of a full group on these examples, after one that pays for the first use."""
-        path, source = Annealing(model, x, q), generator(0, "ais/timing", device=x.device)
+        path, source = Annealing(model, x, q, self.num_leapfrog), generator(0, "ais/timing", device=x.device)
         step = torch.full((len(x),), 1e-3, dtype=x.dtype, device=x.device)
         point, seconds = path.point(path.normal(min(CHAINS, max(self.num_chains, PILOTS)), source)), []
         for _ in range(4):
             started = time.perf_counter()
-            point, acceptance = path.transition(point, 0.5, step, self.num_leapfrog, source)
+            point, acceptance = path.transition(point, 0.5, step, source)
             float(acceptance.sum())  # waits for the device
             seconds.append(time.perf_counter() - started)
         return max(seconds[1:])
 
     def _groups(self) -> list[int]:
         """Chains that are run at once, group by group."""
-        whole, rest = divmod(self.num_chains, CHAINS)
-        return [CHAINS] * whole + [rest] * bool(rest)
+        return [min(CHAINS, self.num_chains - start) for start in range(0, self.num_chains, CHAINS)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +53,18 @@ def importance_bound(
         z = repeated.rsample(torch.cat(noise))
         log_weight = model.log_joint(x.repeat(count, *[1] * (x.ndim - 1)), z).double() - repeated.log_prob(z).double()
         weights[start : start + count] = log_weight.view(count, len(x))
-    iwae = torch.logsumexp(weights, 0) - math.log(num_samples)
-    effective = torch.exp(2 * torch.logsumexp(weights, 0) - torch.logsumexp(2 * weights, 0))
-    return Importance(iwae, weights.mean(0), effective)
+    iwae, effective_samples = mean_weight(weights)
+    return Importance(iwae, weights.mean(0), effective_samples)
+
+
+def mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """log (1/K) Σ w and (Σ w)² / Σ w² of log weights (K, B), each (B,)."""
+    total = torch.logsumexp(log_w, 0)
+    return total - math.log(len(log_w)), torch.exp(2 * total - torch.logsumexp(2 * log_w, 0))
 
 
 _LATE = 0.8  # the part of the steps after which convergence is asked about
+_NUM_DRIFT_SAMPLES = 200  # z per example of the two bounds whose difference is the drift
 _LOG_VARIANCE_RATE = 2.0  # learning rate of log variances, in units of that of the means
 
 
@@ -92,7 +99,6 @@ def fit_free_posterior(
     num_steps: int,
     num_samples: int,
     learning_rate: float,
-    num_drift_samples: int = 200,
 ) -> FreePosterior:
     """About max_q ELBO(q) over N(mean, diag(variance)) of every example of x (B, ...), from `start`: never above it.
 
@@ -101,28 +107,28 @@ def fit_free_posterior(
     interact, but every step visits all of them. Without a start, larger steps lead from the prior into the
     neighbourhood first.
     """
-    require_pairs(num_samples)
+    descend = partial(_descend, model, x, seed, num_steps, num_samples)
     if start is None:
-        _, start = _descend(model, x, prior_of(model, len(x)), seed, num_steps, num_samples, COLD * learning_rate)
-    late, fitted = _descend(model, x, start, seed, num_steps, num_samples, learning_rate)
-    bounds = [importance_bound(model, x, q, num_drift_samples, seed).elbo for q in (late, fitted)]
+        _, start = descend(COLD * learning_rate, prior_of(model, len(x)))
+    late, fitted = descend(learning_rate, start)
+    bounds = [importance_bound(model, x, q, _NUM_DRIFT_SAMPLES, seed).elbo for q in (late, fitted)]
     return FreePosterior(fitted, bounds[1] - bounds[0])
 
 
 def _descend(
     model: LatentVariableModel,
     x: Tensor,
-    start: DiagonalGaussian,
     seed: int,
     num_steps: int,
     num_samples: int,
     learning_rate: float,
+    start: DiagonalGaussian,
 ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
     """q before the last fifth of the steps, and after all of them."""
     mean = start.mean.detach().clone().requires_grad_()
     log_variance = start.variance.detach().log().clone().requires_grad_()
-    rates = {id(mean): learning_rate, id(log_variance): _LOG_VARIANCE_RATE * learning_rate}
-    optimizer = torch.optim.Adam([{"params": [part], "lr": rates[id(part)]} for part in (mean, log_variance)])
+    rates = (learning_rate, _LOG_VARIANCE_RATE * learning_rate)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in zip((mean, log_variance), rates)])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     source = generator(seed, "free posterior", device=x.device)
     repeated = x.repeat(num_samples, *[1] * (x.ndim - 1))
@@ -168,26 +174,24 @@ def encoder_bound(
     KL and active units stand for each named block of z, too.
     """
     device = next(model.parameters()).device
-    elbo, kl, means, by_block = 0.0, 0.0, [], dict.fromkeys(model.blocks, 0.0)
-    for number, start in enumerate(range(0, len(split), chunk)):
-        values = split.values[start : start + chunk].to(device)
-        index = torch.arange(start, start + len(values), device=device)
-        batch = Batch(dataset.to_model(values), index)
+    rows, means = [], []
+    for number, values in enumerate(split.values.split(chunk)):
+        index = torch.arange(number * chunk, number * chunk + len(values), device=device)
+        batch = Batch(dataset.to_model(values.to(device)), index)
         q = encoder(batch)
         source = generator(seed, "bound", number, device=device)
         z = q.rsample(torch.randn(q.mean.shape, generator=source, device=device))
         terms = q.at(z).kl_per_dimension(model.prior)
         divergence = terms.sum(1)
         log_likelihood = model.log_joint(batch.x, z) - model.prior.log_prob(z)
-        elbo += float((log_likelihood - divergence).double().sum())
-        kl += float(divergence.double().sum())
+        by_block = [terms[:, block].double().sum(1) for block in model.blocks.values()]
+        rows.append(torch.stack([(log_likelihood - divergence).double(), divergence.double(), *by_block]))
         means.append(q.mean)
-        for name, block in model.blocks.items():
-            by_block[name] += float(terms[:, block].double().sum())
     active = torch.cat(means).var(0) > ACTIVE
-    numbers = {"elbo": elbo / len(split), "kl": kl / len(split), "active_units": float(active.sum())}
-    for name, block in model.blocks.items():
-        numbers |= {f"kl_{name}": by_block[name] / len(split), f"active_units_{name}": float(active[block].sum())}
+    elbo, kl, *of_blocks = torch.cat(rows, 1).mean(1).tolist()
+    numbers = {"elbo": elbo, "kl": kl, "active_units": float(active.sum())}
+    for (name, block), value in zip(model.blocks.items(), of_blocks):
+        numbers |= {f"kl_{name}": value, f"active_units_{name}": float(active[block].sum())}
     if is_probability(dataset, model):
         dimensions = math.prod(split.values.shape[1:])
         numbers["bits_per_dim"] = -numbers["elbo"] / (dimensions * math.log(2))

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+from scipy import fft, special, stats
 from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.ranks import SINGLE
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked, declared
 from lpc_runner.base.tensors import generator
-from lpc_runner.evaluation import diagnostics
 from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
-from lpc_runner.evaluation.evaluator import Evaluator, Idle, Metrics, Setup, Trained, finite, is_amortised
-from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut, require_examples
+from lpc_runner.evaluation.evaluator import (
+    Evaluator,
+    Idle,
+    Metrics,
+    Setup,
+    Trained,
+    evenly_spaced,
+    finite,
+    require_examples,
+)
+from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
 from lpc_runner.models.latent import LatentVariableModel
 
 KEPT_NUMBERS = 2**25  # of the states of chains that are kept at once; changes no number but by what couples a batch
 MIN_STATES = 20  # of a chain that is split in two and ranked
+NUM_BOUND_SAMPLES = 100  # z per example in an ELBO
 
 
 class PosteriorMetrics(Metrics):
@@ -64,7 +73,7 @@ class PosteriorMetrics(Metrics):
         self.num_simulated, self.num_states, self.num_examples = num_simulated, num_states, num_examples
         self.num_chains, self.num_chain_steps, self.ais = num_chains, num_chain_steps, ais
         self.num_reference_steps = num_reference_steps
-        self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
+        self.fit = {"num_steps": free_steps, "num_samples": free_samples, "learning_rate": free_learning_rate}
 
     def evaluator(self, setup: Setup) -> Evaluator:
         require_examples(setup, "posterior")
@@ -98,20 +107,12 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class Start:
-    """z(0) of chains (B, d), and q(z|x), which a preconditioner may read; None without one."""
-
-    z: Tensor
-    q: DiagonalGaussian | None
-
-
 class PosteriorEvaluator(HeldOut):
     """Measures the run's sampler on simulated and on test examples."""
 
     def __init__(self, setup: Setup, settings: PosteriorMetrics) -> None:
         super().__init__(replace(setup, ranks=SINGLE))
-        self.settings, self.index = settings, self.chosen(settings.num_examples)
+        self.settings, self.index = settings, evenly_spaced(len(self.data.test), settings.num_examples)
         self.ranks_found: np.ndarray | None = None  # of the last measurement, for the picture
         self.num_values = settings.num_states + 1
 
@@ -119,12 +120,8 @@ class PosteriorEvaluator(HeldOut):
         return {}
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
-        numbers, facts = {}, {}
         with self.measuring(trained):
-            calibration = self._calibration(trained)
-            if calibration is not None:
-                numbers |= calibration[0]
-                facts |= calibration[1]
+            numbers, facts = self._calibration(trained)
             if trained.sampler.num_steps > 0:
                 numbers |= self._mixing(trained)
             numbers |= self._gaps(trained)
@@ -144,47 +141,53 @@ class PosteriorEvaluator(HeldOut):
 
     # Chains -------------------------------------------------------------------------------------------------
 
-    def _start(self, trained: Trained, x: Tensor, index: Tensor, copies: int, stream: str, number: int) -> Start:
-        """Where the run's chains start on examples it was not trained on, `copies` of each, one after another."""
+    def _start(
+        self, trained: Trained, x: Tensor, index: Tensor, copies: int, name: tuple[str, int]
+    ) -> tuple[Tensor, DiagonalGaussian | None]:
+        """z(0) of the run's chains on examples it was not trained on, `copies` of each, one after another, and q."""
         sampler, model = trained.sampler, trained.model
-        q = self.q(trained, x, index, "encoder") if is_amortised(trained.encoder) else None
+        q = self.encoded(trained, x, index)
         if q is None and declared(getattr(sampler, "preconditioner", None), Preconditioner, "needs_encoder"):
             q = self._free(model, x, None).q  # a table's rows are of training examples
+        q = None if q is None else q.repeat(copies)
         place = declared(sampler, Sampler, "start")
         place = declared(sampler, Sampler, "first_start") if place == "persistent" else place
-        repeated = None if q is None else q.repeat(copies)
-        source = generator(self.seed, stream, number, device=x.device)
+        stream, number = name
+        source = generator(self.seed, f"{stream} start", number, device=x.device)
         shape, like = (copies * len(x), model.latent_dim), next(model.parameters())
         noise = torch.randn(shape, generator=source, device=x.device, dtype=like.dtype)
-        if repeated is not None and (place == "encoder" or sampler.num_steps == 0):
-            return Start(repeated.rsample(noise), repeated)
-        return Start(model.prior.scale * noise, repeated)
+        if q is not None and (place == "encoder" or sampler.num_steps == 0):
+            return q.rsample(noise), q
+        return model.prior.scale * noise, q
 
     def _run(
-        self, model: LatentVariableModel, x: Tensor, start: Start, sampler: Any, name: tuple[str, int], keep: Callable
-    ) -> Chain:
+        self, trained: Trained, sampler: Any, x: Tensor, index: Tensor, copies: int, name: tuple[str, int]
+    ) -> tuple[Chain, Tensor]:
+        """`copies` chains for each example, and the z of every step in the CPU's memory, (T, copies, B, d)."""
+        z, q = self._start(trained, x, index, copies, name)
         stream, number = name
-        noise = ChainNoise(self.seed, number, tuple(start.z.shape), x.device, start.z.dtype, stream=f"{stream} noise")
-        centre = None if start.q is None else start.q.mean
-        on_step = lambda state, info: keep(state.z)
-        joint = partial(model.log_joint, x)
-        return run_chain(joint, start.z, to_the_end(sampler), noise, centre=centre, q=start.q, on_step=on_step)
+        noise = ChainNoise(self.seed, number, tuple(z.shape), x.device, z.dtype, stream=f"{stream} noise")
+        joint = partial(trained.model.log_joint, x.repeat(copies, *[1] * (x.ndim - 1)))
+        states, centre = [], None if q is None else q.mean
+        keep = lambda state, info: states.append(state.z.detach().cpu().clone())
+        chain = run_chain(joint, z, to_the_end(sampler), noise, centre=centre, q=q, on_step=keep)
+        return chain, torch.stack(states).unflatten(1, (copies, len(x)))
 
-    def _calibration(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]] | None:
+    def _calibration(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
         """Ranks of z* among thinned states of a chain on x ~ p(x|z*), z* ~ p(z) (Talts et al. 2018)."""
         ranks, count = [], self.settings.num_simulated
         for number, first in enumerate(range(0, count, EXAMPLES)):
             size = min(EXAMPLES, count - first)
             drawn = self.simulate(trained.model, size, "calibration", number)
             if drawn is None:
-                return None
+                return {}, {}
             z, x = drawn
             states = self._states(trained, x, number)
-            ranks.append((states < z).sum(0).cpu().numpy())
+            ranks.append((states < z.cpu()).sum(0).numpy())
             self.num_values = len(states) + 1
         self.ranks_found = np.concatenate(ranks)
-        chi2, p = diagnostics.uniformity(self.ranks_found, self.num_values)
-        spread = diagnostics.rank_spread(self.ranks_found, self.num_values)
+        chi2, p = uniformity(self.ranks_found, self.num_values)
+        spread = rank_spread(self.ranks_found, self.num_values)
         numbers = {
             "calibration_chi2": float(chi2.mean()),
             "calibration_p": float(min(1, p.min() * len(p))),
@@ -197,20 +200,12 @@ class PosteriorEvaluator(HeldOut):
         """Thinned states (L, B, d) of the run's chain on x; without a chain, draws of q."""
         sampler, count = trained.sampler, self.settings.num_states
         index = torch.arange(len(x), device=x.device)
+        name = ("calibration", number)
         if sampler.num_steps == 0:
-            return self._start(trained, x, index, count, "calibration start", number).z.view(count, len(x), -1)
-        wanted = set(np.linspace(sampler.num_steps, 0, min(count, sampler.num_steps), endpoint=False).round().tolist())
-        states, t = [], 0
-
-        def keep(z: Tensor) -> None:
-            nonlocal t
-            t += 1
-            if t in wanted:
-                states.append(z.detach().clone())
-
-        start = self._start(trained, x, index, 1, "calibration start", number)
-        self._run(trained.model, x, start, sampler, ("calibration", number), keep)
-        return torch.stack(states)
+            return self._start(trained, x, index, count, name)[0].view(count, len(x), -1).cpu()
+        _, states = self._run(trained, sampler, x, index, 1, name)
+        steps = np.linspace(sampler.num_steps, 0, min(count, sampler.num_steps), endpoint=False).round()
+        return states[steps.astype(int) - 1, 0]
 
     def _mixing(self, trained: Trained) -> dict[str, float]:
         """R-hat, effective samples per pass and bias of several long chains for each test example."""
@@ -220,26 +215,22 @@ class PosteriorEvaluator(HeldOut):
         per_example = settings.num_chains * per_chain
         r_hats, sizes, passes, acceptance, against = [], [], 0.0, [], []
         for number, index in enumerate(self.index.split(max(1, KEPT_NUMBERS // per_example))):
-            x, states = self.examples(index), []
-            start = self._start(trained, x, index, settings.num_chains, "mixing start", number)
-            x = x.repeat(settings.num_chains, *[1] * (x.ndim - 1))
-            keep = lambda z, states=states: states.append(z.detach().cpu().clone())
-            chain = self._run(trained.model, x, start, sampler, ("mixing", number), keep)
-            passes = chain.num_evaluations / len(x)
-            chains = torch.stack(states, 1).view(settings.num_chains, len(index), len(states), -1)
-            chains = chains.transpose(1, 2).numpy()
-            r_hats.append(diagnostics.r_hat(chains))
-            sizes.append(diagnostics.effective_sample_size(chains))
+            x = self.examples(index)
+            chain, states = self._run(trained, sampler, x, index, settings.num_chains, ("mixing", number))
+            passes = chain.num_evaluations / (settings.num_chains * len(x))
+            chains = states.transpose(0, 1).numpy()
+            r_hats.append(r_hat(chains))
+            sizes.append(effective_sample_size(chains))
             if chain.acceptance is not None:
                 acceptance += [float(chain.acceptance)] * len(index)
             if settings.num_reference_steps:
                 # As many passes for every sampler, and of the states made by them the second half.
                 count = int(min(1, settings.num_chain_steps / passes) * len(states))
                 against.append(self._against_reference(trained, index, number, chains[:, count // 2 : count]))
-        r_hat, size = np.concatenate(r_hats), np.concatenate(sizes) / (settings.num_chains * passes)
+        agreement, size = np.concatenate(r_hats), np.concatenate(sizes) / (settings.num_chains * passes)
         numbers = {
-            "rhat_median": float(np.median(r_hat)),
-            "rhat_max": float(r_hat.max()),
+            "rhat_median": float(np.median(agreement)),
+            "rhat_max": float(agreement.max()),
             "ess_per_pass": float(np.median(size)),
             "ess_per_pass_slowest": float(size.min(1).mean()),
         }
@@ -259,27 +250,25 @@ class PosteriorEvaluator(HeldOut):
         the square one of their mean, from the mean of the long ones, over the variance of these; R-hat of the latter.
         """
         settings, x = self.settings, self.examples(index)
-        q, shape = self.q(trained, x, index, settings.ais.start), (settings.num_chains, settings.num_reference_steps)
+        q = self.q(trained, x, index, settings.ais.start)
         source = generator(self.seed, "reference", number, device=x.device)
-        exact = settings.ais.posterior_chains(trained.model, x, q, shape, source).numpy()
+        counts = settings.num_chains, settings.num_reference_steps
+        exact = settings.ais.posterior_chains(trained.model, x, q, *counts, source).numpy()
         mean, variance = exact.mean((0, 1), dtype=np.float64), exact.var((0, 1), dtype=np.float64)
         distance = (chains - mean) / np.sqrt(variance)
-        return (distance**2).mean((0, 1)), distance.mean((0, 1)) ** 2, diagnostics.r_hat(exact)
+        return (distance**2).mean((0, 1)), distance.mean((0, 1)) ** 2, r_hat(exact)
 
     # Gaps ---------------------------------------------------------------------------------------------------
 
     def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> FreePosterior:
-        """A free q per example (`FreePosterior`), from `start` if there is one."""
-        settings = self.settings
-        fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}
-        return fit_free_posterior(model, x, start, self.seed, learning_rate=settings.free_learning_rate, **fit)
+        return fit_free_posterior(model, x, start, self.seed, **self.settings.fit)
 
     def _gaps(self, trained: Trained) -> dict[str, float]:
         """log p(x) - ELBO of a free q, and what the encoder's loses beside that (Cremer et al. 2018)."""
         model, rows = trained.model, []
         for number, index in enumerate(self.index.split(EXAMPLES)):
             x = self.examples(index)
-            q = self.q(trained, x, index, "encoder") if is_amortised(trained.encoder) else None
+            q = self.encoded(trained, x, index)
             fitted = self._free(model, x, q)
             begin = self.q(trained, x, index, self.settings.ais.start)
             columns = [
@@ -303,7 +292,9 @@ class PosteriorEvaluator(HeldOut):
         mixing = f"R-hat and effective samples of {settings.num_chains} chains of {settings.num_chain_steps:,} steps"
         if steps and settings.num_reference_steps:
             mixing += f", bias against Hamiltonian ones of {settings.num_reference_steps:,}"
-        gaps = f"free q by {settings.free_steps:,} steps, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
+        gaps = (
+            f"free q by {settings.fit['num_steps']:,} steps, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
+        )
         sources = f"ranks of z on {settings.num_simulated:,} simulated examples among {among}; on "
         sources += f"{len(self.index):,} test examples: {f'{mixing}; ' if steps else ''}gaps, {gaps}"
         return {
@@ -321,7 +312,79 @@ class PosteriorEvaluator(HeldOut):
         }
 
 
-NUM_BOUND_SAMPLES = 100  # z per example in an ELBO
+# What several chains say of their own convergence (Vehtari et al. 2021), and ranks of whether they are right. Chains
+# are arrays (num_chains, num_states, ...); what comes after these two axes is kept, one number per entry.
+
+
+def r_hat(chains: np.ndarray) -> np.ndarray:
+    """Rank-normalised split R-hat, the larger of bulk and tail: near 1 where the chains agree; at least 4 states."""
+    halves = _split(chains)
+    folded = np.abs(halves - np.median(halves, axis=(0, 1)))
+    return np.maximum(_r_hat(_normal_scores(halves)), _r_hat(_normal_scores(folded)))
+
+
+def effective_sample_size(chains: np.ndarray) -> np.ndarray:
+    """Bulk effective sample size of all states together: of rank-normalised split chains, by Geyer's initial monotone
+    sequence; at least 8 states."""
+    values = _normal_scores(_split(chains))
+    num_chains, num_states = values.shape[:2]
+    total = num_chains * num_states
+    centred = values - values.mean(1, keepdims=True)
+    length = fft.next_fast_len(2 * num_states, real=True)
+    spectrum = np.asarray(fft.rfft(centred, length, axis=1))
+    products = np.asarray(fft.irfft(spectrum * spectrum.conj(), length, axis=1))
+    covariance = products[:, :num_states].mean(0) / num_states
+    within = covariance[0] * num_states / (num_states - 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = 1 - (within - covariance) / (covariance[0] + values.mean(1).var(0, ddof=1))
+    correlation[0] = 1
+    num_pairs = 1 + max(0, -(-(num_states - 4) // 2))
+    even, odd = (correlation[first : 2 * num_pairs : 2] for first in (0, 1))
+    pairs = even + odd
+    negative = pairs < 0
+    end = np.where(negative.any(0), negative.argmax(0), num_pairs - 1)  # the first pair that is left out
+    kept = np.arange(num_pairs).reshape(-1, *[1] * (pairs.ndim - 1)) < end
+    time = -1 + 2 * np.where(kept, np.minimum.accumulate(pairs, 0), 0).sum(0)
+    time += np.maximum(np.take_along_axis(even, end[None], 0)[0], 0)
+    return total / np.maximum(time, 1 / np.log10(total))
+
+
+def _split(chains: np.ndarray) -> np.ndarray:
+    """Each chain as two of half its length, in float64: a chain that drifts disagrees with itself."""
+    half = chains.shape[1] // 2
+    return np.concatenate([chains[:, :half], chains[:, -half:]]).astype(np.float64)
+
+
+def _normal_scores(chains: np.ndarray) -> np.ndarray:
+    """Normal quantiles of the ranks over all states, so that heavy tails do no harm."""
+    flat = chains.reshape(-1, *chains.shape[2:])
+    ranks = stats.rankdata(flat, axis=0)
+    return special.ndtri((ranks - 3 / 8) / (len(flat) + 1 / 4)).reshape(chains.shape)
+
+
+def _r_hat(chains: np.ndarray) -> np.ndarray:
+    num_states = chains.shape[1]
+    between, within = chains.mean(1).var(0, ddof=1), chains.var(1, ddof=1).mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(between / within + (num_states - 1) / num_states)
+
+
+def uniformity(ranks: np.ndarray, num_values: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pearson's χ² of ranks (n, d) over its degrees of freedom and its p-value, each (d,).
+
+    ranks: integers in 0 .. num_values - 1, uniform where the sampler is right (Talts et al. 2018); 1 is then expected
+    of χ². Its law is known for some five ranks or more per value.
+    """
+    counts = np.stack([np.bincount(column, minlength=num_values) for column in ranks.T], 1)
+    chi2, p = stats.chisquare(counts)
+    return chi2 / (num_values - 1), p
+
+
+def rank_spread(ranks: np.ndarray, num_values: int) -> np.ndarray:
+    """Mean square of ranks about the middle over that of uniform ones, (d,): under 1 the chain is too wide, over 1 too
+    narrow or off its place."""
+    middle = (num_values - 1) / 2
+    return ((ranks - middle) ** 2).mean(0) / ((num_values**2 - 1) / 12)
 
 
 def ranks_picture(ranks: np.ndarray, num_values: int, path: Path) -> None:

@@ -17,11 +17,12 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import is_refusal, write_cache
 from lpc_runner.base.tensors import exact_arithmetic, generator, hash_of_tensors, he_uniform, to_unit
 from lpc_runner.data.dataset import Data, Split
+from lpc_runner.evaluation.features import Extractor
 
 _log = logging.getLogger(__name__)
 
 
-class Classifier:
+class Classifier(Extractor):
     """Penultimate features, 128-d, of a small convolutional network trained once on the real labels.
 
     Three 3x3 convolutions with group normalisation and ReLU, averaged over positions, one linear layer;
@@ -31,7 +32,6 @@ class Classifier:
     """
 
     name = "classifier"
-    metric_suffix = "_classifier"
     dimension = 128
 
     VERSION = 1  # raise when anything below changes what is learned
@@ -39,11 +39,11 @@ class Classifier:
     BATCH_SIZE, MIN_EPOCHS, MIN_UPDATES = 64, 5, 400
     LEARNING_RATE, WEIGHT_DECAY, NUM_WARMUP = 3e-3, 1e-2, 20
 
-    def __init__(self, data: Data, identity: dict[str, object], cache_dir: Path) -> None:
-        self._data, self._identity, self._cache_dir = data, identity, Path(cache_dir)
-        self._device: torch.device | str = "cpu"
+    def __init__(
+        self, data: Data, identity: dict[str, object], cache_dir: Path, device: torch.device | str = "cpu"
+    ) -> None:
+        self._data, self._identity, self._cache_dir, self._device = data, identity, Path(cache_dir), device
         self._weights: dict[str, Tensor] = {}
-        self.fingerprint = ""
         self.accuracy = float("nan")
 
     def prepare(self) -> None:
@@ -57,34 +57,21 @@ class Classifier:
         path = self._cache_dir / f"classifier-{self._key()[:16]}.pt"
         if not (path.exists() and self._read(path)):
             classes, targets = train.labels.cpu().unique(return_inverse=True)  # labels may be any integers
-            self._weights = self._train(train.means, targets)
+            self._train(train.means, targets)
             self.fingerprint = hash_of_tensors(self._weights)
             self.accuracy = self._accuracy(test, classes)
-            saved = {"weights": self._weights, "accuracy": self.accuracy, "fingerprint": self.fingerprint}
+            weights = {name: weight.cpu() for name, weight in self._weights.items()}
             buffer = io.BytesIO()
-            torch.save(saved, buffer)
+            torch.save({"weights": weights, "accuracy": self.accuracy, "fingerprint": self.fingerprint}, buffer)
             write_cache(path, buffer.getvalue())
-        self.to(self._device)
-
-    def to(self, device: torch.device | str) -> Classifier:
-        """Move the weights, or train there; returns itself."""
-        self._device = device
-        self._weights = {name: weight.to(device) for name, weight in self._weights.items()}
-        return self
 
     def facts(self) -> dict[str, object]:
-        """What to write beside its numbers."""
-        return {
-            "extractor": self.name,
-            "extractor_hash": self.fingerprint,
-            "extractor_accuracy": self.accuracy,
-        }
+        return super().facts() | {"extractor_accuracy": self.accuracy}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) to float32 (B, 128)."""
         with exact_arithmetic():
-            return self._features(images, self._weights)
+            return self._features(images)
 
     def _key(self) -> str:
         settings = (self.VERSION, self.WIDTHS, self.STRIDES, self.GROUPS, self.BATCH_SIZE, self.MIN_EPOCHS)
@@ -101,7 +88,7 @@ class Classifier:
     def _read(self, path: Path) -> bool:
         """Whether the file held a whole network, which is then in place."""
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location=self._device, weights_only=True)
             if hash_of_tensors(saved["weights"]) != saved["fingerprint"]:
                 raise ValueError("its hash does not fit its weights")
             accuracy = float(saved["accuracy"])
@@ -112,15 +99,15 @@ class Classifier:
         self._weights, self.fingerprint, self.accuracy = saved["weights"], saved["fingerprint"], accuracy
         return True
 
-    def _features(self, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        hidden = to_unit(images, self._device)
+    def _features(self, images: Tensor) -> Tensor:
+        hidden, weights = to_unit(images, self._device), self._weights
         for i, stride in enumerate(self.STRIDES):
             hidden = functional.conv2d(hidden, weights[f"conv{i}"], stride=stride, padding=1)
             hidden = functional.group_norm(hidden, self.GROUPS, weights[f"scale{i}"], weights[f"shift{i}"]).relu()
         return hidden.mean((2, 3))
 
-    def _logits(self, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        return functional.linear(self._features(images, weights), weights["output"], weights["bias"])
+    def _logits(self, images: Tensor) -> Tensor:
+        return functional.linear(self._features(images), self._weights["output"], self._weights["bias"])
 
     def _initial_weights(self, num_channels: int, num_classes: int) -> dict[str, Tensor]:
         widths = (num_channels, *self.WIDTHS)
@@ -132,17 +119,14 @@ class Classifier:
         return {name: weight.to(self._device).requires_grad_() for name, weight in weights.items()}
 
     @torch.enable_grad()
-    def _train(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def _train(self, images: Tensor, targets: Tensor) -> None:
         """Cross-entropy for a fixed number of updates, learning rate warmed up and then falling to 0."""
-        weights = self._initial_weights(images.shape[1], int(targets.max()) + 1)
-        optimizer = torch.optim.AdamW(weights.values(), lr=self.LEARNING_RATE, weight_decay=self.WEIGHT_DECAY)
+        self._weights = self._initial_weights(images.shape[1], int(targets.max()) + 1)
+        optimizer = torch.optim.AdamW(self._weights.values(), lr=self.LEARNING_RATE, weight_decay=self.WEIGHT_DECAY)
         updates_per_epoch = math.ceil(len(images) / self.BATCH_SIZE)
         num_epochs = max(self.MIN_EPOCHS, math.ceil(self.MIN_UPDATES / updates_per_epoch))
-        _log.info(
-            "training the classifier for sample quality: %d epochs of %d updates",
-            num_epochs,
-            updates_per_epoch,
-        )
+        words = "training the classifier for sample quality: %d epochs of %d updates"
+        _log.info(words, num_epochs, updates_per_epoch)
         update = 0
         with exact_arithmetic():
             for epoch in range(num_epochs):
@@ -151,18 +135,17 @@ class Classifier:
                     progress = update / (num_epochs * updates_per_epoch)
                     warmth = min(1, (update + 1) / self.NUM_WARMUP)
                     optimizer.param_groups[0]["lr"] = self.LEARNING_RATE * warmth * (1 - progress)
-                    logits = self._logits(images[batch], weights)
+                    logits = self._logits(images[batch])
                     loss = functional.cross_entropy(logits, targets[batch].to(logits.device))
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     update += 1
-        return {name: weight.detach().cpu() for name, weight in weights.items()}
+        self._weights = {name: weight.detach() for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def _accuracy(self, test: Split, classes: Tensor) -> float:
         assert test.labels is not None  # as `prepare` requires
-        weights = {name: weight.to(self._device) for name, weight in self._weights.items()}
         with exact_arithmetic():
-            guesses = [self._logits(part, weights).argmax(1).cpu() for part in test.means.split(512)]
+            guesses = [self._logits(part).argmax(1).cpu() for part in test.means.split(512)]
         return (classes[torch.cat(guesses)] == test.labels.cpu()).double().mean().item()

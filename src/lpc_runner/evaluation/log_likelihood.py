@@ -8,15 +8,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.errors import UserError
 from lpc_runner.base.likelihoods import draw
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import generator, hash_of_tensors
@@ -32,10 +31,12 @@ from lpc_runner.evaluation.evaluator import (
     evenly_spaced,
     finite,
     is_amortised,
+    mean_and_error,
+    require_examples,
     without_held_out,
 )
-from lpc_runner.evaluation.kalman import exact_log_evidence
-from lpc_runner.evaluation.samples import draw_image_data, draw_images
+from lpc_runner.evaluation.linear_gaussian import exact_log_evidence
+from lpc_runner.evaluation.samples import draw_data, draw_images
 from lpc_runner.inference.chain import constant
 from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
@@ -55,13 +56,7 @@ class HeldOut(Evaluator):
         self.seed, self.ranks = setup.seed, setup.ranks
 
     def draw_data(self, folder: Path) -> None:
-        if self.dataset.kind == "images":
-            draw_image_data(self.data, folder)
-        else:
-            from lpc_runner.evaluation.sequence_pictures import data_picture
-
-            dataset: Any = self.dataset  # a SequenceDataset, being no images
-            data_picture(self.data.train, dataset, folder / "data.png")
+        draw_data(self.dataset, self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         """Of images, samples, and at the end reconstructions; of sequences nothing."""
@@ -75,10 +70,6 @@ class HeldOut(Evaluator):
         theta = list(trained.model.parameters())
         with evaluating(trained.model, trained.encoder), gradients_through_rnns(), constant(theta):
             yield
-
-    def chosen(self, count: int | None) -> Tensor:
-        """Indices of so many test examples, evenly spaced; None for all."""
-        return evenly_spaced(len(self.data.test), count)
 
     def examples(self, index: Tensor) -> Tensor:
         """What the model sees of those test examples, held-out neurons as NaN."""
@@ -98,11 +89,14 @@ class HeldOut(Evaluator):
         return None if x is None else (z, without_held_out(x, self.dataset.num_held_out))
 
     @torch.no_grad()
+    def encoded(self, trained: Trained, x: Tensor, index: Tensor) -> DiagonalGaussian | None:
+        """The encoder's q of x (B, ...); None where there is no encoder for new examples."""
+        return trained.encoder(Batch(x, index.to(x.device))) if is_amortised(trained.encoder) else None
+
     def q(self, trained: Trained, x: Tensor, index: Tensor, start: str) -> DiagonalGaussian:
         """Of x (B, ...): the encoder's where `start` says so and there is one for new examples, else the prior."""
-        if start == "encoder" and is_amortised(trained.encoder):
-            return trained.encoder(Batch(x, index.to(x.device)))
-        return prior_of(trained.model, len(x))
+        found = self.encoded(trained, x, index) if start == "encoder" else None
+        return prior_of(trained.model, len(x)) if found is None else found
 
 
 class LikelihoodMetrics(Metrics):
@@ -139,12 +133,6 @@ class LikelihoodMetrics(Metrics):
         return f"likelihood-k{facts['num_chains']}-s{facts['num_temperatures']}-n{facts['num_examples']}"
 
 
-def require_examples(setup: Setup, option: str) -> None:
-    """Raises UserError (one line) where there are too few test examples for a standard error."""
-    if (count := len(setup.data.test)) < 2:
-        raise UserError(f"{setup.dataset.name} has {count} test example, metrics={option} needs at least 2")
-
-
 NOTES = {
     "log_likelihood": "nats per example; below log p(x) in expectation",
     "log_likelihood_error": "its standard error over examples",
@@ -168,95 +156,84 @@ class LikelihoodEvaluator(HeldOut):
     def __init__(self, setup: Setup, settings: LikelihoodMetrics) -> None:
         super().__init__(setup)
         self.settings, self.cache_dir = settings, Path(setup.cache_dir)
-        self.index = self.chosen(settings.num_examples)
+        self.index = evenly_spaced(len(self.data.test), settings.num_examples)
 
     def during(self, trained: Trained) -> dict[str, float]:
         with self.measuring(trained):
-            numbers = self._test_numbers(trained, self._rows(len(self.index), self._test(trained), None, "AIS"))
-        return finite(numbers) if self.ranks.is_main else {}
+            rows = self._rows(len(self.index), partial(self._test, trained), None, "AIS")
+            return finite(self._test_numbers(trained, rows)) if self.ranks.is_main else {}
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
-        settings, model = self.settings, trained.model
+        model, num_simulated = trained.model, self.settings.num_simulated
         with self.measuring(trained):
-            num_simulated = settings.num_simulated
             if num_simulated and self.simulate(model, 1, "bdmc", 0) is None:
                 _log.warning("%s draws no samples: no upper bound", type(model.likelihood).__name__)
                 num_simulated = 0
-            self._announce(trained, num_simulated)
-            rows = self._rows(len(self.index), self._test(trained), self._key(trained, "test"), "AIS")
-            numbers = self._test_numbers(trained, rows)
+            if self.ranks.is_main:
+                self._announce(trained, num_simulated)
+            rows = self._rows(len(self.index), partial(self._test, trained), self._key(trained, "test"), "AIS")
+            gaps = None
             if num_simulated:
                 key = self._key(trained, "simulated", num_simulated)
-                gap = self._rows(num_simulated, self._simulated(trained), key, "BDMC")[:, 0]
-                numbers["bdmc_gap"], numbers["bdmc_gap_error"] = mean_and_error(gap)
-        if not self.ranks.is_main:
-            return {}, {}
+                gaps = self._rows(num_simulated, partial(self._simulated, trained), key, "BDMC")[:, 0]
+            if not self.ranks.is_main:
+                return {}, {}
+            numbers = self._test_numbers(trained, rows)
+            if gaps is not None:
+                numbers["bdmc_gap"], numbers["bdmc_gap_error"] = mean_and_error(gaps)
         numbers = finite(numbers)
         return numbers, self._facts(trained, numbers, num_simulated)
 
     # Chunks -------------------------------------------------------------------------------------------------
 
-    def _test(self, trained: Trained) -> Callable[[int, slice], Tensor]:
+    def _test(self, trained: Trained, number: int, part: range) -> Tensor:
         """Per test example of a chunk: log p(x), effective samples, acceptance, and of the encoder IWAE and ELBO."""
+        settings, index = self.settings, self.index[part.start : part.stop]
+        x = self.examples(index)
+        q = self.q(trained, x, index, settings.ais.start)
+        bounds = settings.ais.bounds(trained.model, x, q, self.seed, f"test/{number}")
+        columns = [bounds.lower, bounds.effective_samples, bounds.acceptance]
+        if (q := self.encoded(trained, x, index)) is not None:
+            bound = importance_bound(trained.model, x, q, settings.num_importance_samples, self.seed)
+            columns += [bound.iwae, bound.elbo]
+        return torch.stack(columns, 1)
 
-        def rows(number: int, part: slice) -> Tensor:
-            settings, index = self.settings, self.index[part]
-            x = self.examples(index)
-            bounds = settings.ais.bounds(
-                trained.model, x, self.q(trained, x, index, settings.ais.start), self.seed, f"test/{number}"
-            )
-            columns = [bounds.lower, bounds.effective_samples, bounds.acceptance]
-            if is_amortised(trained.encoder):
-                q = self.q(trained, x, index, "encoder")
-                bound = importance_bound(trained.model, x, q, settings.num_importance_samples, self.seed)
-                columns += [bound.iwae, bound.elbo]
-            return torch.stack(columns, 1)
-
-        return rows
-
-    def _simulated(self, trained: Trained) -> Callable[[int, slice], Tensor]:
+    def _simulated(self, trained: Trained, number: int, part: range) -> Tensor:
         """Per simulated example of a chunk: upper - lower bound, and the lower one."""
+        drawn = self.simulate(trained.model, len(part), "bdmc", number)
+        assert drawn is not None  # else `final` asks for none
+        z, x = drawn
+        q = self.q(trained, x, torch.arange(part.start, part.stop), self.settings.ais.start)
+        bounds = self.settings.ais.bounds(trained.model, x, q, self.seed, f"simulated/{number}", z)
+        assert bounds.upper is not None  # as z was given
+        return torch.stack([bounds.upper - bounds.lower, bounds.lower], 1)
 
-        def rows(number: int, part: slice) -> Tensor:
-            drawn = self.simulate(trained.model, part.stop - part.start, "bdmc", number)
-            assert drawn is not None  # else `final` asks for none
-            z, x = drawn
-            q = self.q(trained, x, torch.arange(part.start, part.stop), self.settings.ais.start)
-            bounds = self.settings.ais.bounds(trained.model, x, q, self.seed, f"simulated/{number}", z)
-            assert bounds.upper is not None  # as z was given
-            return torch.stack([bounds.upper - bounds.lower, bounds.lower], 1)
-
-        return rows
-
-    def _rows(self, count: int, compute: Callable[[int, slice], Tensor], key: str | None, name: str) -> Tensor:
+    def _rows(self, count: int, compute: Callable[[int, range], Tensor], key: str | None, name: str) -> Tensor:
         """Rows of `count` examples on rank 0 (count, columns), chunk by chunk; with a key, what is done is kept."""
-        chunks = [slice(start, min(start + EXAMPLES, count)) for start in range(0, count, EXAMPLES)]
+        chunks = [range(start, min(start + EXAMPLES, count)) for start in range(0, count, EXAMPLES)]
         shares = np.array_split(np.arange(len(chunks)), self.ranks.size)
-        counts = [sum(chunks[i].stop - chunks[i].start for i in share) for share in shares]
-        mine = shares[self.ranks.rank].tolist()
+        counts = [sum(len(chunks[i]) for i in share) for share in shares]
+        mine, total = shares[self.ranks.rank].tolist(), counts[self.ranks.rank]
         path = None if key is None else self.cache_dir / f"likelihood-{key}-{self.ranks.rank}-{self.ranks.size}.npz"
         kept = read_sealed(path, "", "its examples") if path is not None and path.exists() else None
-        done = kept["rows"] if kept is not None and "rows" in kept else torch.empty(0)
-        parts, length, num_done = [], len(done), -(-len(done) // EXAMPLES)
-        if length and length == sum(chunks[i].stop - chunks[i].start for i in mine[:num_done]):
-            parts, mine = [done], mine[num_done:]
-            _log.info("%s: %d of %d examples were done before", name, length, counts[self.ranks.rank])
-        else:
-            length = 0
+        parts, length = [], 0
+        if kept is not None:
+            parts, length = [kept["rows"]], len(kept["rows"])
+            mine = mine[-(-length // EXAMPLES) :]
+            _log.info("%s: %d of %d examples were done before", name, length, total)
         with Progress(length, silent=not self.ranks.is_main or key is None, unit=f"{name} example") as progress:
             for number in mine:
-                part = chunks[number]
-                parts.append(compute(number, part).cpu())
-                length += part.stop - part.start
+                parts.append(compute(number, chunks[number]).cpu())
+                length += len(chunks[number])
                 if path is not None:
                     write_sealed(path, {"rows": torch.cat(parts)}, "")
-                progress.update(length, counts[self.ranks.rank], {})
-        width = parts[0].shape[1] if parts else 1
+                progress.update(length, total, {})
+        if self.ranks.size == 1:
+            return torch.cat(parts)
+        own = parts[0].shape[1] if parts else 1
+        width = max(int(width) for width in self.ranks.gather_rows(torch.tensor([own]), [1] * self.ranks.size))
         rows = torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.float64)
-        if self.ranks.size > 1:
-            width = max(int(width) for width in self.ranks.gather_rows(torch.tensor([width]), [1] * self.ranks.size))
-            rows = self.ranks.gather_rows(rows if len(rows) else rows.new_empty(0, width), counts)
-        return rows
+        return self.ranks.gather_rows(rows, counts)
 
     def _key(self, trained: Trained, *what: object) -> str:
         """Names everything that rows depend on: weights, data, settings, seed, device; and a value of the model, since
@@ -265,13 +242,8 @@ class LikelihoodEvaluator(HeldOut):
         q = self.q(trained, x, self.index[:EXAMPLES], "encoder")
         with torch.no_grad():
             probe = float(trained.model.log_joint(x, q.mean).double().sum())
-        modules = {"model": trained.model, "encoder": trained.encoder}
-        weights = {
-            f"{name}.{key}": value
-            for name, module in modules.items()
-            if module is not None
-            for key, value in module.state_dict().items()
-        }
+        modules = {"model": trained.model} | ({} if trained.encoder is None else {"encoder": trained.encoder})
+        weights = nn.ModuleDict(modules).state_dict()
         settings, ais = self.settings, self.settings.ais
         named = [VERSION, *what, hash_of_tensors(weights), f"{probe:.5g}", self.index.tolist(), self.seed]
         named += [hash_of_tensors({"values": self.data.test.values[self.index]}), self.device.type]
@@ -282,8 +254,6 @@ class LikelihoodEvaluator(HeldOut):
 
     def _announce(self, trained: Trained, num_simulated: int) -> None:
         """How much is to be done and for how long at most, before it starts."""
-        if not self.ranks.is_main:
-            return
         ais, index = self.settings.ais, self.index[:EXAMPLES]
         x = self.examples(index)
         per_move = ais.seconds_per_move(trained.model, x, self.q(trained, x, index, ais.start))
@@ -305,8 +275,6 @@ class LikelihoodEvaluator(HeldOut):
 
     def _test_numbers(self, trained: Trained, rows: Tensor) -> dict[str, float]:
         numbers = {}
-        if not self.ranks.is_main:
-            return numbers
         numbers["log_likelihood"], numbers["log_likelihood_error"] = mean_and_error(rows[:, 0])
         if is_probability(self.dataset, trained.model):
             bits = math.prod(self.dataset.shape) * math.log(2)
@@ -316,9 +284,8 @@ class LikelihoodEvaluator(HeldOut):
         if rows.shape[1] > 3:
             numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
         if math.isfinite(numbers["log_likelihood"]):  # else the parameters are not, and closed forms raise
-            parts = (exact_log_evidence(trained.model, self.examples(part)) for part in self.index.split(EXAMPLES))
-            exact = [part for part in parts if part is not None]
-            numbers |= {"log_evidence": float(torch.cat(exact).mean())} if exact else {}
+            exact = exact_log_evidence(trained.model, self.examples(self.index))
+            numbers |= {} if exact is None else {"log_evidence": float(exact.mean())}
         return numbers
 
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:
@@ -349,8 +316,3 @@ class LikelihoodEvaluator(HeldOut):
             "notes": {name: NOTES[name] for name in numbers},
             "sources": sources,
         }
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error (standard deviation over n - 1, divided by √n) of values (n,)."""
-    return float(values.mean()), float(values.std()) / math.sqrt(len(values))

@@ -1,11 +1,14 @@
-"""What a posterior over z says of each trial: rates, factors and inputs averaged over its samples."""
+"""What a posterior over z says of trials: rates, factors and inputs averaged over its samples, and numbers about them.
+
+Arrays are (trials, T, ...).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,75 +18,123 @@ from lpc_runner.base.tensors import generator
 from lpc_runner.evaluation.bounds import gradients_through_rnns
 from lpc_runner.inference.chain import ChainNoise, run_chain, to_the_end
 
+CHUNK = 260  # trials that share one draw of noise; results depend on it, so it is no setting
 
-@dataclass(frozen=True)
-class Means:
+
+class Means(NamedTuple):
     """Posterior means: rates (B, T, N), factors (B, T, F), inputs (B, T, Du) or None."""
 
     rates: Tensor
     factors: Tensor
-    inputs: Tensor | None
-
-    def __getitem__(self, rows: Any) -> Means:
-        return Means(self.rates[rows], self.factors[rows], None if self.inputs is None else self.inputs[rows])
+    inputs: Tensor | None = None
 
 
-class _Average:
-    """Running means of what the model makes of z."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.count = model, 0
-        self.sums: list[Any] = []
-
-    @torch.no_grad()
-    def add(self, z: Tensor) -> None:
-        run = self.model.run(z)
-        parts = [self.model.decode(z), run.factors, run.inputs]
-        self.sums = [
-            None if part is None else total + part for total, part in zip(self.sums or [0.0] * len(parts), parts)
-        ]
-        self.count += 1
-
-    def means(self) -> Means:
-        means: list[Any] = [None if total is None else total / self.count for total in self.sums]
-        return Means(*means)
+def _mean(model: Any, states: Iterable[Tensor]) -> Means:
+    """What the model makes of each z, averaged."""
+    sums, count = [], 0
+    for z in states:
+        with torch.no_grad():
+            run = model.run(z)
+            parts = [model.decode(z), run.factors, *([] if run.inputs is None else [run.inputs])]
+        sums = [total + part for total, part in zip(sums, parts)] if sums else parts
+        count += 1
+    return Means(*(total / count for total in sums))
 
 
-def joined(parts: Iterable[Means]) -> Means:
+def _joined(parts: Iterable[Means]) -> Means:
     """Means of consecutive trials as one."""
-    parts = list(parts)
-    inputs = [part.inputs for part in parts if part.inputs is not None]
-    rates, factors = (torch.cat([getattr(part, name) for part in parts]) for name in ("rates", "factors"))
-    return Means(rates, factors, torch.cat(inputs) if inputs else None)
+    rates, factors, inputs = zip(*parts)
+    return Means(torch.cat(rates), torch.cat(factors), None if inputs[0] is None else torch.cat(inputs))
+
+
+def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
+    parts = zip(q.mean.split(CHUNK), q.variance.split(CHUNK))
+    return ((number, DiagonalGaussian(*part)) for number, part in enumerate(parts))
 
 
 @torch.no_grad()
-def posterior_means(model: Any, q: DiagonalGaussian, num_samples: int, seed: int, chunk: int) -> Means:
+def posterior_means(model: Any, q: DiagonalGaussian, num_samples: int, seed: int) -> Means:
     """Means over num_samples draws z ~ q."""
-    source = generator(seed, "posterior", chunk, device=q.mean.device)
-    average = _Average(model)
-    for _ in range(num_samples):
-        noise = torch.randn(q.mean.shape, generator=source, device=q.mean.device, dtype=q.mean.dtype)
-        average.add(q.rsample(noise))
-    return average.means()
+
+    def draws(number: int, q: DiagonalGaussian) -> Iterator[Tensor]:
+        source = generator(seed, "posterior", number, device=q.mean.device)
+        for _ in range(num_samples):
+            yield q.rsample(torch.randn(q.mean.shape, generator=source, device=q.mean.device, dtype=q.mean.dtype))
+
+    return _joined(_mean(model, draws(*chunk)) for chunk in _chunks(q))
 
 
-def chain_means(
-    model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, num_states: int, seed: int, chunk: int
-) -> Means:
+def chain_means(model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, num_states: int, seed: int) -> Means:
     """Means over all states z(1) .. z(T) of chains on log p(x, z) from z(0) ~ start, at least num_states per trial.
 
     All T, whatever sampler.stop says.
     """
-    average = _Average(model)
     sampler = to_the_end(sampler)
     num_chains = -(-num_states // sampler.num_steps)
-    with gradients_through_rnns():
-        for number in range(num_chains):
-            draw = chunk * num_chains + number
-            source = generator(seed, "posterior chain", draw, device=x.device)
-            z = start.rsample(torch.randn(start.mean.shape, generator=source, device=x.device, dtype=x.dtype))
+
+    def states(x: Tensor, number: int, q: DiagonalGaussian) -> Iterator[Tensor]:
+        for draw in range(number * num_chains, (number + 1) * num_chains):
+            source, kept = generator(seed, "posterior chain", draw, device=x.device), []
+            z = q.rsample(torch.randn(q.mean.shape, generator=source, device=x.device, dtype=x.dtype))
             noise = ChainNoise(seed, draw, tuple(z.shape), x.device, x.dtype, stream="posterior chain noise")
-            keep = lambda state, info: average.add(state.z)
-            run_chain(partial(model.log_joint, x), z, sampler, noise, centre=start.mean, q=start, on_step=keep)
-    return average.means()
+            keep = lambda state, info, kept=kept: kept.append(state.z.clone())
+            run_chain(partial(model.log_joint, x), z, sampler, noise, centre=q.mean, q=q, on_step=keep)
+            yield from kept
+
+    with gradients_through_rnns():
+        return _joined(_mean(model, states(rows, *chunk)) for rows, chunk in zip(x.split(CHUNK), _chunks(start)))
+
+
+RIDGE = 1e-3  # penalty of the linear readouts, in units of the features' mean variance
+
+
+def r_squared(estimate: Tensor, truth: Tensor) -> float:
+    """1 - Σ (truth - estimate)² / Σ (truth - mean)², pooled over trials, bins and neurons.
+
+    The mean is each neuron's own over trials and bins, so that a neuron's mean rate alone gives 0. Float64.
+    """
+    truth, estimate = truth.double(), estimate.double()
+    scatter = (truth - truth.mean((0, 1))).square().sum()
+    return float(1 - (truth - estimate).square().sum() / scatter)
+
+
+def linear_r_squared(features: Tensor, target: Tensor) -> float:
+    """R² of a ridge regression from features (trials, T, F) to target (trials, T, D), fitted on one half of the trials.
+
+    Even trials fit, odd ones are predicted, time bins are examples; penalty RIDGE times the mean variance of a feature
+    per example. At least 2 trials.
+    """
+    fit, held = slice(0, None, 2), slice(1, None, 2)
+    return r_squared(linear_readout(features[fit], target[fit])(features[held]), target[held])
+
+
+def linear_readout(features: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """Ridge regression from features (trials, T, F) to target (trials, T, D), as a function of features; float64."""
+    features, target = features.double(), target.double()
+    centre, offset = features.mean((0, 1)), target.mean((0, 1))
+    x, y = (features - centre).flatten(0, 1), (target - offset).flatten(0, 1)
+    gram = x.T @ x
+    penalty = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+    weights = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), x.T @ y)
+    return lambda new: (new.double() - centre) @ weights + offset
+
+
+def poisson_log_likelihood(counts: Tensor, rates: Tensor) -> Tensor:
+    """Σ log Poisson(count; rate) over bins and neurons in nats, (trials,) float64; rates in expected counts per bin."""
+    return torch.distributions.Poisson(rates.double(), validate_args=False).log_prob(counts.double()).sum((1, 2))
+
+
+def bits_per_spike(counts: Tensor, rates: Tensor) -> float:
+    """(log-likelihood of the rates - that of each neuron's mean rate) / (number of spikes · log 2); 0 for mean rates.
+
+    The mean rates are those of these very counts, as in the Neural Latents Benchmark (Pei et al. 2021).
+    """
+    mean = counts.double().mean((0, 1)).expand(counts.shape)
+    gain = poisson_log_likelihood(counts, rates) - poisson_log_likelihood(counts, mean)
+    return float(gain.sum() / (counts.double().sum() * math.log(2)))
+
+
+def pulse_timing(inputs: Tensor, pulse_bin: Tensor) -> float:
+    """Share of trials whose inferred input (trials, T, Du) has its largest norm within a bin of the pulse (trials,)."""
+    peak = inputs.norm(dim=2).argmax(1)
+    return float(((peak - pulse_bin).abs() <= 1).double().mean())

@@ -23,6 +23,7 @@ from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import generator, hash_of_tensors
 from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.evaluation.bounds import encoder_bound
+from lpc_runner.evaluation.classifier import Classifier
 from lpc_runner.evaluation.distances import (
     FeatureMoments,
     compare_neighbours,
@@ -34,68 +35,97 @@ from lpc_runner.evaluation.distances import (
     within_term,
 )
 from lpc_runner.evaluation.evaluator import Evaluator, Metrics, Setup, Trained, finite
-from lpc_runner.evaluation.features import Extractor, ExtractorName, Inception, extract, make_extractor, pretrained
-from lpc_runner.evaluation.samples import draw_image_data, draw_images, draw_levels, sample_images, share_of
+from lpc_runner.evaluation.features import Extractor, Inception, Pretrained, RandomConv, extract
+from lpc_runner.evaluation.imagenet import ImageNet
+from lpc_runner.evaluation.samples import draw_data, draw_images, draw_levels, sample_images, share_of
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
 
 VERSION = 1  # of the cached references; raise when what is stored or how it is computed changes
+ExtractorName = Literal["random_conv", "classifier", "inception", "imagenet"]
+
+
+def make_extractor(
+    name: ExtractorName,
+    *,
+    data: Data,
+    identity: dict[str, object],
+    cache_dir: Path,
+    weights: str | None,
+    device: torch.device | str,
+) -> Extractor:
+    """The extractor called `name`, not yet prepared; UserError when images are too small for it.
+
+    data, identity: what the classifier trains on and is cached under. weights: see `pretrained`.
+    """
+    num_channels, height, width = data.train.values.shape[1:]
+    if name == "random_conv":
+        if min(height, width) < RandomConv.MIN_SIZE:
+            raise UserError(
+                f"metrics.extractor=random_conv needs at least {RandomConv.MIN_SIZE} pixels a side, "
+                f"got {height} x {width}; use metrics.extractor=classifier"
+            )
+        return RandomConv(num_channels, device)
+    network = pretrained(name, num_channels, cache_dir, weights, device)
+    return network or Classifier(data, identity, cache_dir, device)
+
+
+def pretrained(
+    name: ExtractorName, num_channels: int, cache_dir: Path, weights: str | None, device: torch.device | str = "cpu"
+) -> Pretrained | None:
+    """The extractor called `name`, not yet prepared, if it is a network with published weights; else None.
+
+    weights: the file of Inception's, None for the published one in `cache_dir`, or of imagenet's network, None for that
+    of its package.
+    """
+    if name == "inception":
+        return Inception(num_channels, cache_dir, weights, device)
+    return ImageNet(num_channels, weights, device) if name == "imagenet" else None
+
+
+def name_of(number: str, extractor: str) -> str:
+    """What a number from that extractor's features is called: coverage_random_conv; of Inception's, coverage, and fid
+    for fd."""
+    if extractor == "inception":
+        return "fid" if number == "fd" else number
+    return f"{number}_{extractor}"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Everything about the real images that no generated one changes.
+    """Everything about the real images that no generated one changes, as it is kept in a file.
 
-    features: (N, d) float32. radii: (N,) float64, squared, to the k-th neighbour. within: the real part of
-    the kernel distance. floor: Fréchet distance to num_floor real images of the other split, None where that
-    has fewer than 2.
+    features: (N, d) float32. radii: (N,) float64, squared, to the k-th neighbour. mean, covariance: the features'
+    moments. scalars: the real part of the kernel distance, the Fréchet distance to n real images of the other split,
+    and n; (3,) float64.
     """
 
     features: Tensor
     radii: Tensor
-    moments: FeatureMoments
-    within: float
-    floor: float | None
-    num_floor: int
+    mean: Tensor
+    covariance: Tensor
+    scalars: Tensor
 
     @classmethod
     def compute(cls, extractor: Extractor, real: Tensor, floor: Tensor, k: int, batch_size: int) -> Reference:
         """From real (N, C, H, W) and disjoint floor (n, C, H, W) uint8 images."""
-        features = extract(extractor, real.split(batch_size), len(real), batch_size)
-        summary = moments(features)
-        distance = None
+        features = extract(extractor, real.split(batch_size), len(real), batch_size, real.shape[1:])
+        summary, distance = moments(features), -1.0
         if len(floor) >= 2:
-            others = extract(extractor, floor.split(batch_size), len(floor), batch_size)
+            others = extract(extractor, floor.split(batch_size), len(floor), batch_size, floor.shape[1:])
             distance = frechet_distance(summary, moments(others))
-        radii, within = squared_radii(features, k), within_term(features)
-        return cls(features.cpu(), radii.cpu(), summary.to("cpu"), within, distance, len(floor))
+        scalars = torch.tensor([within_term(features), distance, len(floor)], dtype=torch.float64)
+        parts = (features, squared_radii(features, k), summary.mean, summary.covariance, scalars)
+        return cls(*(part.cpu() for part in parts))
 
     @classmethod
     def read(cls, path: Path, key: str) -> Reference | None:
         """The reference kept under `key`; None, with a warning, when the file is not whole or not its."""
         stored = read_sealed(path, key, "the reference")
-        if stored is None:
-            return None
-        within, floor, num_floor = stored["scalars"].tolist()
-        return cls(
-            stored["features"],
-            stored["radii"],
-            FeatureMoments(stored["mean"], stored["covariance"]),
-            within,
-            None if num_floor < 2 else floor,
-            int(num_floor),
-        )
+        return None if stored is None else cls(**stored)
 
     def write(self, path: Path, key: str) -> None:
         """Keep it in one file, sealed with a hash over its content and `key`."""
-        floor = -1.0 if self.floor is None else self.floor
-        stored = {
-            "features": self.features,
-            "radii": self.radii,
-            "mean": self.moments.mean,
-            "covariance": self.moments.covariance,
-            "scalars": torch.tensor([self.within, floor, self.num_floor], dtype=torch.float64),
-        }
-        write_sealed(path, stored, key)
+        write_sealed(path, vars(self), key)
 
 
 _log = logging.getLogger(__name__)
@@ -104,7 +134,7 @@ _log = logging.getLogger(__name__)
 class SampleQuality(Metrics):
     """Fréchet and kernel distance, precision, recall, density and coverage of generated images.
 
-    extractor, weights: see `evaluation.features`. k: neighbours that make a ball. num_samples: generated
+    extractor, weights: see `make_extractor`. k: neighbours that make a ball. num_samples: generated
     images at the end, None for as many as references. max_references: cap on the real images, None for all.
     reference: the split they come from. every_epochs: measure during training too, 0 for only at the end,
     then with num_samples_during images against the same references. Raises ValueError where a count is too
@@ -127,14 +157,6 @@ class SampleQuality(Metrics):
         every_epochs: NonNegativeInt,
         num_samples_during: PositiveInt,
     ) -> None:
-        counts = {
-            "num_samples": num_samples,
-            "max_references": max_references,
-            "num_samples_during": num_samples_during,
-        }
-        for name, count in counts.items():
-            if count is not None and count <= k:
-                raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
         if weights is not None and extractor not in ("inception", "imagenet"):
             _log.warning("metrics.weights has no effect with metrics.extractor=%s", extractor)
         self.extractor: ExtractorName = extractor
@@ -142,6 +164,9 @@ class SampleQuality(Metrics):
         self.num_samples, self.max_references, self.reference = num_samples, max_references, reference
         self.batch_size, self.every_epochs = batch_size, every_epochs
         self.num_samples_during = num_samples_during
+        for name in ("num_samples", "max_references", "num_samples_during"):
+            if (count := getattr(self, name)) is not None and count <= k:
+                raise ValueError(f"{name} must be above k = {k}, the neighbours looked for, got {count}")
 
     def check(self, num_available: int) -> None:
         """UserError when the reference split, of num_available images, is too small for k."""
@@ -153,26 +178,24 @@ class SampleQuality(Metrics):
 
     def require(self, dataset: Dataset, cache_dir: Path) -> None:
         """UserError (one line) when the extractor's weights cannot be fetched or images are too few; loads no data."""
-        network = pretrained(self.extractor, dataset.shape[0], Path(cache_dir), self.weights)
+        network = pretrained(self.extractor, dataset.shape[0], cache_dir, self.weights)
         if network is not None:
             network.prepare()
         if self.reference == "train":
             self.check(dataset.num_train)
 
     def to_fetch(self, dataset: Dataset, cache_dir: Path) -> str | None:
-        if self.extractor != "inception":
-            return None
-        return Inception(dataset.shape[0], Path(cache_dir), self.weights).to_fetch()
+        network = pretrained(self.extractor, dataset.shape[0], cache_dir, self.weights)
+        return None if network is None else network.to_fetch()
 
     def evaluator(self, setup: Setup) -> Evaluator:
         measurer = self.prepare(setup.data, setup.dataset.identity(), setup.cache_dir, setup.device)
         return ImageEvaluator(setup, measurer)
 
     def names(self) -> tuple[str, ...]:
-        suffix = "" if self.extractor == "inception" else f"_{self.extractor}"
-        distance = "fid" if self.extractor == "inception" else "fd"
-        quality = (distance, "kid", "precision", "recall", "density", "coverage")
-        return *(name + suffix for name in quality), "elbo", "kl", "active_units", "bits_per_dim", "sigma"
+        quality = ("fd", "kid", "precision", "recall", "density", "coverage")
+        of_samples = (name_of(number, self.extractor) for number in quality)
+        return *of_samples, "elbo", "kl", "active_units", "bits_per_dim", "sigma"
 
     def label(self, facts: dict[str, object]) -> str:
         return f"{self.extractor}-n{facts['num_samples']}-k{facts['k']}-{facts['reference']}"
@@ -195,7 +218,7 @@ class SampleQuality(Metrics):
             self.extractor,
             data=data,
             identity=identity,
-            cache_dir=Path(cache_dir),
+            cache_dir=cache_dir,
             weights=self.weights,
             device=device,
         )
@@ -219,27 +242,27 @@ class SampleQuality(Metrics):
         if reference is None:
             reference = Reference.compute(extractor, real, floor, self.k, self.batch_size)
             reference.write(path, digest)
-        return Measurer(extractor, reference, tuple(real.shape[1:]), self, device)
+        return Measurer(extractor, reference, tuple(real.shape[1:]), self)
 
 
+@dataclass(frozen=True)
 class Measurer:
-    """Measures generated images against one fixed reference.
+    """Measures generated images of one shape (C, H, W) against one fixed reference."""
 
-    num_samples, num_samples_during: how many images it wants at the end, and during training.
-    """
+    extractor: Extractor
+    reference: Reference
+    shape: tuple[int, ...]
+    settings: SampleQuality
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        reference: Reference,
-        shape: tuple[int, ...],
-        settings: SampleQuality,
-        device: torch.device | str,
-    ) -> None:
-        self.extractor, self.reference = extractor, reference
-        self._shape, self._settings, self._device = shape, settings, device
-        self.num_samples = settings.num_samples or len(reference.features)
-        self.num_samples_during = min(settings.num_samples_during, self.num_samples)
+    @property
+    def num_samples(self) -> int:
+        """How many images it wants at the end."""
+        return self.settings.num_samples or len(self.reference.features)
+
+    @property
+    def num_samples_during(self) -> int:
+        """How many it wants during training."""
+        return min(self.settings.num_samples_during, self.num_samples)
 
     def measure(self, images: Iterable[Tensor], num_samples: int, ranks: Ranks = SINGLE) -> dict[str, float]:
         """All numbers of the first `num_samples` of `images`, uint8 chunks (B, C, H, W) of any size.
@@ -248,18 +271,17 @@ class Measurer:
         images run out. Of several ranks, each brings its own share of the images, and rank 0 gets the numbers.
         """
         shares = share_of(num_samples, ranks)
-        samples = extract(self.extractor, images, shares[ranks.rank], self._settings.batch_size, self._shape)
+        samples = extract(self.extractor, images, shares[ranks.rank], self.settings.batch_size, self.shape)
         samples = ranks.gather_rows(samples, shares)
         if not ranks.is_main:
             return {}
-        real = self.reference.features.to(samples.device)
-        radii = self.reference.radii.to(samples.device)
+        real, radii, *summary, scalars = (part.to(samples.device) for part in vars(self.reference).values())
         numbers = {
-            self._distance_name: frechet_distance(self.reference.moments.to(samples.device), moments(samples)),
-            "kid": kernel_distance(real, samples, reference_term=self.reference.within),
-            **compare_neighbours(real, samples, self._settings.k, reference_radii=radii),
+            "fd": frechet_distance(FeatureMoments(*summary), moments(samples)),
+            "kid": kernel_distance(real, samples, reference_term=scalars[0].item()),
+            **compare_neighbours(real, samples, self.settings.k, reference_radii=radii),
         }
-        return {name + self.extractor.metric_suffix: value for name, value in numbers.items()}
+        return {name_of(number, self.extractor.name): value for number, value in numbers.items()}
 
     def facts(self, num_samples: int) -> dict[str, object]:
         """What to write beside the numbers: counts, extractor, the best coverage to expect, the Fréchet
@@ -269,20 +291,17 @@ class Measurer:
         finite sets even real images are not at 0.
         """
         num_references = len(self.reference.features)
+        _, floor, num_floor = self.reference.scalars.tolist()
         return {
             "num_samples": num_samples,
             "num_references": num_references,
-            "k": self._settings.k,
-            "reference": self._settings.reference,
+            "k": self.settings.k,
+            "reference": self.settings.reference,
             **self.extractor.facts(),
-            "coverage_ceiling": coverage_ceiling(num_references, num_samples, self._settings.k),
-            f"{self._distance_name}{self.extractor.metric_suffix}_floor": self.reference.floor,
-            "num_floor": self.reference.num_floor,
+            "coverage_ceiling": coverage_ceiling(num_references, num_samples, self.settings.k),
+            f"{name_of('fd', self.extractor.name)}_floor": floor if num_floor >= 2 else None,
+            "num_floor": int(num_floor),
         }
-
-    @property
-    def _distance_name(self) -> str:
-        return "fid" if self.extractor.name == "inception" else "fd"
 
 
 def _choose(split: Split, limit: int | None, stream: str) -> Tensor:
@@ -322,7 +341,7 @@ class ImageEvaluator(Evaluator):
         return self.measurer.measure(images, count, self.ranks)
 
     def draw_data(self, folder: Path) -> None:
-        draw_image_data(self.data, folder)
+        draw_data(self.dataset, self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         pictures = draw_images(trained, self.dataset, self.data, self.seed, folder, update)

@@ -6,9 +6,10 @@ import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.ranks import SINGLE, Ranks
@@ -46,12 +47,6 @@ def share_of(num: int, ranks: Ranks) -> list[int]:
     return [sum(min(CHUNK, num - start) for start in _starts(num, rank, ranks.size)) for rank in range(ranks.size)]
 
 
-@torch.no_grad()
-def reconstruct(model: LatentVariableModel, encoder: nn.Module, batch: Batch) -> Tensor:
-    """Decoder means at the mean of q(z|x), uint8 (B, C, H, W)."""
-    return to_uint8(model.decode(encoder(batch).mean))
-
-
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """A PNG grid of uint8 images (N, C, H, W), C = 1 or 3, row by row, two pixels apart; square unless told."""
     from PIL import Image
@@ -67,9 +62,15 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def draw_image_data(data: Data, folder: Path) -> None:
-    """The grid of the first training images."""
-    save_grid(data.train.values[:GRID], folder / "data.png")
+def draw_data(dataset: Dataset, data: Data, folder: Path) -> None:
+    """A grid of the first training images, or some training trials."""
+    if dataset.kind == "images":
+        save_grid(data.train.values[:GRID], folder / "data.png")
+    else:
+        from lpc_runner.evaluation.sequence_pictures import data_picture
+
+        sequences: Any = dataset  # a SequenceDataset, being no images
+        data_picture(data.train, sequences, folder / "data.png")
 
 
 def draw_images(
@@ -79,12 +80,9 @@ def draw_images(
     pictures = {"samples": folder / ("final.png" if update is None else f"update-{update:09d}.png")}
     save_grid(torch.cat(list(sample_images(trained.model, GRID, seed))), pictures["samples"])
     if update is None and trained.encoder is not None and len(data.test) > 0:
-        device = next(trained.model.parameters()).device
-        values = data.test.values[: GRID // 2].to(device)
-        batch = Batch(dataset.to_model(values), torch.arange(len(values), device=device))
-        images = reconstruct(trained.model, trained.encoder, batch)
+        images = _reconstructed(trained, dataset, data.test.values[: GRID // 2], [0])
         pictures["reconstructions"] = folder / "reconstructions.png"
-        save_grid(torch.stack([values, images], 1).flatten(0, 1), pictures["reconstructions"], columns=8)
+        save_grid(images.flatten(0, 1), pictures["reconstructions"], columns=8)
     return pictures
 
 
@@ -105,7 +103,8 @@ def draw_levels(trained: Trained, dataset: Dataset, data: Data, seed: int, folde
         pictures[name] = folder / f"{name}.png"
         save_grid(images, pictures[name], columns=SIDE)
     if trained.encoder is not None and len(data.test) > 0:
-        images = _reconstructed(trained, dataset, data.test.values[:SIDE])
+        starts = [block.start for block in reversed(list(trained.model.blocks.values()))]
+        images = _reconstructed(trained, dataset, data.test.values[:SIDE], starts)
         pictures["level-reconstructions"] = folder / "level-reconstructions.png"
         save_grid(images.flatten(0, 1), pictures["level-reconstructions"], columns=images.shape[1])
     return pictures
@@ -125,14 +124,15 @@ def _sampled(model: LatentVariableModel, seed: int) -> Iterator[tuple[str, Tenso
 
 
 @torch.no_grad()
-def _reconstructed(trained: Trained, dataset: Dataset, values: Tensor) -> Tensor:
-    """(B, 1 + number of blocks, C, H, W) uint8, of values (B, C, H, W) as stored."""
+def _reconstructed(trained: Trained, dataset: Dataset, values: Tensor, starts: list[int]) -> Tensor:
+    """(B, 1 + len(starts), C, H, W) uint8: values (B, C, H, W) as stored, then decoder means at the mean of q(z|x) from
+    each start on, 0 before it."""
+    assert trained.encoder is not None
     values = values.to(next(trained.model.parameters()).device)
     batch = Batch(dataset.to_model(values), torch.arange(len(values), device=values.device))
-    assert trained.encoder is not None
     mean, columns = trained.encoder(batch).mean, [values]
-    for block in reversed(list(trained.model.blocks.values())):
+    for start in starts:
         z = torch.zeros_like(mean)
-        z[:, block.start :] = mean[:, block.start :]
+        z[:, start:] = mean[:, start:]
         columns.append(to_uint8(trained.model.decode(z)))
     return torch.stack(columns, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
-from lpc_runner.evaluation import kalman, spike_metrics
+from lpc_runner.evaluation import linear_gaussian
 from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
@@ -28,12 +26,24 @@ from lpc_runner.evaluation.evaluator import (
     evenly_spaced,
     finite,
     is_amortised,
+    mean_and_error,
+    require_examples,
     without_held_out,
 )
-from lpc_runner.evaluation.posterior import Means, chain_means, joined, posterior_means
+from lpc_runner.evaluation.posterior import (
+    CHUNK,
+    Means,
+    bits_per_spike,
+    chain_means,
+    linear_r_squared,
+    poisson_log_likelihood,
+    posterior_means,
+    pulse_timing,
+    r_squared,
+)
+from lpc_runner.evaluation.samples import draw_data
 from lpc_runner.models.latent import LatentVariableModel
 
-CHUNK = 260  # trials that share one draw of noise; results depend on it, so it is no setting
 PER_TRIAL = "nats per trial"
 
 
@@ -61,12 +71,11 @@ class SequenceQuality(Metrics):
     ) -> None:
         require_pairs(free_samples)
         self.num_importance_samples, self.num_gap_trials = num_importance_samples, num_gap_trials
-        self.free_steps, self.free_samples, self.free_learning_rate = free_steps, free_samples, free_learning_rate
+        self.fit = {"num_steps": free_steps, "num_samples": free_samples, "learning_rate": free_learning_rate}
         self.num_posterior_samples, self.every_epochs = num_posterior_samples, every_epochs
 
     def evaluator(self, setup: Setup) -> Evaluator:
-        if (count := len(setup.data.test)) < 2:
-            raise UserError(f"{setup.dataset.name} has {count} validation trial, metrics=sequences needs at least 2")
+        require_examples(setup, "sequences")
         return SequenceEvaluator(setup, self) if setup.ranks.is_main else Idle()
 
     def label(self, facts: dict[str, object]) -> str:
@@ -92,7 +101,8 @@ def notes_on(numbers: dict[str, float], num_importance_samples: int) -> dict[str
     notes["reconstruction"] = f"{PER_TRIAL}: mean of log p(x|z) over draws of q"
     notes["identity_overfit"] = "1: draws of q explain the spikes they saw better than the true rates do"
     notes["pulse_timing"] = "share of trials whose largest input is within one bin of the pulse"
-    return notes | {f"chain_{name}": f"{note}; its sampler's chain from q" for name, note in notes.items()}
+    notes |= {f"chain_{name}": f"{note}; its sampler's chain from q" for name, note in notes.items()}
+    return {name: note for name, note in notes.items() if name in numbers}
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,12 @@ class SequenceEvaluator(Evaluator):
         self.values = data.test.values.to(device)
         self.extras = {name: values.to(device) for name, values in data.test.extras.items()}
         self.x = without_held_out(dataset.to_model(self.values), self.held_out)
+        self.every = torch.arange(len(self.x), device=self.x.device)
         self.gap_index = evenly_spaced(len(self.x), settings.num_gap_trials, device)
+        self.true_log_likelihood: Tensor | None = None  # of held-in spikes under the true rates, nats per trial, (B,)
+        if dataset.kind == COUNTS and "rates" in self.extras:
+            held_in = (values[..., self.held_in] for values in (self.values, self.extras["rates"]))
+            self.true_log_likelihood = poisson_log_likelihood(*held_in)
         self.last: Inferred | None = None  # of the last final measurement, for the pictures
         self.gaps: dict[str, float] = {}
 
@@ -126,21 +141,23 @@ class SequenceEvaluator(Evaluator):
         if not is_amortised(trained.encoder):
             return {}
         with evaluating(trained.model, trained.encoder):
-            numbers = {}
-            index = torch.arange(len(self.x), device=self.x.device)
-            q = self._encoded(trained, index)
-            numbers["elbo"] = float(importance_bound(trained.model, self.x, q, 1, self.seed).elbo.mean())
+            q = self._encoded(trained, self.every)
+            numbers = {"elbo": float(importance_bound(trained.model, self.x, q, 1, self.seed).elbo.mean())}
             if "rates" in self.extras:
-                means = self._means(trained, q, min(8, self.settings.num_posterior_samples))
-                numbers["rates_r2"] = spike_metrics.r_squared(means.rates, self.extras["rates"])
+                count = min(8, self.settings.num_posterior_samples)
+                means = posterior_means(trained.model, q, count, self.seed)
+                numbers["rates_r2"] = r_squared(means.rates, self.extras["rates"])
             return numbers
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
         with evaluating(trained.model, trained.encoder):
             numbers, free = self._bounds(trained)
             self.gaps = dict(numbers) if all(map(math.isfinite, numbers.values())) else {}
-            inferred = self._infer(trained, free)
-            self.last = inferred
+            # The encoder's posterior of every test trial; without an amortised one, the free q of the gap trials.
+            index, q = self.gap_index, free
+            if is_amortised(trained.encoder):
+                index, q = self.every, self._encoded(trained, self.every)
+            inferred = self.last = self._infer(trained, index, q)
             numbers |= self._divergences(trained.model, inferred.q)
             numbers |= self._of_means(inferred.index, inferred.means)
             if trained.sampler.num_steps > 0:
@@ -150,9 +167,7 @@ class SequenceEvaluator(Evaluator):
         return numbers, self._facts(trained, inferred, numbers)
 
     def draw_data(self, folder: Path) -> None:
-        from lpc_runner.evaluation.sequence_pictures import data_picture
-
-        data_picture(self.data.train, self.dataset, folder / "data.png")
+        draw_data(self.dataset, self.data, folder)
 
     def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
         """Rates of single trials, at the end also factors, inputs and gaps; nothing during training of a free table."""
@@ -163,8 +178,7 @@ class SequenceEvaluator(Evaluator):
             if not is_amortised(trained.encoder):
                 return {}
             with evaluating(trained.model, trained.encoder):
-                q = self._encoded(trained, self.gap_index)
-                inferred = Inferred(self.gap_index, q, self._means(trained, q, self.settings.num_posterior_samples))
+                inferred = self._infer(trained, self.gap_index, self._encoded(trained, self.gap_index))
         trials = pictures.Trials(
             inferred.index.tolist(),
             inferred.means,
@@ -195,17 +209,9 @@ class SequenceEvaluator(Evaluator):
             parts = [trained.encoder(Batch(self.x[rows], rows)) for rows in index.split(CHUNK)]
         return DiagonalGaussian(torch.cat([q.mean for q in parts]), torch.cat([q.variance for q in parts]))
 
-    def _means(self, trained: Trained, q: DiagonalGaussian, num_samples: int) -> Means:
-        parts = [posterior_means(trained.model, part, num_samples, self.seed, i) for i, part in _chunks(q)]
-        return joined(parts)
-
-    def _infer(self, trained: Trained, free: DiagonalGaussian) -> Inferred:
-        """The encoder's posterior of every test trial; without an amortised one, the free q of the gap trials."""
-        index, q = self.gap_index, free
-        if is_amortised(trained.encoder):
-            index = torch.arange(len(self.x), device=self.x.device)
-            q = self._encoded(trained, index)
-        return Inferred(index, q, self._means(trained, q, self.settings.num_posterior_samples))
+    def _infer(self, trained: Trained, index: Tensor, q: DiagonalGaussian) -> Inferred:
+        count = self.settings.num_posterior_samples
+        return Inferred(index, q, posterior_means(trained.model, q, count, self.seed))
 
     # Numbers ------------------------------------------------------------------------------------------------
 
@@ -226,24 +232,21 @@ class SequenceEvaluator(Evaluator):
                 numbers |= self._of_reconstruction(bound.elbo + q.kl_per_dimension(model.prior).double().sum(1))
         numbers["free_drift"] = float(fitted.drift.mean())
         best = max(numbers[f"{name}_iwae"] for name in proposals)
-        exact = kalman.exact_log_evidence(model, x[..., self.held_in])
+        exact = linear_gaussian.exact_log_evidence(model, x[..., self.held_in])
         if exact is not None:
             best = numbers["log_evidence"] = float(exact.mean())
         numbers["approximation_gap"] = best - numbers["free_elbo"]
         if "encoder" in proposals:
             numbers["amortisation_gap"] = numbers["free_elbo"] - numbers["encoder_elbo"]
-            every = torch.arange(len(self.x), device=self.x.device)
-            whole = importance_bound(model, self.x, self._encoded(trained, every), 10, self.seed)
+            whole = importance_bound(model, self.x, self._encoded(trained, self.every), 10, self.seed)
             numbers["elbo"] = float(whole.elbo.mean())
         return numbers, fitted.q
 
     def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> FreePosterior:
         """The best factorised q of every trial: in closed form where there is one, else fitted, from `start` if any."""
-        if kalman.is_linear_gaussian(model):
-            return FreePosterior(kalman.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
-        settings = self.settings
-        fit = {"num_steps": settings.free_steps, "num_samples": settings.free_samples}
-        return fit_free_posterior(model, x, start, self.seed, learning_rate=settings.free_learning_rate, **fit)
+        if linear_gaussian.is_linear_gaussian(model):
+            return FreePosterior(linear_gaussian.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
+        return fit_free_posterior(model, x, start, self.seed, **self.settings.fit)
 
     def _of_reconstruction(self, reconstruction: Tensor) -> dict[str, float]:
         """E_q[log p(x|z)] of the gap trials, (B,), and whether it explains their spikes better than the true rates do.
@@ -253,17 +256,10 @@ class SequenceEvaluator(Evaluator):
         spikes.
         """
         numbers = {"reconstruction": float(reconstruction.mean())}
-        if "rates" in self.extras and self.dataset.kind == COUNTS and len(reconstruction) > 1:
-            excess = reconstruction - self._true_log_likelihood()[self.gap_index]
-            error = excess.std() / math.sqrt(len(excess))
-            numbers["identity_overfit"] = float(excess.mean() > 2 * error)
+        if self.true_log_likelihood is not None and len(reconstruction) > 1:
+            mean, error = mean_and_error(reconstruction - self.true_log_likelihood[self.gap_index])
+            numbers["identity_overfit"] = float(mean > 2 * error)
         return numbers
-
-    def _true_log_likelihood(self) -> Tensor:
-        """log-likelihood of held-in spikes under the true rates, nats per trial, (B,) float64."""
-        return spike_metrics.poisson_log_likelihood(
-            self.values[..., self.held_in], self.extras["rates"][..., self.held_in]
-        )
 
     def _divergences(self, model: LatentVariableModel, q: DiagonalGaussian) -> dict[str, float]:
         """KL(q ‖ p) in all and of every named block, means over trials."""
@@ -275,37 +271,32 @@ class SequenceEvaluator(Evaluator):
         """What posterior means say of rates, spikes, latents, pulses and behaviour of these trials."""
         numbers, extras = {}, {name: values[index] for name, values in self.extras.items()}
         if "rates" in extras:
-            numbers["rates_r2"] = spike_metrics.r_squared(means.rates, extras["rates"])
+            numbers["rates_r2"] = r_squared(means.rates, extras["rates"])
         if self.dataset.kind == COUNTS:
             numbers |= self._of_spikes(index, means.rates)
-        if "latents" in extras:
-            numbers["latents_r2"] = spike_metrics.linear_r_squared(means.factors, extras["latents"])
-        if "behaviour" in extras:
-            numbers["behaviour_r2"] = spike_metrics.linear_r_squared(means.factors, extras["behaviour"])
+        for name in ("latents", "behaviour"):
+            if name in extras:
+                numbers[f"{name}_r2"] = linear_r_squared(means.factors, extras[name])
         if "pulse_bin" in extras and means.inputs is not None:
-            numbers["pulse_timing"] = spike_metrics.pulse_timing(means.inputs, extras["pulse_bin"])
+            numbers["pulse_timing"] = pulse_timing(means.inputs, extras["pulse_bin"])
         return numbers
 
     def _of_spikes(self, index: Tensor, rates: Tensor) -> dict[str, float]:
         """Bits per spike and log-likelihood of held-in spikes, and bits per spike of held-out ones, under rates."""
         counts, held_in, held_out = self.values[index], self.held_in, slice(self.held_in.stop, None)
-        likelihood = spike_metrics.poisson_log_likelihood(counts[..., held_in], rates[..., held_in])
+        likelihood = poisson_log_likelihood(counts[..., held_in], rates[..., held_in])
         numbers = {
-            "bits_per_spike": spike_metrics.bits_per_spike(counts[..., held_in], rates[..., held_in]),
+            "bits_per_spike": bits_per_spike(counts[..., held_in], rates[..., held_in]),
             "spike_log_likelihood": float(likelihood.mean()),
         }
         if self.held_out:
-            numbers["cosmoothing_bits_per_spike"] = spike_metrics.bits_per_spike(
-                counts[..., held_out], rates[..., held_out]
-            )
+            numbers["cosmoothing_bits_per_spike"] = bits_per_spike(counts[..., held_out], rates[..., held_out])
         return numbers
 
     def _of_chain(self, trained: Trained, inferred: Inferred) -> dict[str, float]:
         """Rates averaged over the run's own chain from q, given held-in neurons."""
-        model, count = trained.model, self.settings.num_posterior_samples
-        x = self.x[inferred.index]
-        parts = zip(x.split(CHUNK), _chunks(inferred.q))
-        means = joined(chain_means(model, rows, q, trained.sampler, count, self.seed, i) for rows, (i, q) in parts)
+        x, count = self.x[inferred.index], self.settings.num_posterior_samples
+        means = chain_means(trained.model, x, inferred.q, trained.sampler, count, self.seed)
         numbers = self._of_means(inferred.index, means)
         kept = ("rates_r2", "bits_per_spike", "cosmoothing_bits_per_spike")
         return {f"chain_{name}": numbers[name] for name in kept if name in numbers}
@@ -319,7 +310,7 @@ class SequenceEvaluator(Evaluator):
         by = "the encoder" if is_amortised(trained.encoder) else "the free q"
         sources = (
             f"{len(inferred.index):,} validation trials with posteriors from {by}, "
-            f"{settings.num_posterior_samples} draws each; free q ({settings.free_steps} steps), IWAE with "
+            f"{settings.num_posterior_samples} draws each; free q ({settings.fit['num_steps']} steps), IWAE with "
             f"K = {settings.num_importance_samples:,} and gaps on {num_gap:,} of them"
         )
         return {
@@ -329,11 +320,7 @@ class SequenceEvaluator(Evaluator):
             "num_gap_trials": num_gap,
             "num_importance_samples": settings.num_importance_samples,
             "ceilings": {name: value for name, value in ceilings.items() if name in numbers},
-            "notes": {
-                name: note
-                for name, note in notes_on(numbers, settings.num_importance_samples).items()
-                if name in numbers
-            },
+            "notes": notes_on(numbers, settings.num_importance_samples),
             "sources": sources,
         }
 
@@ -341,24 +328,14 @@ class SequenceEvaluator(Evaluator):
         """The same numbers for the truth: the true system's log p(x) where it is exact, else the true rates'."""
         ceilings: dict[str, float] = {}
         exact = getattr(self.dataset, "log_evidence", lambda values: None)(self.data.test.values.numpy())
-        rates = self.extras.get("rates")
-        log_p = None
-        if exact is not None:
-            log_p = torch.from_numpy(exact).to(index.device)
-        elif rates is not None and self.dataset.kind == COUNTS:
-            log_p = self._true_log_likelihood()
+        log_p = self.true_log_likelihood if exact is None else torch.from_numpy(exact).to(index.device)
         if log_p is not None:
             names = ("encoder_elbo", "encoder_iwae", "free_elbo", "free_iwae", "log_evidence")
             ceilings |= dict.fromkeys(names, float(log_p[self.gap_index].mean())) | {"elbo": float(log_p.mean())}
-        if rates is not None:
+        if "rates" in self.extras:
             ceilings["rates_r2"] = 1.0
-            if self.dataset.kind == COUNTS:
-                ceilings["reconstruction"] = float(self._true_log_likelihood()[self.gap_index].mean())
-                ceilings |= self._of_spikes(index, rates[index])
+        if self.true_log_likelihood is not None:
+            ceilings["reconstruction"] = float(self.true_log_likelihood[self.gap_index].mean())
+            ceilings |= self._of_spikes(index, self.extras["rates"][index])
         ceilings |= {f"chain_{name}": value for name, value in ceilings.items()}
         return {name: value for name, value in ceilings.items() if math.isfinite(value)}
-
-
-def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
-    parts = zip(q.mean.split(CHUNK), q.variance.split(CHUNK))
-    return ((number, DiagonalGaussian(*part)) for number, part in enumerate(parts))

@@ -15,8 +15,8 @@ from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import COLOURS, picture_style
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.sequences import COUNTS, SequenceDataset
-from lpc_runner.evaluation.posterior import Means
-from lpc_runner.evaluation.spike_metrics import linear_readout
+from lpc_runner.evaluation.evaluator import evenly_spaced
+from lpc_runner.evaluation.posterior import Means, linear_readout
 
 *LINES, TRUTH, DATA = COLOURS
 BLUE, ORANGE = LINES[:2]
@@ -42,21 +42,21 @@ class Trials:
 
     def chosen(self, count: int) -> list[int]:
         """Positions of that many trials, evenly spaced."""
-        return sorted({round(float(i)) for i in np.linspace(0, len(self.x) - 1, count)})
+        return evenly_spaced(len(self.x), count).tolist()
 
 
 def data_picture(split: Split, dataset: SequenceDataset, path: Path) -> None:
     """Training trials as they are: neurons by time."""
-    chosen = [round(float(i)) for i in np.linspace(0, len(split) - 1, NUM_TRIALS)]
-    values = [dataset.to_model(split.values[i : i + 1])[0].T.numpy() for i in chosen]
+    chosen = evenly_spaced(len(split), NUM_TRIALS)
+    values = dataset.to_model(split.values[chosen]).mT.numpy()
     are_counts = dataset.kind == COUNTS
     with figure_to(path, (13, 4.6)) as figure:
         axes = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
         # Most bins hold no spike and few more than two: without a ceiling, single ones would be too pale to see.
-        high = 3 if are_counts else max(abs(trial).max() for trial in values)
+        high = 3 if are_counts else abs(values).max()
         low = 0 if are_counts else -high
         extent = (0, dataset.bin_seconds * dataset.shape[0], -0.5, dataset.shape[1] - 0.5)
-        for axis, trial, number in zip(axes, values, chosen):
+        for axis, trial, number in zip(axes, values, chosen.tolist()):
             image = axis.imshow(
                 trial, aspect="auto", origin="lower", extent=extent, vmin=low, vmax=high,
                 cmap="Greys" if are_counts else "PuOr", interpolation="nearest",

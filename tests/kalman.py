@@ -1,22 +1,18 @@
-"""Exact answers for linear dynamical systems with Gaussian emission, in float64.
+"""The Kalman filter, a smoother and a gap in closed form: exact answers for linear systems, by recursions.
 
-x_0 ~ N(m_0, P_0), x_t = A x_{t-1} + b + N(0, Q), y_t = C x_t + d + N(0, R), t = 1 .. T: the Kalman filter's
-log-likelihood, a smoother's moments, and the posterior of the flat z of `models.sequential`.
+x_0 ~ N(m_0, P_0), x_t = A x_{t-1} + b + N(0, Q), y_t = C x_t + d + N(0, R), t = 1 .. T; all in float64.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
-from torch.func import jacrev
 
-from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
-from lpc_runner.models.sequence_networks import LinearDynamics
-from lpc_runner.models.sequential import LFADS
+from lpc_runner.base.distributions import LOG_2PI
+from lpc_runner.evaluation.linear_gaussian import posterior
 
 
 class LinearGaussian(NamedTuple):
@@ -46,17 +42,9 @@ class Filtered(NamedTuple):
     innovation: Tensor
 
 
-def is_linear_gaussian(model: torch.nn.Module) -> TypeGuard[LFADS]:
-    """Whether the functions below have an answer for this model."""
-    if not (isinstance(model, LFADS) and isinstance(model.generator, LinearDynamics)):
-        return False
-    return model.likelihood.gaussian_variance() is not None and model.input_prior is None
-
-
 @torch.no_grad()
-def linear_gaussian(model: LFADS) -> LinearGaussian:
+def linear_gaussian(model) -> LinearGaussian:
     """The system that model=lds is, in float64 on the CPU."""
-    assert is_linear_gaussian(model) and isinstance(model.generator, LinearDynamics)
     read = lambda tensor: tensor.detach().double().cpu()
     spread, transition = read(model.initial_map.weight), read(model.generator.transition.weight)
     inputs = model.generator.input_map
@@ -129,47 +117,12 @@ def smooth(system: LinearGaussian, filtered: Filtered) -> tuple[Tensor, Tensor]:
     return torch.stack(means[::-1], 1), torch.stack(covariances[::-1])
 
 
-def log_likelihood(model: LFADS, x: Tensor) -> Tensor:
-    """Exact log p(x; θ) of the held-in neurons in nats, (B,) float64; x (B, T, N)."""
+def log_likelihood(model, x: Tensor) -> Tensor:
+    """log p(x; θ) of the held-in neurons in nats, (B,)."""
     return kalman_filter(linear_gaussian(model), x[..., model.held_in].double().cpu()).log_likelihood
 
 
-@torch.no_grad()
-def exact_log_evidence(model: torch.nn.Module, x: Tensor) -> Tensor | None:
-    """log p(x; θ), of a sequence's held-in neurons, in nats, (B,) float64, for any model that knows it; else None."""
-    if is_linear_gaussian(model):
-        return log_likelihood(model, x)
-    known = getattr(model, "log_evidence", None)
-    return None if known is None else known(x).double()
-
-
-def posterior(model: LFADS, x: Tensor) -> MultivariateNormal:
-    """p(z | x; θ) over the flat z, float64: Λ = I + MᵀM/σ², M = ∂(mean of x)/∂z; batch (B,), event (latent_dim,).
-
-    Dense in latent_dim: for systems of some hundred coordinates.
-    """
-    assert is_linear_gaussian(model)
-    like = next(model.parameters())
-    zero = torch.zeros(1, model.latent_dim, dtype=like.dtype, device=like.device)
-    output = lambda z: model.decode(z)[..., model.held_in].flatten()
-    map_ = jacrev(output)(zero)[:, 0].detach().double().cpu()
-    centred = x[..., model.held_in].flatten(1).double().cpu() - output(zero).detach().double().cpu()
-    variance = model.likelihood.gaussian_variance()
-    assert variance is not None  # of a Gaussian
-    variance = variance.detach().double().cpu()
-    precision = torch.eye(model.latent_dim, dtype=torch.float64) + map_.T @ map_ / variance
-    mean = torch.linalg.solve(precision, (centred @ map_ / variance).T).T
-    return MultivariateNormal(mean, precision_matrix=precision.expand(len(x), -1, -1))
-
-
-def best_factorised(model: LFADS, x: Tensor) -> DiagonalGaussian:
-    """argmax of the ELBO over diagonal Gaussians, (B, latent_dim): the posterior's means and precisions Λ_ii."""
-    exact, like = posterior(model, x), next(model.parameters())
-    variance = exact.precision_matrix.diagonal(dim1=-2, dim2=-1).reciprocal()
-    return DiagonalGaussian(exact.mean.to(like), variance.to(like))
-
-
-def approximation_gap(model: LFADS) -> float:
+def approximation_gap(model) -> float:
     """log p(x) - max over factorised q of the ELBO, nats: ½ (Σ log Λ_ii - log det Λ), the same for every trial.
 
     KL(N(μ, diag(1/Λ_ii)) ‖ N(μ, Λ⁻¹)): the best diagonal q has the posterior's mean and the precisions Λ_ii.
