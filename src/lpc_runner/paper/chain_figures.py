@@ -13,9 +13,8 @@ from lpc_runner.study.recorded_chains import (
     DRIFT_NORM,
     LOG_JOINT,
     ChainCurve,
-    chain_curve,
+    chain_curves,
     read_trajectories,
-    traced_runs,
     traced_updates,
 )
 from lpc_runner.study.runs import Run
@@ -37,18 +36,14 @@ KINDS = {
 
 def chain_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) -> Iterator[Picture]:
     """A picture per quantity with a panel per recorded training batch and a line per group."""
-    recorded = {group.label: {u for run in traced_runs(group) for u in traced_updates(run)} for group in groups}
+    recorded = {group.label: {u for run in group.followed for u in traced_updates(run)} for group in groups}
     updates = sorted(set().union(*recorded.values()))[-MAX_PANELS:]
     shown = [group for group in groups if recorded[group.label] & set(updates)]
+    found = {(update, group.label): chain_curves(group, update, warnings) for update in updates for group in shown}
     for name, (short, _, what) in KINDS.items():
         for suffix, page in pages(shown):
-            damage: list[str] = []
-            curves = {
-                update: [(g, curve) for g in page if (curve := chain_curve(g, update, name, damage)) is not None]
-                for update in updates
-            }
-            warnings += damage if name == LOG_JOINT else []  # the other quantity reads the same files
-            curves = {update: lines for update, lines in curves.items() if lines}
+            drawn = {u: [(g, found[u, g.label][name]) for g in page if name in found[u, g.label]] for u in updates}
+            curves = {update: lines for update, lines in drawn.items() if lines}
             if curves:
                 caption = (
                     f"{dataset}: {what} along the chain at training batch {' and '.join(f'{u:,}' for u in curves)}; "
@@ -146,10 +141,7 @@ def trajectory_pictures(dataset: str, groups: Sequence[Group], warnings: list[st
 def representative(groups: Sequence[Group], warnings: list[str]) -> tuple[Group, Run, dict[str, Any]] | None:
     """The run whose chains are shown: with both samplers and a finished one where there is one, Jeffreys first."""
     candidates = [
-        (group, run)
-        for group in groups
-        for run in (group.counted or group.runs)[:1]
-        if (run.path / "trajectories.npz").exists()
+        (group, run) for group in groups for run in group.followed[:1] if (run.path / "trajectories.npz").exists()
     ]
     candidates.sort(key=lambda pair: (pair[0].properties.get("sampler") == "map", pair[0].diverged, _rank(pair[0])))
     for group, run in candidates:

@@ -15,13 +15,18 @@ from lpc_runner.paper.evidence import (
     CHANCE,
     EPOCHS,
     FAILS,
+    FORWARD,
     HOLDS,
+    JEFFREYS,
     METHOD,
+    REVERSE,
     UNMEASURED,
+    Ask,
     Evidence,
     Finding,
     Sample,
     against,
+    against_vaes,
     all_of,
     answer,
     differences,
@@ -32,10 +37,10 @@ from lpc_runner.paper.evidence import (
     sample,
 )
 from lpc_runner.paper.quality_figures import line_name, sweeps_of
-from lpc_runner.paper.tables import ms_per_batch, papers_cell
-from lpc_runner.paper.training_checks import FORWARD, JEFFREYS, REVERSE, drift_phase, fast, sharp
+from lpc_runner.paper.tables import ms_per_batch
+from lpc_runner.paper.training_checks import drift_phase, fast, sharp
 from lpc_runner.study.runs import Run, Setting
-from lpc_runner.study.study import Group, Study
+from lpc_runner.study.study import STEP, Group, Study
 from lpc_runner.study.tables import DASH, Table, show
 
 
@@ -63,15 +68,12 @@ def study_answers(study: Study) -> list[Answer]:
             check, featured = CHECKS[claim.id]
             for setting in main_settings(groups) or [None] if featured else [None]:
                 extractor = "" if setting is None else setting.extractor
-                for finding in _of_cells_that_compare(check(Evidence(dataset, groups, setting))):
+                findings = check(Evidence(dataset, groups, setting))
+                # The cells that have something to be compared with; where none has, the one that lacks least.
+                compared = [finding for finding in findings if not finding.unlike]
+                for finding in compared or [min(findings, key=lambda finding: finding.unlike)]:
                     answers.append(Answer(claim, dataset, extractor, finding.cell, finding.verdict, finding.text))
     return answers
-
-
-def _of_cells_that_compare(findings: Sequence[Finding]) -> list[Finding]:
-    """The cells that have something to be compared with; where none has, the one that lacks least."""
-    matched = [finding for finding in findings if not finding.unlike]
-    return matched or [min(findings, key=lambda finding: finding.unlike)]
 
 
 def of_images(groups: Sequence[Group]) -> bool:
@@ -120,31 +122,23 @@ def claims_table(dataset: str, groups: Sequence[Group], answers: Sequence[Answer
 
 def _as_in_paper(group: Group) -> bool:
     """Whether a chain has what Table 3 says of its dataset."""
-    cell = papers_cell(group.dataset, group.method)
-    if cell is None or group.method == "VAE":
-        return False
-    wanted = paper.COMMON | paper.LPC_COMMON | cell
-    return all(paper.same(group.properties.get(key), value) for key, value in wanted.items())
+    tuned = paper.tuned(group.dataset, group.method)
+    chain = tuned is not None and group.method != "VAE"
+    return chain and paper.has(group.properties, paper.COMMON | paper.LPC_COMMON | tuned)
 
 
 NO_WARM_START = "LPC prior"
 TOLERANCE = 0.25  # share of the paper's ratio within which ours repeats it
 SMALL_STEP = 0.001
 NUM_STEPS = 300  # of the chains whose cost Table 4 states
-STEP = ("step_size", "preconditioning", "beta")
 
 # Table 1 and Figure 2 -------------------------------------------------------------------------------------
 
 
-def _table1(e: Evidence, left_out: str, covered: str, ask: Callable[[Group, Group], Finding]) -> list[Finding]:
+def _table1(e: Evidence, left_out: str, covered: str, ask: Ask) -> list[Finding]:
     if e.dataset == left_out:
         return [lacking(f"{covered}: the claim is not about {paper.DATASETS[left_out]}")]
-    vaes, own = e.of("VAE"), (*METHOD, EPOCHS)
-
-    def epochs(lpc: Group, vae: Group) -> list[str]:
-        return out_of_proportion(e.dataset, lpc, vae)
-
-    return of_cells(e.of(JEFFREYS), JEFFREYS, lambda lpc: against(lpc, vaes, "a VAE", own, ask, epochs))
+    return against_vaes(e, ask, lambda lpc, vae: out_of_proportion(e.dataset, lpc, vae))
 
 
 def _table1_fid(e: Evidence) -> list[Finding]:
@@ -175,19 +169,16 @@ def _warm_start(e: Evidence) -> list[Finding]:
 
 def _jeffreys(e: Evidence) -> list[Finding]:
     """Against reverse KL, and against forward KL after as many epochs and after one, where there is either."""
+    own = ("objective",)
+    once = [group for group in e.of(FORWARD) if group.properties.get("num_epochs") == 1]
+    longer = [group for group in e.of(FORWARD) if group.properties.get("num_epochs") != 1]
 
     def lowest(jeffreys: Group) -> Finding:
-        own = ("objective",)
-        parts = [against(jeffreys, e.of(REVERSE), REVERSE, own, e.frechet)]
-        once = [g for g in e.of(FORWARD) if g.properties.get("num_epochs") == 1]
-        parts += [against(jeffreys, once, f"{FORWARD} after one epoch", (*own, EPOCHS), e.frechet)]
-        parts += [
-            against(
-                jeffreys, [g for g in e.of(FORWARD) if g.properties.get("num_epochs") != 1], FORWARD, own, e.frechet
-            )
-        ]
-        forward = [part for part in parts[1:] if not part.unlike] or parts[1:2]
-        return all_of([parts[0], *forward])
+        reverse = against(jeffreys, e.of(REVERSE), REVERSE, own, e.frechet)
+        after_one = against(jeffreys, once, f"{FORWARD} after one epoch", (*own, EPOCHS), e.frechet)
+        after_all = against(jeffreys, longer, FORWARD, own, e.frechet)
+        forward = [part for part in (after_one, after_all) if not part.unlike] or [after_one]
+        return all_of([reverse, *forward])
 
     return of_cells(e.of(JEFFREYS), JEFFREYS, lowest)
 
@@ -214,8 +205,7 @@ def _divergence(run: Run) -> tuple[str, str]:
         return (UNMEASURED, f"ended after {reached:.3g} epochs") if cut else (FAILS, "finished")
     if run.status != "diverged":
         return UNMEASURED, run.status
-    place = run.result.get("diverged_at")
-    epoch, update = (place.get(key) if isinstance(place, dict) else None for key in ("epoch", "update"))
+    epoch, update = run.diverged_at.get("epoch"), run.diverged_at.get("update")
     if not isinstance(epoch, int | float):
         return UNMEASURED, "diverged, not recorded where"
     at = f", update {update:,}" if isinstance(update, int | float) else ""
@@ -223,8 +213,6 @@ def _divergence(run: Run) -> tuple[str, str]:
 
 
 # Figure 4 -------------------------------------------------------------------------------------------------
-
-Line = tuple[str, float | None]
 
 
 def _unfair(cells: Mapping[str, Group]) -> list[str]:
@@ -305,7 +293,7 @@ def _cost(e: Evidence, end_to_end: bool) -> list[Finding]:
         return "its time is not recorded" if cost is None else cost
 
     def repeats(lpc: Group, vae: Group) -> Finding:
-        printed = next(cost for cost in paper.TABLE_4 if cost.method == lpc.method)
+        printed = paper.TABLE_4[lpc.method]
         return ratio(sample(lpc, value), sample(vae, value), printed.end_to_end if end_to_end else printed.per_batch)
 
     def other(lpc: Group, vae: Group) -> list[str]:

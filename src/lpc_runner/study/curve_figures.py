@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.presentation import COLOURS, base_name
-from lpc_runner.study.budgets import BudgetCurve, followed, mean_curve
+from lpc_runner.study.budgets import BudgetCurve, mean_curve
 from lpc_runner.study.runs import Point, Setting
 from lpc_runner.study.study import Group
 from lpc_runner.study.style import (
@@ -15,9 +15,10 @@ from lpc_runner.study.style import (
     SHOWN,
     Picture,
     axis_name,
+    counted,
     file_name,
-    label_decades,
     legend_below,
+    limit_values,
     log_where_wide,
     new_figure,
     pages,
@@ -29,19 +30,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_AVERAGED = 60  # points of a training curve, each a mean over neighbouring rows
-UPDATES, EPOCH, SECONDS, EVALUATIONS = "updates", "epoch", "seconds", "gradient_evaluations"
 AXES = {
-    UPDATES: "updates",
-    EPOCH: "epochs of training",
-    SECONDS: "training time (s)",
-    EVALUATIONS: "gradient evaluations\n(∇ log p(x, z) of one example)",
+    "update": "updates",
+    "epoch": "epochs of training",
+    "seconds": "training time (s)",
+    "gradient_evaluations": "gradient evaluations\n(∇ log p(x, z) of one example)",
 }
 Line = tuple[Group, BudgetCurve]
 
 
 def metric_names(groups: Sequence[Group], setting: Setting) -> list[str]:
     """What these groups measured in this setting, during training or after it, the Fréchet distance first."""
-    curves = [run.curve(setting) for group in groups for run in followed(group)]
+    curves = [run.curve(setting) for group in groups for run in group.followed]
     return sorted({name for curve in curves for point in curve for name in point.values}, key=metric_order)
 
 
@@ -49,9 +49,8 @@ def lines_of(groups: Sequence[Group], metric: str, setting: Setting | None) -> l
     """The curve of every group that has one, none where no group measured twice; setting None: the training log."""
     lines = []
     for group in groups:
-        runs = followed(group)
-        points = [_averaged(run.training) if setting is None else run.curve(setting) for run in runs]
-        curve = mean_curve(points, metric)
+        runs = group.followed
+        curve = mean_curve([_averaged(run.training) if setting is None else run.curve(setting) for run in runs], metric)
         if curve.updates:
             lines.append((group, curve))
     return lines if any(len(curve.updates) > 1 for _, curve in lines) else []
@@ -64,9 +63,7 @@ def _averaged(points: list[Point]) -> list[Point]:
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         mean = sum(point.values["train/elbo"] for point in stretch) / len(stretch)
-        end = stretch[-1]
-        spent = end.seconds, end.gradient_evaluations
-        averaged.append(Point(end.update, *spent, None, {"train/elbo": mean}, end.epoch))
+        averaged.append(Point(stretch[-1].spent, None, {"train/elbo": mean}))
     return averaged
 
 
@@ -90,18 +87,17 @@ def _averaging(lines: Sequence[Line]) -> str:
 def _curve_figure(
     dataset: str, page: Sequence[Line], everything: Sequence[Line], metric: str, setting: Setting | None
 ) -> Figure:
-    spent = [UPDATES if _holes(everything, EPOCH) else EPOCH]
-    spent += [SECONDS] if any(value is not None for _, curve in everything for value in curve.spent[SECONDS]) else []
+    spent = ["update" if _holes(everything, "epoch") else "epoch"]
+    spent += ["seconds"] * any(value is not None for _, curve in everything for value in curve.spent["seconds"])
     figure = new_figure(11, 4.4 + 0.3 * -(-len(page) // 2))
     axes = figure.subplots(1, len(spent), sharey=True, squeeze=False)[0]
     for axis, name in zip(axes, spent):
         _draw_lines(axis, page, name, [group.label for group, _ in page])
-        _scale_spent(axis, everything, name, wide=name == SECONDS)
+        _scale_spent(axis, everything, name, wide=name == "seconds")
     axes[0].set_ylabel(axis_name(metric, setting))
     _scale_values(axes[0], [curve for _, curve in everything], None if setting is None else metric)
     legend_below(figure, axes[0])
-    counted = "" if setting is None else f", N = {setting.num_samples:,} samples"
-    figure.suptitle(f"{dataset}{counted}{_averaging(page)}", fontsize=14)
+    figure.suptitle(f"{dataset}{counted(setting)}{_averaging(page)}", fontsize=14)
     return figure
 
 
@@ -110,7 +106,8 @@ def compute_pictures(dataset: str, groups: Sequence[Group], setting: Setting) ->
     by_metric = {name: lines_of(groups, name, setting) for name in metric_names(groups, setting)}
     by_metric = {name: lines for name, lines in by_metric.items() if lines and base_name(name) in SHOWN}
     labels = list(dict.fromkeys(group.label for lines in by_metric.values() for group, _ in lines))
-    columns = [name for name in (EVALUATIONS, SECONDS) if not all(_holes([x], name) for x in _all(by_metric))]
+    spent = ("gradient_evaluations", "seconds")
+    columns = [name for name in spent if not all(_holes([line], name) for line in _all(by_metric))]
     if len(labels) < 2 or not columns:
         return
     for suffix, page in pages(labels):
@@ -125,7 +122,7 @@ def compute_pictures(dataset: str, groups: Sequence[Group], setting: Setting) ->
             row[0].set_ylabel(axis_name(metric, setting))
             _scale_values(row[0], [curve for _, curve in lines], metric)
         legend_below(figure, axes[0][0])
-        figure.suptitle(f"{dataset}, N = {setting.num_samples:,} samples{_averaging(_all(by_metric))}", fontsize=14)
+        figure.suptitle(f"{dataset}{counted(setting)}{_averaging(_all(by_metric))}", fontsize=14)
         name = file_name(dataset, f"compute-{setting.extractor}{suffix}")
         yield Picture(name, f"{dataset}: metrics against what was spent, {setting.extractor} features", figure)
 
@@ -139,18 +136,12 @@ def _holes(lines: Sequence[Line], name: str) -> bool:
     return any(value is None for _, curve in lines for value in curve.spent[name])
 
 
-def _spent(curve: BudgetCurve, name: str) -> Sequence[float | None]:
-    return curve.updates if name == UPDATES else curve.spent[name]
-
-
 def _draw_lines(axis: Any, lines: Sequence[Line], name: str, order: Sequence[str]) -> None:
     """One line per group, in the colour of its label's place in `order`."""
     for group, curve in lines:
         index = order.index(group.label)
-        x = _spent(curve, name)
-        known = [i for i, value in enumerate(x) if value is not None]
-        mean, std = ([column[i] for i in known] for column in (curve.mean, curve.std))
-        x = [x[i] for i in known]
+        known = [i for i, value in enumerate(curve.spent[name]) if value is not None]
+        x, mean, std = ([column[i] for i in known] for column in (curve.spent[name], curve.mean, curve.std))
         line = ":" if not group.counted else "-"
         style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": line}
         axis.plot(x, mean, markevery=max(1, len(x) // 12), label=legend(group, curve.num_runs), **style)
@@ -162,20 +153,14 @@ def _draw_lines(axis: Any, lines: Sequence[Line], name: str, order: Sequence[str
 def _scale_spent(axis: Any, lines: Sequence[Line], name: str, wide: bool) -> None:
     """Labelled; logarithmic where that is wanted and values span more than a decade."""
     axis.set_xlabel(AXES[name])
-    values = [value for _, curve in lines for value in _spent(curve, name) if value]
-    if wide and values and max(values) > 10 * min(values):
-        axis.set_xscale("log")
-        label_decades(axis.xaxis, min(values), max(values))
+    values = [value for _, curve in lines for value in curve.spent[name] if value]
+    if wide and values and log_where_wide(axis, "x", min(values), max(values)):
         axis.set_xlabel(AXES[name].replace("(s)", "(s, logarithmic)"))
 
 
 def _scale_values(axis: Any, curves: Sequence[BudgetCurve], metric: str | None) -> None:
     low, high = _limits(curves, cut=metric is None)
-    if metric is not None and base_name(metric) in LOGARITHMIC:
-        log_where_wide(axis, low, high)
-    else:
-        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        axis.set_ylim(low - margin, high + margin)
+    limit_values(axis, low, high, metric is not None and base_name(metric) in LOGARITHMIC)
 
 
 def _limits(curves: Sequence[BudgetCurve], cut: bool) -> tuple[float, float]:
@@ -192,6 +177,6 @@ def _limits(curves: Sequence[BudgetCurve], cut: bool) -> tuple[float, float]:
 def legend(group: Group, num_runs: int) -> str:
     """A group's label, how many seeds are behind its line, and what became of them."""
     seeds = f"{num_runs} seeds" if num_runs > 1 else "1 seed"
-    statuses = sorted({run.status for run in followed(group)} - {"finished"})
+    statuses = sorted({run.status for run in group.followed} - {"finished"})
     statuses += [group.outcome] if group.outcome and not group.diverged else []
     return wrapped(f"{group.label} ({', '.join([seeds, *statuses])})", 48)

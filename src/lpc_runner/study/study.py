@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES, follow
 from lpc_runner.study.runs import Run, read_runs
 
 GROUPS = ("dataset", "model", "sampler", "objective", "preconditioning")
-CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_steps", "theta_states")
+STEP = ("step_size", "preconditioning", "beta")  # tuned together
+CHAIN = (*STEP, "step_size_schedule", "num_steps", "theta_states")
 ORDER = ("model", "preconditioning", "step_size", "beta", "num_steps", "learning_rate", "num_epochs")
 METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys", "LPC persistent")
 # Parts of config.yaml in which repetitions may differ.
@@ -50,6 +52,20 @@ class Group:
         return bool(self.counted) and self.counted[0].status == "diverged"
 
     @property
+    def followed(self) -> list[Run]:
+        """The runs whose curves and chains are shown: the averaged ones, or what is under way where none is done."""
+        return self.counted or self.runs
+
+    def values(self, name: str, setting: tuple[Any, ...] | None = None) -> dict[Any, float]:
+        """One number of the averaged runs that have it, by seed; setting None: one that no setting enters."""
+        measured = {run.seed: run.values(setting) for run in self.counted}
+        return {seed: values[name] for seed, values in measured.items() if name in values}
+
+    def finite(self, name: str, setting: tuple[Any, ...] | None = None) -> dict[Any, float]:
+        """`values` without those that are not finite."""
+        return {seed: value for seed, value in self.values(name, setting).items() if math.isfinite(value)}
+
+    @property
     def outcome(self) -> str:
         """How many seeds diverged, as in: 2 of 3 diverged; empty where none did."""
         number = sum(run.status == "diverged" for run in self.runs)
@@ -61,6 +77,15 @@ class Group:
         if self.diverged:
             return f"{self.label}\N{NO-BREAK SPACE}†"
         return f"{self.label} ({self.outcome})" if self.outcome else self.label
+
+
+def equal_but(varied: Collection[str], groups: Sequence[Group]) -> list[list[Group]]:
+    """Families of groups that agree in all other settings than the varied ones."""
+    families: dict[str, list[Group]] = {}
+    for group in groups:
+        rest = sorted((key, repr(value)) for key, value in group.properties.items() if key not in varied)
+        families.setdefault(repr(rest), []).append(group)
+    return list(families.values())
 
 
 def method_of(sampler: str, objective: str, start: str | None = None) -> str:
