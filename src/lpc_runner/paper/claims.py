@@ -39,6 +39,7 @@ from lpc_runner.paper.evidence import (
 from lpc_runner.paper.quality_figures import line_name, sweeps_of
 from lpc_runner.paper.tables import ms_per_batch
 from lpc_runner.paper.training_checks import drift_phase, fast, sharp
+from lpc_runner.study.estimates import standard_error
 from lpc_runner.study.runs import Run, Setting
 from lpc_runner.study.study import STEP, Group, Study
 from lpc_runner.study.tables import DASH, Table, show
@@ -269,16 +270,19 @@ def _small_step(e: Evidence) -> list[Finding]:
     """Without preconditioning as low as with any: lower than each, seeds of the same number."""
     findings = []
     for sweep in sweeps_of(e.groups):
-        lines = {line_name(line, sweep): own for line, own in sweep.items()}
-        small = {name: group for name, own in lines.items() for s, group in own.items() if math.isclose(s, SMALL_STEP)}
-        plain = next((name for name in lines if sweep.get(("none", None)) is lines[name]), None)
-        if plain is None or len(lines) < 2 or not small:
+        small = {line: g for line, own in sweep.items() for size, g in own.items() if math.isclose(size, SMALL_STEP)}
+        plain = ("none", None)
+        if plain not in sweep or len(sweep) < 2 or not small:
             continue
-        absent = [f"{name} at γ = {SMALL_STEP:g}" for name in lines if name not in small]
-        if absent or (unfair := _unfair(small)):
-            findings.append(lacking("; ".join(absent), 0) if absent else Finding(UNMEASURED, "; ".join(unfair)))
-            continue
-        findings.append(all_of([e.frechet(small[plain], group) for name, group in small.items() if name != plain]))
+        names = {line: line_name(line, sweep) for line in sweep}
+        absent = [f"{name} at γ = {SMALL_STEP:g}" for line, name in names.items() if line not in small]
+        unfair = _unfair({names[line]: group for line, group in small.items()})
+        if absent:
+            findings.append(lacking("; ".join(absent), 0))
+        elif unfair:
+            findings.append(Finding(UNMEASURED, "; ".join(unfair)))
+        else:
+            findings.append(all_of([e.frechet(small[plain], group) for line, group in small.items() if line != plain]))
     return findings or [lacking(f"step size {SMALL_STEP:g} without preconditioning and with it, in a sweep")]
 
 
@@ -318,10 +322,10 @@ def ratio(ours: Sample, theirs: Sample, printed: float) -> Finding:
     if missing:
         return lacking("; ".join(missing), 0)
     means = [statistics.fmean(each.values) for each in (ours, theirs)]
-    measured, error = means[0] / means[1], None
-    if min(len(ours.values), len(theirs.values)) > 1:
-        parts = [statistics.variance(s.values) / len(s.values) / m**2 for s, m in zip((ours, theirs), means)]
-        error = measured * math.sqrt(sum(parts)) / printed
+    measured = means[0] / means[1]
+    errors = [standard_error(each.values) for each in (ours, theirs)]
+    relative = [error / mean for error, mean in zip(errors, means) if error is not None]
+    error = measured * math.hypot(*relative) / printed if len(relative) == 2 else None
     words = "one seed" if error is None else f"standard error {show(error * printed)}"
     text = f"{ours.name} × {show(measured)} of {theirs.name} ({words}), the paper × {printed:g}"
     return Finding(

@@ -283,12 +283,10 @@ def of_cells(cells: Sequence[Group], what: str, ask: Callable[[Group], Finding])
     return [replace(ask(cell), cell=cell.label) for cell in cells] or [lacking(what)]
 
 
-def against_vaes(
-    e: Evidence, ask: Ask, more: Callable[[Group, Group], list[str]], times: bool = False
-) -> list[Finding]:
+def against_vaes(e: Evidence, ask: Ask, more: Callable[[Group, Group], list[str]]) -> list[Finding]:
     """The answer of every cell of Jeffreys' LPC against VAEs, each with its own settings and epochs."""
     own = (*METHOD, EPOCHS)
-    return of_cells(e.of(JEFFREYS), JEFFREYS, lambda lpc: against(lpc, e.of("VAE"), "a VAE", own, ask, more, times))
+    return of_cells(e.of(JEFFREYS), JEFFREYS, lambda lpc: against(lpc, e.of("VAE"), "a VAE", own, ask, more))
 
 
 def epochs_of(group: Group) -> float:

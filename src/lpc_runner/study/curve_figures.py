@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lpc_runner.base.presentation import COLOURS, base_name
 from lpc_runner.study.budgets import BudgetCurve, mean_curve
@@ -25,9 +25,6 @@ from lpc_runner.study.style import (
     wrapped,
 )
 from lpc_runner.study.tables import metric_order
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 NUM_AVERAGED = 60  # points of a training curve, each a mean over neighbouring rows
 AXES = {
@@ -70,65 +67,58 @@ def _averaged(points: list[Point]) -> list[Point]:
 def curve_pictures(dataset: str, groups: Sequence[Group], metric: str, setting: Setting | None) -> Iterator[Picture]:
     """Fig. 5B: the metric against epochs (updates where none are recorded) and seconds, on equal axes.
 
-    At most MAX_LINES groups a picture; setting None: not a measurement but the training log.
+    setting None: not a measurement but the training log.
     """
     lines = lines_of(groups, metric, setting)
-    for suffix, page in pages(lines):
-        figure = _curve_figure(dataset, page, lines, metric, setting)
-        what = "ELBO of the training batches" if setting is None else f"{metric} (Fig. 5B)"
-        caption = f"{dataset}: {what} during training{_averaging(page)}"
-        yield Picture(file_name(dataset, f"{metric}{suffix}"), caption, figure)
-
-
-def _averaging(lines: Sequence[Line]) -> str:
-    return ", mean ± std over seeds" if any(curve.num_runs > 1 for _, curve in lines) else ""
-
-
-def _curve_figure(
-    dataset: str, page: Sequence[Line], everything: Sequence[Line], metric: str, setting: Setting | None
-) -> Figure:
-    spent = ["update" if _holes(everything, "epoch") else "epoch"]
-    spent += ["seconds"] * any(value is not None for _, curve in everything for value in curve.spent["seconds"])
-    figure = new_figure(11, 4.4 + 0.3 * -(-len(page) // 2))
-    axes = figure.subplots(1, len(spent), sharey=True, squeeze=False)[0]
-    for axis, name in zip(axes, spent):
-        _draw_lines(axis, page, name, [group.label for group, _ in page])
-        _scale_spent(axis, everything, name, wide=name == "seconds")
-    axes[0].set_ylabel(axis_name(metric, setting))
-    _scale_values(axes[0], [curve for _, curve in everything], None if setting is None else metric)
-    legend_below(figure, axes[0])
-    figure.suptitle(f"{dataset}{counted(setting)}{_averaging(page)}", fontsize=14)
-    return figure
+    seconds = any(value is not None for _, curve in lines for value in curve.spent["seconds"])
+    columns = {"update" if _holes(lines, "epoch") else "epoch": False} | ({"seconds": True} if seconds else {})
+    what = "ELBO of the training batches" if setting is None else f"{metric} (Fig. 5B)"
+    caption = f"{dataset}: {what} during training{_averaging(lines)}"
+    yield from _pictures(dataset, metric, caption, {metric: lines}, columns, setting, height=4.4)
 
 
 def compute_pictures(dataset: str, groups: Sequence[Group], setting: Setting) -> Iterator[Picture]:
     """The compute-matched view: metrics against gradient evaluations and seconds, both logarithmic."""
     by_metric = {name: lines_of(groups, name, setting) for name in metric_names(groups, setting)}
     by_metric = {name: lines for name, lines in by_metric.items() if lines and base_name(name) in SHOWN}
-    labels = list(dict.fromkeys(group.label for lines in by_metric.values() for group, _ in lines))
+    lines = [line for own in by_metric.values() for line in own]
     spent = ("gradient_evaluations", "seconds")
-    columns = [name for name in spent if not all(_holes([line], name) for line in _all(by_metric))]
-    if len(labels) < 2 or not columns:
-        return
-    for suffix, page in pages(labels):
-        figure = new_figure(11, 1.6 + 3.4 * len(by_metric) + 0.3 * -(-len(page) // 2))
+    columns = {name: True for name in spent if not all(_holes([line], name) for line in lines)}
+    if len({group.label for group, _ in lines}) > 1 and columns:
+        caption = f"{dataset}: metrics against what was spent, {setting.extractor} features"
+        name, height = f"compute-{setting.extractor}", 1.6 + 3.4 * len(by_metric)
+        yield from _pictures(dataset, name, caption, by_metric, columns, setting, height)
+
+
+def _pictures(
+    dataset: str,
+    name: str,
+    caption: str,
+    by_metric: dict[str, list[Line]],
+    columns: dict[str, bool],
+    setting: Setting | None,
+    height: float,
+) -> Iterator[Picture]:
+    """A row per metric and a column per name among SPENT (whether it may be logarithmic), a few groups a picture."""
+    everything = [line for lines in by_metric.values() for line in lines]
+    for suffix, page in pages(list(dict.fromkeys(group.label for group, _ in everything))):
+        figure = new_figure(11, height + 0.3 * -(-len(page) // 2))
         axes = figure.subplots(len(by_metric), len(columns), sharex="col", sharey="row", squeeze=False)
         for row, (metric, lines) in zip(axes, by_metric.items()):
-            shown = [line for line in lines if line[0].label in page]
-            for axis, name in zip(row, columns):
-                _draw_lines(axis, shown, name, page)
-                _scale_spent(axis, _all(by_metric), name, wide=True)
+            for axis, (spent, wide) in zip(row, columns.items()):
+                _draw_lines(axis, [line for line in lines if line[0].label in page], spent, page)
+                _scale_spent(axis, everything, spent, wide)
                 axis.label_outer()
             row[0].set_ylabel(axis_name(metric, setting))
-            _scale_values(row[0], [curve for _, curve in lines], metric)
+            low, high = _limits([curve for _, curve in lines], cut=setting is None)
+            limit_values(row[0], low, high, base_name(metric) in LOGARITHMIC)
         legend_below(figure, axes[0][0])
-        figure.suptitle(f"{dataset}{counted(setting)}{_averaging(_all(by_metric))}", fontsize=14)
-        name = file_name(dataset, f"compute-{setting.extractor}{suffix}")
-        yield Picture(name, f"{dataset}: metrics against what was spent, {setting.extractor} features", figure)
+        figure.suptitle(f"{dataset}{counted(setting)}{_averaging(everything)}", fontsize=14)
+        yield Picture(file_name(dataset, f"{name}{suffix}"), caption, figure)
 
 
-def _all(by_metric: dict[str, list[Line]]) -> list[Line]:
-    return [line for lines in by_metric.values() for line in lines]
+def _averaging(lines: Sequence[Line]) -> str:
+    return ", mean ± std over seeds" if any(curve.num_runs > 1 for _, curve in lines) else ""
 
 
 def _holes(lines: Sequence[Line], name: str) -> bool:
@@ -156,11 +146,6 @@ def _scale_spent(axis: Any, lines: Sequence[Line], name: str, wide: bool) -> Non
     values = [value for _, curve in lines for value in curve.spent[name] if value]
     if wide and values and log_where_wide(axis, "x", min(values), max(values)):
         axis.set_xlabel(AXES[name].replace("(s)", "(s, logarithmic)"))
-
-
-def _scale_values(axis: Any, curves: Sequence[BudgetCurve], metric: str | None) -> None:
-    low, high = _limits(curves, cut=metric is None)
-    limit_values(axis, low, high, metric is not None and base_name(metric) in LOGARITHMIC)
 
 
 def _limits(curves: Sequence[BudgetCurve], cut: bool) -> tuple[float, float]:
