@@ -96,7 +96,6 @@ def write_report(study: Study, tables: Sequence[Table], folder: Path) -> list[Pa
 
 
 def _troubles(study: Study) -> dict[str, list[str]]:
-    """What went wrong, line by line, by title."""
     troubles = {"Runs that did not finish": state_notes(study), "Warnings": study.warnings}
     return {title: lines for title, lines in troubles.items() if lines}
 

@@ -333,8 +333,8 @@ def ratio(ours: Sample, theirs: Sample, printed: float) -> Finding:
     )
 
 
-Check = Callable[[Evidence], list[Finding]]
-CHECKS: dict[str, tuple[Check, bool]] = {  # by the claim's id; whether features enter
+# By the claim's id; whether features enter.
+CHECKS: dict[str, tuple[Callable[[Evidence], list[Finding]], bool]] = {
     "table1-fid": (_table1_fid, True),
     "table1-density-coverage": (_table1_density_coverage, True),
     "fig2-warm-start": (_warm_start, True),

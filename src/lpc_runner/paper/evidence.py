@@ -12,7 +12,7 @@ from lpc_runner.base.presentation import FRECHET, SYMBOLS, base_name
 from lpc_runner.paper import numbers as paper
 from lpc_runner.study.runs import Run, Setting
 from lpc_runner.study.study import Group, compared_config, show_value
-from lpc_runner.study.tables import describe_setting, mean_and_spread, show
+from lpc_runner.study.tables import describe_setting, mean_and_spread, mean_of, show
 
 HOLDS, FAILS, CHANCE, UNMEASURED = "holds", "does not hold", "within chance", "not measured"
 JEFFREYS, REVERSE, FORWARD = "LPC jeffreys", "LPC reverse", "LPC forward"
@@ -159,10 +159,7 @@ class Sample:
         return f"{self.name} {mean_and_spread(self.values, alone='')} ({count})".replace("  ", " ")
 
 
-Value = Callable[[Run], "float | str"]
-
-
-def sample(group: Group, value: Value, ended: Collection[str] = ("finished",)) -> Sample:
+def sample(group: Group, value: Callable[[Run], float | str], ended: Collection[str] = ("finished",)) -> Sample:
     """The value of every seed; a text instead of a number says what a run lacks."""
     by_seed: dict[Any, float] = {}
     lost = {"diverged": 0, "not finite": 0}
@@ -291,8 +288,8 @@ def against_vaes(e: Evidence, ask: Ask, more: Callable[[Group, Group], list[str]
 
 def epochs_of(group: Group) -> float:
     """Mean of the epochs that the finished runs of a group trained; what they were set to where none is recorded."""
-    reached = [value for run in group.finished if (value := run.cost("num_epochs")) is not None]
-    return statistics.fmean(reached) if reached else float(group.properties.get("num_epochs") or 0)
+    reached = mean_of(run.cost("num_epochs") for run in group.finished)
+    return float(group.properties.get("num_epochs") or 0) if reached is None else reached
 
 
 def as_planned(epochs: float, planned: float) -> bool:
@@ -302,10 +299,7 @@ def as_planned(epochs: float, planned: float) -> bool:
 
 def named(group: Group) -> str:
     """A group's label with the epochs that it trained, where it does not say them or they are others."""
-    reached = [value for run in group.counted if (value := run.cost("num_epochs")) is not None]
-    if not reached:
-        return group.label
-    mean, planned = statistics.fmean(reached), group.properties.get("num_epochs")
-    if "epoch" in group.label and planned is not None and as_planned(mean, planned):
+    mean, planned = mean_of(run.cost("num_epochs") for run in group.counted), group.properties.get("num_epochs")
+    if mean is None or ("epoch" in group.label and planned is not None and as_planned(mean, planned)):
         return group.label
     return f"{group.label} (trained {show(mean, 0 if mean == int(mean) else None)} epochs)"

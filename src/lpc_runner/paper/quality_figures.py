@@ -89,7 +89,6 @@ def _mark(group: Group, setting: Setting, names: Sequence[str]) -> str:
 
 
 def _panel_names(groups: Sequence[Group], setting: Setting) -> list[str]:
-    """The metrics that have a panel, the Fréchet distance first."""
     return sorted((n for n in measured_names(groups, setting) if base_name(n) in SHOWN), key=metric_order)
 
 
@@ -254,10 +253,9 @@ def frechet_name(groups: Sequence[Group], setting: Setting) -> str | None:
 
 def _sweep_picture(dataset: str, sweep: Sweep, setting: Setting, suffix: str) -> Picture | None:
     members = [group for cells in sweep.values() for group in cells.values()]
-    metric = frechet_name(members, setting)
+    metric, objective = frechet_name(members, setting), members[0].method
     if metric is None:
         return None
-    objective = members[0].method
     figure = new_figure(9, 6)
     axis = figure.subplots()
     ends = [end for index, line in enumerate(sweep) for end in _draw_line(axis, index, line, sweep, setting, metric)]
@@ -297,12 +295,9 @@ def _mark_diverged(axis: Any, sweep: Sweep) -> list[Any]:
     from matplotlib.lines import Line2D
 
     cross = {"marker": "x", "markersize": 10, "markeredgewidth": 2.6, "linestyle": ""}
-    place = {}
-    for index, (line, cells) in enumerate(sweep.items()):
-        hit = [size for size, group in sorted(cells.items()) if any(run.status == "diverged" for run in group.runs)]
-        if hit:
-            place[line] = (index, hit)
-    for row, (index, hit) in enumerate(place.values()):
-        heights = [1.03 + 0.045 * (len(place) - 1 - row)] * len(hit)
-        axis.plot(hit, heights, transform=axis.get_xaxis_transform(), clip_on=False, color=COLOURS[index], **cross)
-    return [Line2D([], [], color="#555555", label="a seed diverged", **cross)] if place else []
+    by_line = [[size for size, group in sorted(cells.items()) if group.outcome] for cells in sweep.values()]
+    rows = [(colour, sizes) for colour, sizes in zip(COLOURS, by_line) if sizes]
+    for row, (colour, sizes) in enumerate(rows):
+        heights = [1.03 + 0.045 * (len(rows) - 1 - row)] * len(sizes)
+        axis.plot(sizes, heights, transform=axis.get_xaxis_transform(), clip_on=False, color=colour, **cross)
+    return [Line2D([], [], color="#555555", label="a seed diverged", **cross)] if rows else []

@@ -51,7 +51,6 @@ def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Ta
 
 
 def _printed(value: float | None) -> str:
-    """As the paper prints it: two decimals."""
     return DASH if value is None else f"{value:.2f}"
 
 
@@ -67,16 +66,14 @@ def _paper_row(group: Group, setting: Setting) -> paper.Row | None:
 
 def _facts(measurements: Sequence[Measurement]) -> list[str]:
     """The best coverage to expect and the distance of real images from real ones, where recorded."""
-    notes = []
     ceilings = {show(measurement.facts.get("coverage_ceiling")) for measurement in measurements} - {DASH}
-    if ceilings:
-        notes.append(f"Coverage of a perfect model at these counts: {', '.join(sorted(ceilings))}.")
-    for measurement in measurements[:1]:
-        for name, value in measurement.facts.items():
-            if name.startswith("f") and name.endswith("_floor") and isinstance(value, int | float):
-                count = measurement.facts.get("num_floor")
-                kind = f"{count:,} real images" if isinstance(count, int) else "real images"
-                notes.append(f"{name.removesuffix('_floor')} of {kind} of the other split: {show(value)}.")
+    notes = [f"Coverage of a perfect model at these counts: {', '.join(sorted(ceilings))}."] * bool(ceilings)
+    first = measurements[0].facts
+    count = first.get("num_floor")
+    kind = f"{count:,} real images" if isinstance(count, int) else "real images"
+    for name, value in first.items():
+        if name.startswith("f") and name.endswith("_floor") and isinstance(value, int | float):
+            notes.append(f"{name.removesuffix('_floor')} of {kind} of the other split: {show(value)}.")
     return notes
 
 

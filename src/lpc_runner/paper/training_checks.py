@@ -200,5 +200,4 @@ def fast(e: Evidence) -> list[Finding]:
 
 
 def _best(curve: list[tuple[float, float]]) -> tuple[float, float]:
-    """Epoch and value of the lowest finite value."""
     return min(((e, v) for e, v in curve if math.isfinite(v)), key=lambda point: point[1])

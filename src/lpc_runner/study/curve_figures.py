@@ -46,8 +46,8 @@ def lines_of(groups: Sequence[Group], metric: str, setting: Setting | None) -> l
     """The curve of every group that has one, none where no group measured twice; setting None: the training log."""
     lines = []
     for group in groups:
-        runs = group.followed
-        curve = mean_curve([_averaged(run.training) if setting is None else run.curve(setting) for run in runs], metric)
+        runs = [_averaged(run.training) if setting is None else run.curve(setting) for run in group.followed]
+        curve = mean_curve(runs, metric)
         if curve.updates:
             lines.append((group, curve))
     return lines if any(len(curve.updates) > 1 for _, curve in lines) else []
@@ -122,7 +122,6 @@ def _averaging(lines: Sequence[Line]) -> str:
 
 
 def _holes(lines: Sequence[Line], name: str) -> bool:
-    """Whether any of these lines lacks this axis somewhere."""
     return any(value is None for _, curve in lines for value in curve.spent[name])
 
 

@@ -136,7 +136,6 @@ BIAS = (
 
 
 def _settings(groups: Sequence[Group]) -> list[tuple[Any, ...]]:
-    """The ways in which these runs' log p(x) or chains were measured."""
     return sorted({each.setting for group in groups for run in group.counted for each in run.estimates}, key=str)
 
 

@@ -113,7 +113,7 @@ def group_runs(runs: Sequence[Run], warnings: list[str]) -> list[Group]:
     for members in by_settings.values():
         groups += _split(members, warnings)
     _label(groups)
-    groups.sort(key=lambda group: (group.dataset, _rank(group.method), _natural(group.label)))
+    groups.sort(key=lambda group: (group.dataset, [*METHODS, group.method].index(group.method), _natural(group.label)))
     return groups
 
 
@@ -140,14 +140,9 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
     groups: dict[str, Group] = {}
     for (properties, run), config in zip(members, configs):
         extra = {path: config.get(path, FIRST_VALUES.get(path)) for path in differing}
-        text = {key: str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset")}
-        new = Group(
-            method_of(text["sampler"], text["objective"], properties.get("start")),
-            text["dataset"],
-            properties | extra,
-            [],
-        )
-        group = groups.setdefault(repr(extra), new)
+        sampler, objective, dataset = (str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset"))
+        method = method_of(sampler, objective, properties.get("start"))
+        group = groups.setdefault(repr(extra), Group(method, dataset, properties | extra, []))
         if any(run.seed == other.seed for other in group.runs):
             group.repeated.append(run)
             warnings.append(f"{run.name}: its settings and seed are those of another run, not counted again")
@@ -218,10 +213,6 @@ def show_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _rank(method: str) -> tuple[int, str]:
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
-
-
 def _natural(value: Any) -> list[Any]:
     """Sort key in which 2 comes before 10, also inside text."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", str(value))
@@ -233,7 +224,6 @@ class Study:
     """Everything a report shows; warnings are one line each and name their file."""
 
     name: str
-    path: Path
     runs: list[Run]
     groups: list[Group]
     warnings: list[str]
@@ -258,8 +248,7 @@ def read_study(folder: Path) -> Study:
         cause = f" ({warnings[0]})" if warnings else ""
         where = _studies_in(folder) if (folder / "runs").is_dir() else ""
         raise UserError(f"{folder} holds no runs: folders with a run.json, or links to such{where or cause}")
-    groups = group_runs(runs, warnings)
-    return Study(folder.resolve().name, folder, runs, groups, warnings)
+    return Study(folder.resolve().name, runs, group_runs(runs, warnings), warnings)
 
 
 def _studies_in(folder: Path) -> str:

@@ -94,12 +94,12 @@ def legend_below(figure: Figure, axis: Any, columns: int = 2, extra: Sequence[An
 
 def label_decades(axis: Any, low: float, high: float) -> None:
     """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ... or, over many decades, 1, 10, 100, ..."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axis.set_major_formatter(lambda value, _: plain(value))
     axis.set_minor_locator(LogLocator(subs=range(1, 10), numticks=99))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def plain(value: float) -> str:
