@@ -39,9 +39,8 @@ def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Ta
         columns[name] = [spread(own, len(measured[group.label])) for own, group in zip(values, shown)]
         if name in compared:
             theirs = [getattr(row, name, None) for row in papers]
-            pairs = [(mean_of(own), printed) for own, printed in zip(values, theirs)]
             columns[f"paper {name}"] = [_printed(printed) for printed in theirs]
-            columns[f"{name} − paper"] = [DASH if None in pair else f"{pair[0] - pair[1]:+.2f}" for pair in pairs]
+            columns[f"{name} − paper"] = [_difference(mean_of(own), printed) for own, printed in zip(values, theirs)]
             hidden |= {f"{name} − paper"}
     notes = [f"Measured with {describe_setting(setting)}."]
     notes += _facts([measurement for group in shown for measurement in measured[group.label]])
@@ -52,6 +51,10 @@ def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Ta
 
 def _printed(value: float | None) -> str:
     return DASH if value is None else f"{value:.2f}"
+
+
+def _difference(ours: float | None, theirs: float | None) -> str:
+    return DASH if ours is None or theirs is None else f"{ours - theirs:+.2f}"
 
 
 def _paper_row(group: Group, setting: Setting) -> paper.Row | None:

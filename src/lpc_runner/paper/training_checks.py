@@ -63,8 +63,10 @@ def drift_phase(e: Evidence) -> list[Finding]:
         shared = sorted(set.intersection(*({*traced_updates(run)} for run in runs))) if runs else []
         parts = []
         for update in shared:
-            phases = [sample(group, lambda run, at=update: _phase(run, at), ENDED) for group in (other, forward)]
-            parts.append(answer(*phases, f"climbing steps at batch {update:,}"))
+            first, second = (
+                sample(group, lambda run, update=update: _phase(run, update), ENDED) for group in (other, forward)
+            )
+            parts.append(answer(first, second, f"climbing steps at batch {update:,}"))
         return all_of(parts) if parts else lacking(f"traces of {forward.label} and {other.label} at one batch", 0)
 
     def cell(forward: Group) -> Finding:

@@ -130,7 +130,8 @@ def _draw_lines(axis: Any, lines: Sequence[Line], name: str, order: Sequence[str
     for group, curve in lines:
         index = order.index(group.label)
         known = [i for i, value in enumerate(curve.spent[name]) if value is not None]
-        x, mean, std = ([column[i] for i in known] for column in (curve.spent[name], curve.mean, curve.std))
+        x = [curve.spent[name][i] for i in known]
+        mean, std = ([column[i] for i in known] for column in (curve.mean, curve.std))
         line = ":" if not group.counted else "-"
         style = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": line}
         axis.plot(x, mean, markevery=max(1, len(x) // 12), label=legend(group, curve.num_runs), **style)

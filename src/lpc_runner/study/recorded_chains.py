@@ -82,7 +82,8 @@ def _quartiles(by_run: Sequence[np.ndarray]) -> ChainCurve | None:
     steps = np.flatnonzero(~np.isnan(chains).all(axis=1))
     if not len(steps):
         return None
-    return ChainCurve(steps + 1, *np.nanpercentile(chains[steps], [25, 50, 75], axis=1), len(by_run))
+    low, median, high = np.nanpercentile(chains[steps], [25, 50, 75], axis=1)
+    return ChainCurve(steps + 1, low, median, high, len(by_run))
 
 
 def _fit(arrays: dict[str, np.ndarray], number: int) -> bool:

@@ -217,8 +217,9 @@ def read_file(
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, RecursionError, SyntaxError, AttributeError, BadZipFile, YAMLError) as error:
-        refused = isinstance(error, OSError) and is_refusal(error)
-        what = f"cannot be read ({error.strerror})" if refused else f"is damaged{lack}"
+        what = f"is damaged{lack}"
+        if isinstance(error, OSError) and is_refusal(error):
+            what = f"cannot be read ({error.strerror})"
         warnings.append(f"{folder.name}/{name} {what}{then}")
         return None
 
