@@ -235,7 +235,8 @@ def _read_config(folder: Path, warnings: list[str]) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     def read(path: Path) -> dict[str, Any]:
-        return _mapping(yaml.load(path.read_bytes(), loader) or {})
+        content = yaml.load(path.read_bytes(), loader)
+        return {} if content is None else _mapping(content)
 
     return dict(_flat(read_file(folder, "config.yaml", read, warnings, " (no settings)") or {}))
 
