@@ -29,7 +29,10 @@ class ChainCurve(NamedTuple):
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as content:
+    content = np.load(path, allow_pickle=False)
+    if isinstance(content, np.ndarray):
+        raise ValueError("it holds one array, no archive of them")
+    with content:
         return {name: content[name].astype(np.float64) for name in content.files}
 
 

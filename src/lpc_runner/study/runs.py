@@ -216,7 +216,7 @@ def read_file(
         return read(folder / name)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, RecursionError, SyntaxError, AttributeError, BadZipFile, YAMLError) as error:
+    except (OSError, ValueError, EOFError, RecursionError, SyntaxError, BadZipFile, YAMLError) as error:
         what = f"is damaged{lack}"
         if isinstance(error, OSError) and is_refusal(error):
             what = f"cannot be read ({error.strerror})"
