@@ -271,7 +271,7 @@ def test_a_run_is_measured_by_both_and_the_report_shows_it(command, caplog):
     (picture,) = estimate_pictures("digits", study.of("digits"))
     (axis,) = picture.figure.axes
     point = axis.containers[0].lines[0]
-    (estimate,) = [found for found in study.runs[0].estimates if found.kind == "posterior"]
+    (estimate,) = [found for found in study.runs[0].estimates if found.setting[0] == "posterior"]
     drawn = (point.get_xdata()[0], point.get_ydata()[0])
     assert drawn == (estimate.values["ess_per_pass"], estimate.values["variance_bias"])
 

@@ -7,8 +7,7 @@ import math
 
 import pytest
 
-from lpc_runner.study.estimates import PAIRED, Difference, paired_difference, paired_table
-from lpc_runner.study.sequence_figures import sequence_pictures
+from lpc_runner.study.estimates import PAIRED, Difference, paired_difference, paired_table, sequence_pictures
 from lpc_runner.study.study import read_study
 
 OBJECTIVES = {"VAE": ("none", "reverse"), "VEM": ("none", "variational_em"), "LPC jeffreys": ("langevin", "jeffreys")}

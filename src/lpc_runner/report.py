@@ -21,15 +21,13 @@ from rich.text import Text
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import picture_style
 from lpc_runner.base.surroundings import one_line_errors
-from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.chain_figures import chain_pictures, trajectory_pictures
 from lpc_runner.paper.claims import claims_table, study_answers
 from lpc_runner.paper.quality_figures import grid_pictures, level_pictures, objective_pictures, sweep_pictures
 from lpc_runner.paper.tables import divergence_table, paper_table, quality_table, time_table, tuning_tables
 from lpc_runner.study.budgets import BUDGETS, budget_table, curve_settings
 from lpc_runner.study.curve_figures import compute_pictures, curve_pictures, metric_names
-from lpc_runner.study.estimates import estimate_pictures, estimate_tables, paired_table
-from lpc_runner.study.sequence_figures import sequence_pictures
+from lpc_runner.study.estimates import estimate_pictures, estimate_tables, paired_table, sequence_pictures
 from lpc_runner.study.study import Study, read_study
 from lpc_runner.study.style import Picture, png
 from lpc_runner.study.tables import (
@@ -70,11 +68,14 @@ def study_tables(study: Study) -> list[Table]:
             claims_table(dataset, groups, answers),
             cost_table(dataset, groups),
             divergence_table(dataset, groups),
+            *(quality_table(dataset, groups, setting) for setting in settings_of(groups)),
+            paper_table(dataset),
+            *tuning_tables(dataset, groups),
+            time_table(dataset, groups),
+            likelihood_table(dataset, groups),
+            paired_table(dataset, groups),
+            *estimate_tables(dataset, groups),
         ]
-        tables += [quality_table(dataset, groups, setting) for setting in settings_of(groups)]
-        tables += [paper_table(dataset)] if dataset in paper.DATASETS else []
-        tables += [*tuning_tables(dataset, groups), time_table(dataset, groups), likelihood_table(dataset, groups)]
-        tables += [paired_table(dataset, groups), *estimate_tables(dataset, groups)]
         for setting in curve_settings(groups):
             tables += [budget_table(dataset, groups, setting, budget) for budget in BUDGETS]
     return [table for table in tables if table is not None]
@@ -94,12 +95,16 @@ def write_report(study: Study, tables: Sequence[Table], folder: Path) -> list[Pa
     return [folder / name for name in written]
 
 
+def _troubles(study: Study) -> dict[str, list[str]]:
+    troubles = {"Runs that did not finish": state_notes(study), "Warnings": study.warnings}
+    return {title: lines for title, lines in troubles.items() if lines}
+
+
 def markdown(study: Study, tables: Sequence[Table], pictures: Sequence[tuple[str, str, bytes]]) -> str:
     """The whole report as text."""
     parts = [f"# {study.name}\n", f"{len(study.runs)} runs: {count_statuses(study.runs)}.\n"]
-    for title, lines in (("Runs that did not finish", state_notes(study)), ("Warnings", study.warnings)):
-        if lines:
-            parts.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
+    for title, lines in _troubles(study).items():
+        parts.append(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) + "\n")
     parts += [table.markdown() for table in tables]
     parts += [f"![{caption}]({name})\n\n{caption}\n" for name, caption, _ in pictures]
     return "\n".join(parts)
@@ -194,12 +199,12 @@ img { display: block; max-width: 100%; height: auto; background: #ffffff; border
 
 def html_page(study: Study, tables: Sequence[Table], pictures: Sequence[tuple[str, str, bytes]]) -> str:
     """The whole report; pictures: file name, caption, PNG. The same study gives the same text."""
-    parts = [f"<h1>{escape(study.name)}</h1>"]
-    parts.append(f'<p class="soft">{len(study.runs)} runs: {escape(count_statuses(study.runs))}.</p>')
-    parts.append(_contents(tables, pictures))
-    for title, lines in (("Runs that did not finish", state_notes(study)), ("Warnings", study.warnings)):
-        if lines:
-            parts.append(f"<h2>{title}</h2>\n{_html_list(lines)}")
+    parts = [
+        f"<h1>{escape(study.name)}</h1>",
+        f'<p class="soft">{len(study.runs)} runs: {escape(count_statuses(study.runs))}.</p>',
+        _contents(tables, pictures),
+    ]
+    parts += [f"<h2>{title}</h2>\n{_html_list(lines)}" for title, lines in _troubles(study).items()]
     parts += ["<h2>Tables</h2>"] * bool(tables) + [_html_table(table) for table in tables]
     parts += ["<h2>Figures</h2>"] * bool(pictures) + [_html_figure(*picture) for picture in pictures]
     head = (

@@ -54,6 +54,7 @@ MOVED = {
     "lpc_runner.study.grouping": "lpc_runner.study.study",
     "lpc_runner.study.page": "lpc_runner.report",
     "lpc_runner.study.pairs": "lpc_runner.study.estimates",
+    "lpc_runner.study.sequence_figures": "lpc_runner.study.estimates",
     "lpc_runner.training.captured": "lpc_runner.training.update",
     "lpc_runner.training.checkpoints": "lpc_runner.store.checkpoints",
     "lpc_runner.training.interrupts": "lpc_runner.training.trainer",

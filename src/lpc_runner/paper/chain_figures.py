@@ -13,9 +13,8 @@ from lpc_runner.study.recorded_chains import (
     DRIFT_NORM,
     LOG_JOINT,
     ChainCurve,
-    chain_curve,
+    chain_curves,
     read_trajectories,
-    traced_runs,
     traced_updates,
 )
 from lpc_runner.study.runs import Run
@@ -37,18 +36,14 @@ KINDS = {
 
 def chain_pictures(dataset: str, groups: Sequence[Group], warnings: list[str]) -> Iterator[Picture]:
     """A picture per quantity with a panel per recorded training batch and a line per group."""
-    recorded = {group.label: {u for run in traced_runs(group) for u in traced_updates(run)} for group in groups}
+    recorded = {group.label: {u for run in group.followed for u in traced_updates(run)} for group in groups}
     updates = sorted(set().union(*recorded.values()))[-MAX_PANELS:]
     shown = [group for group in groups if recorded[group.label] & set(updates)]
+    found = {(update, group.label): chain_curves(group, update, warnings) for update in updates for group in shown}
     for name, (short, _, what) in KINDS.items():
         for suffix, page in pages(shown):
-            damage: list[str] = []
-            curves = {
-                update: [(g, curve) for g in page if (curve := chain_curve(g, update, name, damage)) is not None]
-                for update in updates
-            }
-            warnings += damage if name == LOG_JOINT else []  # the other quantity reads the same files
-            curves = {update: lines for update, lines in curves.items() if lines}
+            drawn = {u: [(g, found[u, g.label][name]) for g in page if name in found[u, g.label]] for u in updates}
+            curves = {update: lines for update, lines in drawn.items() if lines}
             if curves:
                 caption = (
                     f"{dataset}: {what} along the chain at training batch {' and '.join(f'{u:,}' for u in curves)}; "
@@ -104,12 +99,8 @@ def _scale(panels: Any, curves: Sequence[ChainCurve], name: str) -> None:
     settled = [np.abs(part[len(part) // 2 :]) for curve in curves for part in (curve.low, curve.high)]
     threshold = 10.0 ** np.ceil(np.log10(max(float(np.median(np.concatenate(settled))), 1e-6)))
     if max(high, -low) > 10 * threshold:
-        from matplotlib.ticker import FuncFormatter, NullLocator, SymmetricalLogLocator
-
         axis.set_yscale("symlog", linthresh=threshold, linscale=0.7)
-        axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=threshold))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
-        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(lambda value, _: plain(value))
         axis.set_ylim(min(1.5 * low, -0.4 * threshold), 1.5 * high)
 
 
@@ -146,22 +137,18 @@ def trajectory_pictures(dataset: str, groups: Sequence[Group], warnings: list[st
 def representative(groups: Sequence[Group], warnings: list[str]) -> tuple[Group, Run, dict[str, Any]] | None:
     """The run whose chains are shown: with both samplers and a finished one where there is one, Jeffreys first."""
     candidates = [
-        (group, run)
-        for group in groups
-        for run in (group.counted or group.runs)[:1]
-        if (run.path / "trajectories.npz").exists()
+        (group, run) for group in groups for run in group.followed[:1] if (run.path / "trajectories.npz").exists()
     ]
-    candidates.sort(key=lambda pair: (pair[0].properties.get("sampler") == "map", pair[0].diverged, _rank(pair[0])))
-    for group, run in candidates:
+    for group, run in sorted(candidates, key=lambda pair: _order(pair[0])):
         data = read_trajectories(run, warnings)
         if data is not None:
             return group, run, data
     return None
 
 
-def _rank(group: Group) -> int:
+def _order(group: Group) -> tuple[bool, bool, int]:
     objective = group.properties.get("objective")
-    return PREFERRED.index(objective) if objective in PREFERRED else len(PREFERRED)
+    return group.properties.get("sampler") == "map", group.diverged, [*PREFERRED, objective].index(objective)
 
 
 def large_figure(data: dict[str, Any], names: Sequence[str]) -> Figure:
@@ -195,8 +182,7 @@ def small_figure(data: dict[str, Any], name: str) -> Figure:
         panel.set_axis_off()
     for index, panel in zip(range(number), panels.flat):
         draw_chain(panel, data[name], index, small=True)
-        panel.set_xticks([])
-        panel.set_yticks([])
+        panel.set(xticks=[], yticks=[])
         _draw_image(panel.inset_axes((*_free_corner(panel, data[name], index), 0.3, 0.3)), data["images"][index])
     figure.supxlabel("direction 1", fontsize=14)
     figure.supylabel("direction 2", fontsize=14)
@@ -210,8 +196,7 @@ def draw_chain(panel: Any, chains: dict[str, np.ndarray], index: int, small: boo
     from matplotlib.colors import LinearSegmentedColormap
 
     _draw_surface(panel, chains["grid"][index], chains["potential"][index])
-    path = chains["coordinates"][:, index]
-    path = path[np.isfinite(path).all(axis=1)]
+    path = _states(chains, index)
     panel.grid(visible=False)
     if not len(path):
         return
@@ -224,16 +209,19 @@ def draw_chain(panel: Any, chains: dict[str, np.ndarray], index: int, small: boo
     panel.scatter(*path[-1], s=size, color=END, edgecolors="white", linewidths=0.6 * width, zorder=4, label="z(T)")
     low, high = path.min(axis=0), path.max(axis=0)
     margin = 0.12 * np.maximum(high - low, 1e-6)
-    panel.set_xlim(low[0] - margin[0], high[0] + margin[0])
-    panel.set_ylim(low[1] - margin[1], high[1] + margin[1])
+    xlim, ylim = zip(low - margin, high + margin)
+    panel.set(xlim=xlim, ylim=ylim)
+
+
+def _states(chains: dict[str, np.ndarray], index: int) -> np.ndarray:
+    path = chains["coordinates"][:, index]
+    return path[np.isfinite(path).all(axis=1)]
 
 
 def _free_corner(panel: Any, chains: dict[str, np.ndarray], index: int, size: float = 0.3) -> tuple[float, float]:
     """Lower left end, in shares of the panel, of the corner square that the fewest states lie in."""
-    path = chains["coordinates"][:, index]
-    path = path[np.isfinite(path).all(axis=1)]
     (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
-    places = (path - [left, bottom]) / [right - left, top - bottom]
+    places = (_states(chains, index) - [left, bottom]) / [right - left, top - bottom]
     corners = [(0.0, 1 - size), (1 - size, 1 - size), (0.0, 0.0), (1 - size, 0.0)]
     return min(corners, key=lambda corner: int(((places >= corner) & (places <= np.add(corner, size))).all(1).sum()))
 
@@ -256,11 +244,7 @@ def _draw_surface(panel: Any, grid: np.ndarray, potential: np.ndarray) -> None:
 def _draw_image(panel: Any, image: np.ndarray) -> None:
     """An observation (C, H, W) of 8 bits, framed."""
     picture = np.clip(image, 0, 255) / 255
-    grey = len(picture) == 1
-    panel.imshow(picture[0] if grey else np.moveaxis(picture, 0, -1), cmap="gray", vmin=0, vmax=1)
-    panel.set_xticks([])
-    panel.set_yticks([])
+    panel.imshow(np.moveaxis(picture, 0, -1), cmap="gray", vmin=0, vmax=1)
+    panel.set(xticks=[], yticks=[])
     panel.grid(visible=False)
-    for side in panel.spines.values():
-        side.set_visible(True)
-        side.set_color("#555555")
+    panel.spines[:].set(visible=True, color="#555555")

@@ -15,13 +15,18 @@ from lpc_runner.paper.evidence import (
     CHANCE,
     EPOCHS,
     FAILS,
+    FORWARD,
     HOLDS,
+    JEFFREYS,
     METHOD,
+    REVERSE,
     UNMEASURED,
+    Ask,
     Evidence,
     Finding,
     Sample,
     against,
+    against_vaes,
     all_of,
     answer,
     differences,
@@ -32,10 +37,11 @@ from lpc_runner.paper.evidence import (
     sample,
 )
 from lpc_runner.paper.quality_figures import line_name, sweeps_of
-from lpc_runner.paper.tables import ms_per_batch, papers_cell
-from lpc_runner.paper.training_checks import FORWARD, JEFFREYS, REVERSE, drift_phase, fast, sharp
+from lpc_runner.paper.tables import ms_per_batch
+from lpc_runner.paper.training_checks import drift_phase, fast, sharp
+from lpc_runner.study.estimates import standard_error
 from lpc_runner.study.runs import Run, Setting
-from lpc_runner.study.study import Group, Study
+from lpc_runner.study.study import STEP, Group, Study
 from lpc_runner.study.tables import DASH, Table, show
 
 
@@ -63,15 +69,12 @@ def study_answers(study: Study) -> list[Answer]:
             check, featured = CHECKS[claim.id]
             for setting in main_settings(groups) or [None] if featured else [None]:
                 extractor = "" if setting is None else setting.extractor
-                for finding in _of_cells_that_compare(check(Evidence(dataset, groups, setting))):
+                findings = check(Evidence(dataset, groups, setting))
+                # The cells that have something to be compared with; where none has, the one that lacks least.
+                compared = [finding for finding in findings if not finding.unlike]
+                for finding in compared or [min(findings, key=lambda finding: finding.unlike)]:
                     answers.append(Answer(claim, dataset, extractor, finding.cell, finding.verdict, finding.text))
     return answers
-
-
-def _of_cells_that_compare(findings: Sequence[Finding]) -> list[Finding]:
-    """The cells that have something to be compared with; where none has, the one that lacks least."""
-    matched = [finding for finding in findings if not finding.unlike]
-    return matched or [min(findings, key=lambda finding: finding.unlike)]
 
 
 def of_images(groups: Sequence[Group]) -> bool:
@@ -120,31 +123,24 @@ def claims_table(dataset: str, groups: Sequence[Group], answers: Sequence[Answer
 
 def _as_in_paper(group: Group) -> bool:
     """Whether a chain has what Table 3 says of its dataset."""
-    cell = papers_cell(group.dataset, group.method)
-    if cell is None or group.method == "VAE":
+    tuned = paper.tuned(group.dataset, group.method)
+    if tuned is None or group.method == "VAE":
         return False
-    wanted = paper.COMMON | paper.LPC_COMMON | cell
-    return all(paper.same(group.properties.get(key), value) for key, value in wanted.items())
+    return paper.has(group.properties, paper.COMMON | paper.LPC_COMMON | tuned)
 
 
 NO_WARM_START = "LPC prior"
 TOLERANCE = 0.25  # share of the paper's ratio within which ours repeats it
 SMALL_STEP = 0.001
 NUM_STEPS = 300  # of the chains whose cost Table 4 states
-STEP = ("step_size", "preconditioning", "beta")
 
 # Table 1 and Figure 2 -------------------------------------------------------------------------------------
 
 
-def _table1(e: Evidence, left_out: str, covered: str, ask: Callable[[Group, Group], Finding]) -> list[Finding]:
+def _table1(e: Evidence, left_out: str, covered: str, ask: Ask) -> list[Finding]:
     if e.dataset == left_out:
         return [lacking(f"{covered}: the claim is not about {paper.DATASETS[left_out]}")]
-    vaes, own = e.of("VAE"), (*METHOD, EPOCHS)
-
-    def epochs(lpc: Group, vae: Group) -> list[str]:
-        return out_of_proportion(e.dataset, lpc, vae)
-
-    return of_cells(e.of(JEFFREYS), JEFFREYS, lambda lpc: against(lpc, vaes, "a VAE", own, ask, epochs))
+    return against_vaes(e, ask, lambda lpc, vae: out_of_proportion(e.dataset, lpc, vae))
 
 
 def _table1_fid(e: Evidence) -> list[Finding]:
@@ -175,19 +171,16 @@ def _warm_start(e: Evidence) -> list[Finding]:
 
 def _jeffreys(e: Evidence) -> list[Finding]:
     """Against reverse KL, and against forward KL after as many epochs and after one, where there is either."""
+    own = ("objective",)
+    once = [group for group in e.of(FORWARD) if group.properties.get("num_epochs") == 1]
+    longer = [group for group in e.of(FORWARD) if group.properties.get("num_epochs") != 1]
 
     def lowest(jeffreys: Group) -> Finding:
-        own = ("objective",)
-        parts = [against(jeffreys, e.of(REVERSE), REVERSE, own, e.frechet)]
-        once = [g for g in e.of(FORWARD) if g.properties.get("num_epochs") == 1]
-        parts += [against(jeffreys, once, f"{FORWARD} after one epoch", (*own, EPOCHS), e.frechet)]
-        parts += [
-            against(
-                jeffreys, [g for g in e.of(FORWARD) if g.properties.get("num_epochs") != 1], FORWARD, own, e.frechet
-            )
-        ]
-        forward = [part for part in parts[1:] if not part.unlike] or parts[1:2]
-        return all_of([parts[0], *forward])
+        reverse = against(jeffreys, e.of(REVERSE), REVERSE, own, e.frechet)
+        after_one = against(jeffreys, once, f"{FORWARD} after one epoch", (*own, EPOCHS), e.frechet)
+        after_all = against(jeffreys, longer, FORWARD, own, e.frechet)
+        forward = [part for part in (after_one, after_all) if not part.unlike] or [after_one]
+        return all_of([reverse, *forward])
 
     return of_cells(e.of(JEFFREYS), JEFFREYS, lowest)
 
@@ -214,8 +207,7 @@ def _divergence(run: Run) -> tuple[str, str]:
         return (UNMEASURED, f"ended after {reached:.3g} epochs") if cut else (FAILS, "finished")
     if run.status != "diverged":
         return UNMEASURED, run.status
-    place = run.result.get("diverged_at")
-    epoch, update = (place.get(key) if isinstance(place, dict) else None for key in ("epoch", "update"))
+    epoch, update = run.diverged_at.get("epoch"), run.diverged_at.get("update")
     if not isinstance(epoch, int | float):
         return UNMEASURED, "diverged, not recorded where"
     at = f", update {update:,}" if isinstance(update, int | float) else ""
@@ -223,8 +215,6 @@ def _divergence(run: Run) -> tuple[str, str]:
 
 
 # Figure 4 -------------------------------------------------------------------------------------------------
-
-Line = tuple[str, float | None]
 
 
 def _unfair(cells: Mapping[str, Group]) -> list[str]:
@@ -281,16 +271,19 @@ def _small_step(e: Evidence) -> list[Finding]:
     """Without preconditioning as low as with any: lower than each, seeds of the same number."""
     findings = []
     for sweep in sweeps_of(e.groups):
-        lines = {line_name(line, sweep): own for line, own in sweep.items()}
-        small = {name: group for name, own in lines.items() for s, group in own.items() if math.isclose(s, SMALL_STEP)}
-        plain = next((name for name in lines if sweep.get(("none", None)) is lines[name]), None)
-        if plain is None or len(lines) < 2 or not small:
+        small = {line: g for line, own in sweep.items() for size, g in own.items() if math.isclose(size, SMALL_STEP)}
+        plain = ("none", None)
+        if plain not in sweep or len(sweep) < 2 or not small:
             continue
-        absent = [f"{name} at γ = {SMALL_STEP:g}" for name in lines if name not in small]
-        if absent or (unfair := _unfair(small)):
-            findings.append(lacking("; ".join(absent), 0) if absent else Finding(UNMEASURED, "; ".join(unfair)))
-            continue
-        findings.append(all_of([e.frechet(small[plain], group) for name, group in small.items() if name != plain]))
+        names = {line: line_name(line, sweep) for line in sweep}
+        absent = [f"{name} at γ = {SMALL_STEP:g}" for line, name in names.items() if line not in small]
+        unfair = _unfair({names[line]: group for line, group in small.items()})
+        if absent:
+            findings.append(lacking("; ".join(absent), 0))
+        elif unfair:
+            findings.append(Finding(UNMEASURED, "; ".join(unfair)))
+        else:
+            findings.append(all_of([e.frechet(small[plain], group) for line, group in small.items() if line != plain]))
     return findings or [lacking(f"step size {SMALL_STEP:g} without preconditioning and with it, in a sweep")]
 
 
@@ -305,7 +298,7 @@ def _cost(e: Evidence, end_to_end: bool) -> list[Finding]:
         return "its time is not recorded" if cost is None else cost
 
     def repeats(lpc: Group, vae: Group) -> Finding:
-        printed = next(cost for cost in paper.TABLE_4 if cost.method == lpc.method)
+        printed = paper.TABLE_4[lpc.method]
         return ratio(sample(lpc, value), sample(vae, value), printed.end_to_end if end_to_end else printed.per_batch)
 
     def other(lpc: Group, vae: Group) -> list[str]:
@@ -330,10 +323,10 @@ def ratio(ours: Sample, theirs: Sample, printed: float) -> Finding:
     if missing:
         return lacking("; ".join(missing), 0)
     means = [statistics.fmean(each.values) for each in (ours, theirs)]
-    measured, error = means[0] / means[1], None
-    if min(len(ours.values), len(theirs.values)) > 1:
-        parts = [statistics.variance(s.values) / len(s.values) / m**2 for s, m in zip((ours, theirs), means)]
-        error = measured * math.sqrt(sum(parts)) / printed
+    measured = means[0] / means[1]
+    errors = [standard_error(each.values) for each in (ours, theirs)]
+    relative = [error / mean for error, mean in zip(errors, means) if error is not None]
+    error = measured * math.hypot(*relative) / printed if len(relative) == 2 else None
     words = "one seed" if error is None else f"standard error {show(error * printed)}"
     text = f"{ours.name} × {show(measured)} of {theirs.name} ({words}), the paper × {printed:g}"
     return Finding(
@@ -341,8 +334,8 @@ def ratio(ours: Sample, theirs: Sample, printed: float) -> Finding:
     )
 
 
-Check = Callable[[Evidence], list[Finding]]
-CHECKS: dict[str, tuple[Check, bool]] = {  # by the claim's id; whether features enter
+# By the claim's id; whether features enter.
+CHECKS: dict[str, tuple[Callable[[Evidence], list[Finding]], bool]] = {
     "table1-fid": (_table1_fid, True),
     "table1-density-coverage": (_table1_density_coverage, True),
     "fig2-warm-start": (_warm_start, True),

@@ -12,9 +12,10 @@ from lpc_runner.base.presentation import FRECHET, SYMBOLS, base_name
 from lpc_runner.paper import numbers as paper
 from lpc_runner.study.runs import Run, Setting
 from lpc_runner.study.study import Group, compared_config, show_value
-from lpc_runner.study.tables import describe_setting, mean_and_spread, show
+from lpc_runner.study.tables import describe_setting, mean_and_spread, mean_of, show
 
 HOLDS, FAILS, CHANCE, UNMEASURED = "holds", "does not hold", "within chance", "not measured"
+JEFFREYS, REVERSE, FORWARD = "LPC jeffreys", "LPC reverse", "LPC forward"
 ENDED = ("finished", "diverged")
 LPC_EPOCHS, VAE_EPOCHS = 15, 50
 # A method's own settings, and those that the paper tunes for each method by itself.
@@ -45,12 +46,13 @@ def lacking(what: str, unlike: int = NOTHING) -> Finding:
     return Finding(UNMEASURED, f"needs {what}", unlike=unlike)
 
 
-def all_of(findings: Sequence[Finding], cell: str = "") -> Finding:
+def all_of(findings: Sequence[Finding]) -> Finding:
     """Holds where every part holds; one part that does not hold decides, then one not measured, then one of chance."""
     verdicts = {finding.verdict for finding in findings}
     verdict = next((v for v in (FAILS, UNMEASURED, CHANCE) if v in verdicts), HOLDS if findings else UNMEASURED)
     texts = dict.fromkeys(finding.text for finding in findings)
-    return Finding(verdict, "; ".join(texts), cell, max((finding.unlike for finding in findings), default=NOTHING))
+    unlike = max((finding.unlike for finding in findings), default=NOTHING)
+    return Finding(verdict, "; ".join(texts), unlike=unlike)
 
 
 # Whether cells can be compared ----------------------------------------------------------------------------
@@ -72,7 +74,9 @@ def differences(first: Group, second: Group, own: Collection[str], times: bool =
     differing += _differing_configs(first, second, own)
     if EPOCHS not in own:
         for name, tolerance in (("num_epochs", 0.5), ("num_updates", 0.0)):
-            spans = [span for group in (first, second) if (span := _span(group, name)) is not None]
+            # A diverged run's end is its result, not its plan.
+            known = [[c for run in g.finished if (c := run.cost(name)) is not None] for g in (first, second)]
+            spans = [(min(costs), max(costs)) for costs in known if costs]
             if len(spans) == 2 and any(abs(a - b) > tolerance for a, b in zip(*spans)):
                 words = [" to ".join(dict.fromkeys(show(v, 0 if v == int(v) else None) for v in s)) for s in spans]
                 differing.append(f"{name.removeprefix('num_')} trained {words[0]} against {words[1]}")
@@ -100,12 +104,6 @@ def _differing_configs(first: Group, second: Group, own: Collection[str]) -> lis
         for path in sorted(set(ours) & set(theirs))
         if repr(ours[path]) != repr(theirs[path]) and not _is_own(path, own) and path.rpartition(".")[2] not in said
     ]
-
-
-def _span(group: Group, name: str) -> tuple[float, float] | None:
-    """Least and most of what the finished runs trained; a diverged run's end is its result, not its plan."""
-    known = [value for run in group.finished if (value := run.cost(name)) is not None]
-    return (min(known), max(known)) if known else None
 
 
 UNKNOWN = "not recorded"
@@ -161,10 +159,7 @@ class Sample:
         return f"{self.name} {mean_and_spread(self.values, alone='')} ({count})".replace("  ", " ")
 
 
-Value = Callable[[Run], "float | str"]
-
-
-def sample(group: Group, value: Value, ended: Collection[str] = ("finished",)) -> Sample:
+def sample(group: Group, value: Callable[[Run], float | str], ended: Collection[str] = ("finished",)) -> Sample:
     """The value of every seed; a text instead of a number says what a run lacks."""
     by_seed: dict[Any, float] = {}
     lost = {"diverged": 0, "not finite": 0}
@@ -225,14 +220,13 @@ def answer(first: Sample, second: Sample, what: str, higher: bool = False) -> Fi
 Ask = Callable[[Group, Group], Finding]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evidence:
     """The groups of one dataset in one way of measuring (None: sample quality was not measured)."""
 
     dataset: str
     groups: Sequence[Group]
     setting: Setting | None
-    warnings: list[str] = field(default_factory=list)
 
     def of(self, method: str) -> list[Group]:
         """Every group of a method, whatever became of its runs."""
@@ -242,21 +236,14 @@ class Evidence:
         """A metric, by its name without the extractor's, of every seed."""
 
         def value(run: Run) -> float | str:
-            measurement = run.measured(self.setting) if self.setting is not None else None
-            values = [v for name, v in measurement.values.items() if base_name(name) in names] if measurement else []
-            return values[0] if values else self._unmeasured(run, names[-1])
+            values = [v for name, v in run.values(self.setting).items() if base_name(name) in names]
+            others = [describe_setting(each.setting) for each in run.measurements if each.setting != self.setting]
+            if values or self.setting is None or not others:
+                return values[0] if values else f"{names[-1]} not measured"
+            words = " and with ".join(dict.fromkeys(others))
+            return f"measured with {words}, not with {describe_setting(self.setting)}"
 
         return sample(group, value)
-
-    def _unmeasured(self, run: Run, name: str) -> str:
-        others = [
-            describe_setting(measurement.setting)
-            for measurement in run.measurements
-            if measurement.setting != self.setting
-        ]
-        if self.setting is None or not others:
-            return f"{name} not measured"
-        return f"measured with {' and with '.join(dict.fromkeys(others))}, not with {describe_setting(self.setting)}"
 
     def frechet(self, first: Group, second: Group) -> Finding:
         """Whether the first's Fréchet distance is lower."""
@@ -280,12 +267,12 @@ def against(
     apart = [(group, differences(first, group, own, times) + more(first, group)) for group in others]
     comparable = [group for group, words in apart if not words]
     if comparable:
-        return all_of([ask(first, group) for group in comparable], first.label)
+        return all_of([ask(first, group) for group in comparable])
     if not apart:
         return lacking(what)
     nearest, words = min(apart, key=lambda pair: len(pair[1]))
     text = f"{named(first)} and {named(nearest)} cannot be compared: {'; '.join(words)}"
-    return Finding(UNMEASURED, text, first.label, len(words))
+    return Finding(UNMEASURED, text, unlike=len(words))
 
 
 def of_cells(cells: Sequence[Group], what: str, ask: Callable[[Group], Finding]) -> list[Finding]:
@@ -293,10 +280,16 @@ def of_cells(cells: Sequence[Group], what: str, ask: Callable[[Group], Finding])
     return [replace(ask(cell), cell=cell.label) for cell in cells] or [lacking(what)]
 
 
+def against_vaes(e: Evidence, ask: Ask, more: Callable[[Group, Group], list[str]]) -> list[Finding]:
+    """The answer of every cell of Jeffreys' LPC against VAEs, each with its own settings and epochs."""
+    own = (*METHOD, EPOCHS)
+    return of_cells(e.of(JEFFREYS), JEFFREYS, lambda lpc: against(lpc, e.of("VAE"), "a VAE", own, ask, more))
+
+
 def epochs_of(group: Group) -> float:
     """Mean of the epochs that the finished runs of a group trained; what they were set to where none is recorded."""
-    reached = [value for run in group.finished if (value := run.cost("num_epochs")) is not None]
-    return statistics.fmean(reached) if reached else float(group.properties.get("num_epochs") or 0)
+    reached = mean_of(run.cost("num_epochs") for run in group.finished)
+    return float(group.properties.get("num_epochs") or 0) if reached is None else reached
 
 
 def as_planned(epochs: float, planned: float) -> bool:
@@ -306,10 +299,7 @@ def as_planned(epochs: float, planned: float) -> bool:
 
 def named(group: Group) -> str:
     """A group's label with the epochs that it trained, where it does not say them or they are others."""
-    reached = [value for run in group.counted if (value := run.cost("num_epochs")) is not None]
-    if not reached:
-        return group.label
-    mean, planned = statistics.fmean(reached), group.properties.get("num_epochs")
-    if "epoch" in group.label and planned is not None and as_planned(mean, planned):
+    mean, planned = mean_of(run.cost("num_epochs") for run in group.counted), group.properties.get("num_epochs")
+    if mean is None or ("epoch" in group.label and planned is not None and as_planned(mean, planned)):
         return group.label
     return f"{group.label} (trained {show(mean, 0 if mean == int(mean) else None)} epochs)"

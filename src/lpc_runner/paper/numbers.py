@@ -1,6 +1,6 @@
 """What the paper reports, as data: U. Zahid, Q. Guo, Z. Fountas, "Sample as you Infer", ICML 2024.
 
-Datasets carry this project's names. Every object says which table or figure it repeats; bars and curves
+Datasets carry this project's names. Every name says which table or figure it repeats; bars and curves
 without printed numbers (Figures 2 to 8) are here as claims only.
 """
 
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 DATASETS = {"celeba64": "CelebA", "svhn": "SVHN", "cifar10": "CIFAR10"}
 
@@ -19,8 +18,7 @@ EXTRACTOR = "inception"
 METRICS = ("fid", "density", "coverage")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of Table 1 for one dataset: FID, density, coverage after num_epochs."""
 
     dataset: str
@@ -29,7 +27,6 @@ class Row:
     fid: float
     density: float
     coverage: float
-    source: str = "Table 1"
 
 
 TABLE_1 = (
@@ -44,44 +41,37 @@ TABLE_1 = (
     Row("cifar10", "VAE", 50, 145.87, 0.14, 0.06),
 )
 
-# Table 3: what every run of the paper uses, and what it tunes per dataset. beta None: no preconditioning.
+# Table 3: what every run of the paper uses, and what it chooses by FID for each dataset.
 COMMON = {"model": "conv", "batch_size": 64}
 LPC_COMMON = {"learning_rate": 1e-3, "num_steps": 300}
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Table 3, the values chosen by FID for one dataset."""
-
-    vae_learning_rate: float
-    step_size: float
-    beta: float | None
-    source: str = "Table 3"
-
-
 TABLE_3 = {
-    "celeba64": Tuned(vae_learning_rate=8e-4, step_size=0.1, beta=0.25),
-    "svhn": Tuned(vae_learning_rate=1e-3, step_size=1e-3, beta=None),
-    "cifar10": Tuned(vae_learning_rate=1e-3, step_size=0.1, beta=0.25),
+    "celeba64": {
+        "VAE": {"learning_rate": 8e-4},
+        "LPC": {"step_size": 0.1, "preconditioning": "adam", "beta": 0.25},
+    },
+    "svhn": {
+        "VAE": {"learning_rate": 1e-3},
+        "LPC": {"step_size": 1e-3, "preconditioning": "none"},
+    },
+    "cifar10": {
+        "VAE": {"learning_rate": 1e-3},
+        "LPC": {"step_size": 0.1, "preconditioning": "adam", "beta": 0.25},
+    },
 }
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Table 4: time of LPC in multiples of a VAE's, per batch and end to end (15 epochs, the VAE's 50)."""
+class Cost(NamedTuple):
+    """Time of LPC in multiples of a VAE's, per batch and end to end (15 epochs, the VAE's 50)."""
 
-    method: str
     per_batch: float
     end_to_end: float
-    source: str = "Table 4"
 
 
-TABLE_4 = (Cost("LPC reverse", 24, 7), Cost("LPC jeffreys", 36, 11))
+TABLE_4 = {"LPC reverse": Cost(24, 7), "LPC jeffreys": Cost(36, 11)}
 TABLE_4_HARDWARE = "a GPU of 24 GB and 83 TFLOPS"
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A statement of the paper that an experiment can answer."""
 
     id: str
@@ -129,24 +119,23 @@ CLAIMS = (
 )
 
 
-def settings_of(row: Row) -> dict[str, Any]:
-    """The settings behind a row of Table 1, under this project's names; beta only where it applies."""
-    tuned = TABLE_3[row.dataset]
-    if row.method == "VAE":
-        return COMMON | {"num_epochs": row.num_epochs, "learning_rate": tuned.vae_learning_rate}
-    settings = COMMON | LPC_COMMON | {"num_epochs": row.num_epochs, "step_size": tuned.step_size}
-    if tuned.beta is None:
-        return settings | {"preconditioning": "none"}
-    return settings | {"preconditioning": "adam", "beta": tuned.beta}
+def tuned(dataset: str, method: str) -> dict[str, Any] | None:
+    """The values of Table 3 for one of the paper's datasets, None for others."""
+    return TABLE_3[dataset]["VAE" if method == "VAE" else "LPC"] if dataset in TABLE_3 else None
 
 
-def find_row(dataset: str, method: str, settings: Mapping[str, Any]) -> Row | None:
+def has(properties: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether all these settings of the paper are among a group's properties."""
+    return all(same(properties.get(key), value) for key, value in settings.items())
+
+
+def find_row(dataset: str, method: str, properties: Mapping[str, Any]) -> Row | None:
     """The row of Table 1 that was made with these settings, None where the paper has none."""
     for row in TABLE_1:
-        if (row.dataset, row.method) == (dataset, method):
-            expected = settings_of(row)
-            if all(key in settings and same(settings[key], value) for key, value in expected.items()):
-                return row
+        common = COMMON if method == "VAE" else COMMON | LPC_COMMON
+        settings = common | {"num_epochs": row.num_epochs} | (tuned(dataset, method) or {})
+        if (row.dataset, row.method) == (dataset, method) and has(properties, settings):
+            return row
     return None
 
 

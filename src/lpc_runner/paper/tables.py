@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from lpc_runner.paper import numbers as paper
 from lpc_runner.paper.evidence import UNKNOWN, devices_of, epochs_of
 from lpc_runner.paper.quality_figures import frechet_name
 from lpc_runner.study.runs import Measurement, Run, Setting
-from lpc_runner.study.study import Group
+from lpc_runner.study.study import STEP, Group, equal_but
 from lpc_runner.study.tables import (
     DASH,
-    DIVERGED,
     Table,
     describe_setting,
+    group_table,
     main_metrics,
     mean_of,
+    measured_names,
     metric_order,
     settings_of,
     show,
@@ -28,33 +27,34 @@ from lpc_runner.study.tables import (
 
 def quality_table(dataset: str, groups: Sequence[Group], setting: Setting) -> Table:
     """Sample quality of every group measured in this setting, the paper's values beside it where they fit."""
-    by_group = {group.label: [run.measured(setting) for run in group.counted] for group in groups}
-    shown = [group for group in groups if any(by_group[group.label])]
-    present = [measured for group in shown for measured in by_group[group.label] if measured]
-    names = sorted({name for measured in present for name in measured.values}, key=metric_order)
-    papers = {group.label: _paper_row(group, setting) for group in shown}
-    compared = paper.METRICS if any(papers.values()) else ()
-    columns, hidden = ["method", "seeds"], main_metrics(names)
-    rows = [[group.marked_label, str(len(list(filter(None, by_group[group.label]))))] for group in shown]
+    measured = {g.label: [m for run in g.counted if (m := run.measured(setting)) is not None] for g in groups}
+    shown = [group for group in groups if measured[group.label]]
+    names = sorted(measured_names(shown, setting), key=metric_order)
+    papers = [_paper_row(group, setting) for group in shown]
+    compared = paper.METRICS if any(papers) else ()
+    columns = {"seeds": [str(len(measured[group.label])) for group in shown]}
+    hidden = main_metrics(names)
     for name in names:
-        columns += [name] + ([f"paper {name}", f"{name} − paper"] if name in compared else [])
-        for row, group in zip(rows, shown):
-            values = [measured.values.get(name) for measured in by_group[group.label] if measured]
-            row.append(spread(values, len(values)))
-            if name in compared:
-                theirs = getattr(papers[group.label], name, None)
-                ours = mean_of(values)
-                row += [_printed(theirs), DASH if theirs is None or ours is None else f"{ours - theirs:+.2f}"]
-    hidden |= {name for name in columns if name.endswith("− paper")}
+        values = [group.values(name, setting).values() for group in shown]
+        columns[name] = [spread(own, len(measured[group.label])) for own, group in zip(values, shown)]
+        if name in compared:
+            theirs = [getattr(row, name, None) for row in papers]
+            columns[f"paper {name}"] = [_printed(printed) for printed in theirs]
+            columns[f"{name} − paper"] = [_difference(mean_of(own), printed) for own, printed in zip(values, theirs)]
+            hidden |= {f"{name} − paper"}
     notes = [f"Measured with {describe_setting(setting)}."]
-    notes += _facts(present) + _comparison(dataset, setting, bool(compared))
-    notes += [DIVERGED] * any(group.diverged for group in shown)
-    return Table(f"{dataset}: sample quality, {setting.extractor}", columns, rows, notes, hidden, setting.extractor)
+    notes += _facts([measurement for group in shown for measurement in measured[group.label]])
+    notes += _comparison(dataset, setting, bool(compared))
+    title = f"{dataset}: sample quality, {setting.extractor}"
+    return group_table(title, shown, columns, notes, hidden, setting.extractor)
 
 
 def _printed(value: float | None) -> str:
-    """As the paper prints it: two decimals."""
     return DASH if value is None else f"{value:.2f}"
+
+
+def _difference(ours: float | None, theirs: float | None) -> str:
+    return DASH if ours is None or theirs is None else f"{ours - theirs:+.2f}"
 
 
 def _paper_row(group: Group, setting: Setting) -> paper.Row | None:
@@ -69,16 +69,14 @@ def _paper_row(group: Group, setting: Setting) -> paper.Row | None:
 
 def _facts(measurements: Sequence[Measurement]) -> list[str]:
     """The best coverage to expect and the distance of real images from real ones, where recorded."""
-    notes = []
     ceilings = {show(measurement.facts.get("coverage_ceiling")) for measurement in measurements} - {DASH}
-    if ceilings:
-        notes.append(f"Coverage of a perfect model at these counts: {', '.join(sorted(ceilings))}.")
-    for measurement in measurements[:1]:
-        for name, value in measurement.facts.items():
-            if name.startswith("f") and name.endswith("_floor") and isinstance(value, int | float):
-                count = measurement.facts.get("num_floor")
-                kind = f"{count:,} real images" if isinstance(count, int) else "real images"
-                notes.append(f"{name.removesuffix('_floor')} of {kind} of the other split: {show(value)}.")
+    notes = [f"Coverage of a perfect model at these counts: {', '.join(sorted(ceilings))}."] * bool(ceilings)
+    first = measurements[0].facts
+    count = first.get("num_floor")
+    kind = f"{count:,} real images" if isinstance(count, int) else "real images"
+    for name, value in first.items():
+        if name.startswith("f") and name.endswith("_floor") and isinstance(value, int | float):
+            notes.append(f"{name.removesuffix('_floor')} of {kind} of the other split: {show(value)}.")
     return notes
 
 
@@ -92,8 +90,10 @@ def _comparison(dataset: str, setting: Setting, compared: bool) -> list[str]:
     return []
 
 
-def paper_table(dataset: str) -> Table:
-    """The paper's Table 1 for one of its datasets."""
+def paper_table(dataset: str) -> Table | None:
+    """The paper's Table 1 for one of its datasets, None for others."""
+    if dataset not in paper.DATASETS:
+        return None
     rows = [
         [row.method, str(row.num_epochs), *(_printed(getattr(row, name)) for name in paper.METRICS)]
         for row in paper.TABLE_1
@@ -104,117 +104,62 @@ def paper_table(dataset: str) -> Table:
     return Table(title, ["method", "epochs", *paper.METRICS], rows, [note])
 
 
-CHAIN = ("step_size", "preconditioning", "beta")
-
-
 def tuning_tables(dataset: str, groups: Sequence[Group]) -> list[Table]:
-    """A table per family and way of measuring: cells that differ in nothing but what the paper tunes."""
-    tables = []
-    for family in families(groups):
-        for setting in settings_of(family):
-            table = _table(dataset, family, setting)
-            tables += [table] if table is not None else []
-    return tables
+    """A table per family and way of measuring: cells that differ in nothing but what the paper tunes.
 
-
-def families(groups: Sequence[Group]) -> list[list[Group]]:
-    """VAEs equal but for the learning rate, chains equal but for step size and preconditioning; two or more."""
-    by_settings: dict[str, list[Group]] = {}
-    for group in groups:
-        varied = ("learning_rate",) if group.method == "VAE" else CHAIN
-        if group.method == "VAE" or group.properties.get("sampler") == "langevin":
-            rest = sorted((key, repr(value)) for key, value in group.properties.items() if key not in varied)
-            by_settings.setdefault(repr((group.method, rest)), []).append(group)
-    return [family for family in by_settings.values() if len(family) > 1]
-
-
-def tuning_seed(family: Sequence[Group]) -> int | None:
-    """The lowest seed of the family: the one that chooses."""
-    return min((run.seed for group in family for run in group.runs if isinstance(run.seed, int)), default=None)
-
-
-def value_of(run: Run | None, setting: Setting, metric: str) -> float | None:
-    """What a run that finished reached, None where it did not, or not with a finite value."""
-    measurement = run.measured(setting) if run is not None and run.status == "finished" else None
-    value = math.nan if measurement is None else measurement.values.get(metric, math.nan)
-    return value if math.isfinite(value) else None
-
-
-def chosen(family: Sequence[Group], setting: Setting) -> Group | None:
-    """The group with the smallest Fréchet distance on the tuning seed; a diverged run is never chosen."""
-    metric, seed = frechet_name(family, setting), tuning_seed(family)
-    if metric is None:
-        return None
-    cells = [(value_of(_run_of(group, seed), setting, metric), group) for group in family]
-    finite = [(value, group) for value, group in cells if value is not None]
-    return min(finite, key=lambda cell: cell[0])[1] if finite else None
-
-
-def _run_of(group: Group, seed: int | None) -> Run | None:
-    return next((run for run in group.runs if run.seed == seed), None)
+    That is, VAEs equal but for the learning rate, and chains equal but for step size and preconditioning.
+    """
+    vaes = [group for group in groups if group.method == "VAE"]
+    chains = [group for group in groups if group.properties.get("sampler") == "langevin"]
+    families = [*equal_but(("learning_rate",), vaes), *equal_but(STEP, chains)]
+    tables = [_table(dataset, family, setting) for family in families for setting in settings_of(family)]
+    return [table for table in tables if table is not None]
 
 
 def _table(dataset: str, family: Sequence[Group], setting: Setting) -> Table | None:
-    metric, seed = frechet_name(family, setting), tuning_seed(family)
-    best = chosen(family, setting)
-    cells = [(group, run) for group in family if (run := _run_of(group, seed)) is not None and run.status in STATES]
-    if metric is None or best is None or len(cells) < 2:
+    """The lowest seed chooses, by the smallest Fréchet distance; a diverged run is never chosen."""
+    metric = frechet_name(family, setting)
+    seed = min((run.seed for group in family for run in group.runs if isinstance(run.seed, int)), default=None)
+    values = {g.label: {} if metric is None or g.diverged else g.finite(metric, setting) for g in family}
+    ended = {g.label: run for g in family for run in g.runs if run.seed == seed and run.status in STATES}
+    finite = [group for group in family if seed in values[group.label]]
+    if not finite or len(ended) < 2:
         return None
-    rows = []
-    for group, run in cells:
-        rest = [other for other in group.runs if other is not run]
-        others = [value for other in rest if (value := value_of(other, setting, metric)) is not None]
+    best = min(finite, key=lambda group: values[group.label][seed])
+    papers, rows = paper.tuned(dataset, best.method), []
+    for group in family:
+        if group.label not in ended:
+            continue
+        own = values[group.label]
+        rest = [run for run in group.runs if run.seed != seed]
+        others = [value for other, value in own.items() if other != seed]
         lost = f", {len(others)} of {len(rest)} finished with a number" if len(others) < len(rest) else ""
         rows.append(
             [
                 group.label,
-                show(value_of(run, setting, metric)) if run.status == "finished" else "diverged",
+                show(own.get(seed)) if ended[group.label].status == "finished" else "diverged",
                 "chosen" if group is best else "",
                 f"{spread(others)} (n={len(others)}{lost})" if group is best and rest else DASH,
-                "paper's choice" if _is_papers(dataset, group) else "",
+                "paper's choice" if papers and paper.has(group.properties, papers) else "",
             ]
         )
     vae = best.method == "VAE"
     what = "VAE, learning rate" if vae else f"{best.method}, step size and preconditioning"
     notes = [
-        f"Chosen by the lowest {metric} of seed {seed} among {len(cells)} cells; "
+        f"Chosen by the lowest {metric} of seed {seed} among {len(rows)} cells; "
         "its other seeds, which did not take part in the choice, are averaged beside it.",
         f"Measured with {describe_setting(setting)}.",
-        _papers_choice(dataset, vae),
     ]
+    if papers:
+        beta = f"β = {papers['beta']:g}" if "beta" in papers else "no preconditioning"
+        choice = f"learning rate {papers['learning_rate']:g}" if vae else f"γ = {papers['step_size']:g}, {beta}"
+        notes.append(f"The paper's choice (Table 3): {choice}.")
     columns = ["cell", f"{metric} of seed {seed}", "choice", "other seeds", "the paper"]
     title = f"{dataset}: tuning, {what}, {setting.extractor}"
-    return Table(title, columns, rows, [note for note in notes if note], extractor=setting.extractor)
+    return Table(title, columns, rows, notes, extractor=setting.extractor)
 
 
 STATES = ("finished", "diverged")
-
-
-def papers_cell(dataset: str, method: str) -> dict[str, Any] | None:
-    """The values of Table 3 for one of the paper's datasets, None for others."""
-    tuned = paper.TABLE_3.get(dataset)
-    if tuned is None:
-        return None
-    if method == "VAE":
-        return {"learning_rate": tuned.vae_learning_rate}
-    if tuned.beta is None:
-        return {"step_size": tuned.step_size, "preconditioning": "none"}
-    return {"step_size": tuned.step_size, "preconditioning": "adam", "beta": tuned.beta}
-
-
-def _is_papers(dataset: str, group: Group) -> bool:
-    cell = papers_cell(dataset, group.method)
-    return cell is not None and all(paper.same(group.properties.get(key), value) for key, value in cell.items())
-
-
-def _papers_choice(dataset: str, vae: bool) -> str:
-    tuned = paper.TABLE_3.get(dataset)
-    if tuned is None:
-        return ""
-    if vae:
-        return f"The paper's choice (Table 3): learning rate {tuned.vae_learning_rate:g}."
-    beta = "no preconditioning" if tuned.beta is None else f"β = {tuned.beta:g}"
-    return f"The paper's choice (Table 3): γ = {tuned.step_size:g}, {beta}."
 
 
 def ms_per_batch(run: Run) -> float | None:
@@ -229,19 +174,20 @@ def reference_vae(groups: Sequence[Group]) -> Group | None:
     return max(vaes, key=epochs_of, default=None)
 
 
-def ratios(group: Group, reference: Group) -> tuple[float, float] | None:
+def ratios(group: Group, reference: Group) -> tuple[float | None, float | None]:
     """Time per batch and of the whole training, in multiples of the reference's means.
 
     None where either has no times, or where they were not all taken on one device that is recorded.
     """
-    pairs = []
-    for cost in (ms_per_batch, lambda run: run.cost("train_seconds")):
+
+    def multiple(cost: Callable[[Run], float | None]) -> float | None:
         ours, theirs = (mean_of(map(cost, each.finished)) for each in (group, reference))
-        if ours is None or not theirs:
-            return None
-        pairs.append(ours / theirs)
+        return None if ours is None or not theirs else ours / theirs
+
     devices = devices_of(group) | devices_of(reference)
-    return (pairs[0], pairs[1]) if len(devices) == 1 and UNKNOWN not in devices else None
+    if len(devices) != 1 or UNKNOWN in devices:
+        return None, None
+    return multiple(ms_per_batch), multiple(lambda run: run.cost("train_seconds"))
 
 
 def time_table(dataset: str, groups: Sequence[Group]) -> Table | None:
@@ -250,40 +196,28 @@ def time_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     shown = [group for group in groups if mean_of(map(ms_per_batch, group.finished))]
     if reference is None or len(shown) < 2:
         return None
-    theirs = {cost.method: cost for cost in paper.TABLE_4}
-    columns = ["method", "seeds", "epochs", "T", "ms per batch", "× VAE's batch", "paper ×"]
-    columns += ["training s", "× VAE end to end", "paper × end to end", "device"]
-    rows = []
-    for group in shown:
-        multiples, printed = ratios(group, reference), theirs.get(group.method)
-        per_batch, whole = multiples if multiples is not None else (None, None)
-        steps = group.properties.get("num_steps")
-        rows.append(
-            [
-                group.marked_label,
-                str(len(group.finished)),
-                show(epochs_of(group), 0),
-                DASH if steps is None else str(steps),
-                spread(map(ms_per_batch, group.finished)),
-                show(per_batch),
-                DASH if printed is None else f"{printed.per_batch:g}",
-                spread(run.cost("train_seconds") for run in group.finished),
-                show(whole),
-                DASH if printed is None else f"{printed.end_to_end:g}",
-                ", ".join(sorted(devices_of(group))),
-            ]
-        )
+    multiples = [ratios(group, reference) for group in shown]
+    printed = [paper.TABLE_4.get(group.method, (None, None)) for group in shown]
+    columns = {
+        "seeds": [str(len(group.finished)) for group in shown],
+        "epochs": [show(epochs_of(group), 0) for group in shown],
+        "T": [str(group.properties.get("num_steps", DASH)) for group in shown],
+        "ms per batch": [spread(map(ms_per_batch, group.finished)) for group in shown],
+        "× VAE's batch": [show(ours) for ours, _ in multiples],
+        "paper ×": [DASH if theirs is None else f"{theirs:g}" for theirs, _ in printed],
+        "training s": [spread(run.cost("train_seconds") for run in group.finished) for group in shown],
+        "× VAE end to end": [show(ours) for _, ours in multiples],
+        "paper × end to end": [DASH if theirs is None else f"{theirs:g}" for _, theirs in printed],
+        "device": [", ".join(sorted(devices_of(group))) for group in shown],
+    }
     devices = sorted({device for group in shown for device in devices_of(group)})
     notes = [
         f"Ratios to {reference.label}, the VAE that trained longest; training time without measuring.",
         f"Ours on {', '.join(devices)}; the paper's: T = 300, 15 epochs against the VAE's 50, "
         f"on {paper.TABLE_4_HARDWARE}.",
     ]
-    notes += [f"{DASH} for a ratio: not on one recorded device with the VAE."] * any(
-        ratios(g, reference) is None for g in shown
-    )
-    hidden = frozenset({"epochs", "T", "device", "training s"})
-    return Table(f"{dataset}: times (Table 4)", columns, rows, notes, hidden)
+    notes += [f"{DASH} for a ratio: not on one recorded device with the VAE."] * ((None, None) in multiples)
+    return group_table(f"{dataset}: times (Table 4)", shown, columns, notes, {"epochs", "T", "device", "training s"})
 
 
 def divergence_table(dataset: str, groups: Sequence[Group]) -> Table | None:
@@ -292,10 +226,9 @@ def divergence_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     for group in groups:
         for run in group.runs:
             if run.status == "diverged":
-                place = run.result.get("diverged_at")
-                epoch, update = (place.get(key) if isinstance(place, dict) else None for key in ("epoch", "update"))
                 state = str(run.result.get("state_measured") or DASH)
-                when = [DASH if value is None else f"{value:,.6g}" for value in (epoch, update)]
+                place = [run.diverged_at.get(name) for name in ("epoch", "update")]
+                when = [DASH if value is None else f"{value:,.6g}" for value in place]
                 rows.append([group.label, str(run.seed), *when, state, run.name])
     if not rows:
         return None

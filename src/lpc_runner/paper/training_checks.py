@@ -12,10 +12,13 @@ from lpc_runner.base.presentation import FRECHET, base_name
 from lpc_runner.paper.evidence import (
     ENDED,
     EPOCHS,
-    METHOD,
+    FORWARD,
+    JEFFREYS,
+    REVERSE,
     Evidence,
     Finding,
     against,
+    against_vaes,
     all_of,
     answer,
     as_planned,
@@ -27,11 +30,10 @@ from lpc_runner.paper.evidence import (
 )
 from lpc_runner.study.budgets import curve_settings
 from lpc_runner.study.recorded_chains import LOG_JOINT, read_trace, steps_gained, traced_updates
-from lpc_runner.study.runs import Point, Run
+from lpc_runner.study.runs import Run
 from lpc_runner.study.study import Group
-from lpc_runner.study.tables import show
+from lpc_runner.study.tables import mean_of, show
 
-JEFFREYS, REVERSE, FORWARD = "LPC jeffreys", "LPC reverse", "LPC forward"
 SETTLED = 1.0  # nats: a chain whose median step changes less is near the mode
 MARGIN = 0.1  # share of its lowest Fréchet distance within which a method has converged
 
@@ -62,7 +64,7 @@ def drift_phase(e: Evidence) -> list[Finding]:
         parts = []
         for update in shared:
             first, second = (
-                sample(group, lambda run, update=update: _phase(e, run, update), ENDED) for group in (other, forward)
+                sample(group, lambda run, update=update: _phase(run, update), ENDED) for group in (other, forward)
             )
             parts.append(answer(first, second, f"climbing steps at batch {update:,}"))
         return all_of(parts) if parts else lacking(f"traces of {forward.label} and {other.label} at one batch", 0)
@@ -74,12 +76,12 @@ def drift_phase(e: Evidence) -> list[Finding]:
     return of_cells(traced, f"traces of {FORWARD}", cell)
 
 
-def _phase(e: Evidence, run: Run, update: int) -> float | str:
-    trace = read_trace(run, update, e.warnings)
-    steps = None if trace is None else climbing_steps(trace[LOG_JOINT])
-    if steps is None:
-        return "its trace is damaged" if trace is None else f"its chains do not settle at batch {update:,}"
-    return float(steps)
+def _phase(run: Run, update: int) -> float | str:
+    trace = read_trace(run, update, [])
+    if trace is None:
+        return "its trace is damaged"
+    steps = climbing_steps(trace[LOG_JOINT])
+    return f"its chains do not settle at batch {update:,}" if steps is None else float(steps)
 
 
 # Figure 5 -------------------------------------------------------------------------------------------------
@@ -90,34 +92,24 @@ ENLARGED = 96  # small images are enlarged by whole pixels to about this side
 
 def sharp(e: Evidence) -> list[Finding]:
     """LPC's samples are nearer to the data's gradient energy than those of a VAE of equal or the paper's epochs."""
-
-    known: dict[str, float | None] = {}
-
-    def energy(run: Run) -> float | None:
-        if run.name not in known:
-            known[run.name] = sharpness(run)
-        return known[run.name]
+    compared = [*e.of(JEFFREYS), *e.of("VAE")]
+    energies = {run.name: sharpness(run) for group in compared for run in group.finished}
 
     def distance(run: Run) -> float | str:
-        value = energy(run)
-        return "no sample grid, or none of the data" if value is None else abs(value - 1)
+        energy = energies[run.name]
+        return "no sample grid, or none of the data" if energy is None else abs(energy - 1)
 
     def nearer(lpc: Group, vae: Group) -> Finding:
         part = answer(sample(lpc, distance), sample(vae, distance), "distance of the gradient energy from the data's")
-        means = []
-        for group in (lpc, vae):
-            own = [value for run in group.finished if (value := energy(run)) is not None]
-            means += [f"× {show(statistics.fmean(own))} of {group.label}"] if own else []
-        return all_of([part, Finding(part.verdict, f"gradient energy {', '.join(means)}")]) if means else part
+        means = [(mean_of(energies[run.name] for run in group.finished), group.label) for group in (lpc, vae)]
+        words = ", ".join(f"× {show(mean)} of {label}" for mean, label in means if mean is not None)
+        return Finding(part.verdict, f"{part.text}; gradient energy {words}") if words else part
 
     def epochs(lpc: Group, vae: Group) -> list[str]:
         equal = as_planned(epochs_of(lpc), epochs_of(vae))
         return [] if equal else out_of_proportion(e.dataset, lpc, vae)
 
-    own = (*METHOD, EPOCHS)
-    return of_cells(
-        e.of(JEFFREYS), f"a finished {JEFFREYS}", lambda g: against(g, e.of("VAE"), "a VAE", own, nearer, epochs)
-    )
+    return against_vaes(e, nearer, epochs)
 
 
 def sharpness(run: Run) -> float | None:
@@ -158,10 +150,10 @@ def cut(picture: np.ndarray, height: int, width: int) -> np.ndarray | None:
     expected = (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP)
     if picture.shape[:2] != expected or not rows * columns:
         return None
-    corners = [(GAP + i * (height + GAP), GAP + j * (width + GAP)) for i in range(rows) for j in range(columns)]
-    images = [picture[top : top + height, left : left + width] for top, left in corners]
-    images = [image for image in images if image.min() < picture.max()]  # the last row ends with empty places
-    return np.stack(images) if images else None
+    tiles = picture[GAP:, GAP:].reshape(rows, height + GAP, columns, width + GAP, -1)[:, :height, :, :width]
+    images = tiles.swapaxes(1, 2).reshape(rows * columns, height, width, -1)
+    images = images[images.min(axis=(1, 2, 3)) < picture.max()]  # the last row ends with empty places
+    return images if len(images) else None
 
 
 def fast(e: Evidence) -> list[Finding]:
@@ -172,52 +164,42 @@ def fast(e: Evidence) -> list[Finding]:
     setting = next((s for s in curve_settings(e.groups) if e.setting and s.extractor == e.setting.extractor), None)
 
     def curve(run: Run) -> list[tuple[float, float]]:
+        """Epochs and Fréchet distances, of three measurements or more."""
         points = [] if setting is None else run.curve(setting)
-        pairs = [(point.epoch, _frechet(point)) for point in points]
-        return [(epoch, value) for epoch, value in pairs if epoch is not None and value is not None]
+        known = [(point.spent["epoch"], point.values) for point in points if point.spent["epoch"] is not None]
+        pairs = [(epoch, v) for epoch, values in known for name, v in values.items() if base_name(name) in FRECHET]
+        return pairs if len(pairs) >= 3 else []
 
     def epochs(run: Run) -> float | str:
         points = curve(run)
-        if len(points) < 3:
+        if not points:
             return "fewer than three measurements during training whose epoch is recorded"
         if not math.isfinite(points[-1][1]):
             return math.nan
-        return until(points, (1 + MARGIN) * _best(points)[1])
+        target = (1 + MARGIN) * _best(points)[1]
+        return next(epoch for epoch, value in points if value <= target)
 
     def sooner(lpc: Group, vae: Group) -> Finding:
         finding = answer(sample(lpc, epochs), sample(vae, epochs), f"epochs until within {MARGIN:.0%} of its own best")
         texts = [finding.text]
         for group in (lpc, vae):
-            followed = [own for run in group.finished if len(own := curve(run)) >= 3]
+            followed = [points for run in group.finished if (points := curve(run))]
             if followed:
-                best = statistics.fmean(_best(own)[0] for own in followed)
-                worse = statistics.fmean(own[-1][1] / _best(own)[1] - 1 for own in followed)
+                best = statistics.fmean(_best(points)[0] for points in followed)
+                worse = statistics.fmean(points[-1][1] / _best(points)[1] - 1 for points in followed)
                 texts.append(f"{group.label} is best after epoch {show(best, 1)} and ends {worse:.0%} above that")
         return Finding(finding.verdict, "; ".join(texts))
 
     def apart(lpc: Group, vae: Group) -> list[str]:
-        gaps = []
-        for group in (lpc, vae):
-            own = next((points for run in group.finished if len(points := curve(run)) >= 3), None)
-            gaps += [own[1][0] - own[0][0]] if own else []
-        words = [f"measured every {gaps[0]:.3g} epochs against every {gaps[1]:.3g}"] if len(gaps) == 2 else []
-        return out_of_proportion(e.dataset, lpc, vae) + (words if words and abs(gaps[0] - gaps[1]) > 0.5 else [])
+        words = out_of_proportion(e.dataset, lpc, vae)
+        first = [next((points for run in group.finished if (points := curve(run))), None) for group in (lpc, vae)]
+        gaps = [points[1][0] - points[0][0] for points in first if points is not None]
+        if len(gaps) == 2 and abs(gaps[0] - gaps[1]) > 0.5:
+            words.append(f"measured every {gaps[0]:.3g} epochs against every {gaps[1]:.3g}")
+        return words
 
-    own = (*METHOD, EPOCHS)
-    return of_cells(
-        e.of(JEFFREYS), f"a finished {JEFFREYS}", lambda g: against(g, e.of("VAE"), "a VAE", own, sooner, apart)
-    )
-
-
-def _frechet(point: Point) -> float | None:
-    return next((value for name, value in point.values.items() if base_name(name) in FRECHET), None)
+    return against_vaes(e, sooner, apart)
 
 
 def _best(curve: list[tuple[float, float]]) -> tuple[float, float]:
-    """Epoch and value of the lowest finite value."""
     return min(((e, v) for e, v in curve if math.isfinite(v)), key=lambda point: point[1])
-
-
-def until(curve: list[tuple[float, float]], target: float) -> float:
-    """The first epoch at which a value is no larger than `target`; curve: (epoch, value) in order, one of them so."""
-    return next(epoch for epoch, value in curve if value <= target)

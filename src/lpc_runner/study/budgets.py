@@ -7,14 +7,15 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from lpc_runner.study.runs import Point, Run, Setting
+from lpc_runner.study.runs import SPENT, Point, Setting
 from lpc_runner.study.study import Group
 from lpc_runner.study.tables import (
     DASH,
-    DIVERGED,
     Table,
     describe_setting,
+    group_table,
     main_metrics,
     metric_order,
     show,
@@ -22,31 +23,26 @@ from lpc_runner.study.tables import (
 )
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Something a run spends: `spent` names a Point's field, `total` what result.json calls all of it."""
+class Budget(NamedTuple):
+    """Something a run spends, by its name among SPENT."""
 
     name: str
     spent: str
-    total: str
     unit: str
 
 
 BUDGETS = (
-    Budget("updates", "update", "num_updates", "updates"),
-    Budget("seconds", "seconds", "train_seconds", "s of training"),
-    Budget("gradient evaluations", "gradient_evaluations", "gradient_evaluations", "gradient evaluations"),
+    Budget("updates", "update", "updates"),
+    Budget("seconds", "seconds", "s of training"),
+    Budget("gradient evaluations", "gradient_evaluations", "gradient evaluations"),
 )
-
-
-SPENT = ("epoch", "seconds", "gradient_evaluations")
 
 
 @dataclass(frozen=True)
 class BudgetCurve:
     """Mean and standard deviation (0 for one run) over the runs of a group, at the same updates.
 
-    spent: by the name of a Point's field (epoch, seconds, gradient_evaluations) its mean, None: not recorded.
+    spent: means by the names of SPENT, None: not recorded.
     """
 
     updates: list[int]
@@ -60,7 +56,7 @@ def curve_settings(groups: Sequence[Group]) -> list[Setting]:
     """For each extractor the one setting with most measurements during training, else that of final ones."""
     counts: dict[str, Counter[Setting]] = {}
     for group in groups:
-        for run in followed(group):
+        for run in group.followed:
             during = [point.setting for point in run.points if point.setting is not None]
             final = [measurement.setting for measurement in run.measurements if measurement.source == "result.json"]
             for setting in during or final:
@@ -68,11 +64,6 @@ def curve_settings(groups: Sequence[Group]) -> list[Setting]:
                     counts.setdefault(setting.extractor, Counter())[setting] += 1
     best = {name: max(count, key=lambda key: (count[key], str(key))) for name, count in counts.items()}
     return [best[extractor] for extractor in sorted(best)]
-
-
-def followed(group: Group) -> list[Run]:
-    """The runs whose curves are drawn: those that are averaged, or what is under way where none is done."""
-    return group.counted or [run for run in group.runs if run.points or run.training]
 
 
 def mean_curve(runs: Sequence[list[Point]], metric: str) -> BudgetCurve:
@@ -84,56 +75,43 @@ def mean_curve(runs: Sequence[list[Point]], metric: str) -> BudgetCurve:
     shared = sorted(set.intersection(*map(set, by_run))) if by_run else []
     values = [[points[update].values[metric] for points in by_run] for update in shared]
     std = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in values]
-    spent = {name: [_mean_spent(by_run, update, name) for update in shared] for name in SPENT}
+    spent = {name: [_mean([points[update].spent[name] for points in by_run]) for update in shared] for name in SPENT}
     return BudgetCurve(shared, spent, [statistics.fmean(column) for column in values], std, len(by_run))
 
 
-def _mean_spent(by_run: Sequence[dict[int, Point]], update: int, name: str) -> float | None:
-    spent = [getattr(points[update], name) for points in by_run]
-    return None if None in spent else statistics.fmean(spent)
-
-
-def budget_of(groups: Sequence[Group], budget: Budget) -> tuple[float, str] | None:
-    """The smallest total among the finished runs, and the label of its group; None where none is recorded."""
-    totals = [
-        (total, group.label)
-        for group in groups
-        for run in group.counted
-        if run.status == "finished" and (total := run.cost(budget.total)) is not None
-    ]
-    return min(totals, default=None)
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def last_within(points: Sequence[Point], budget: Budget, limit: float) -> Point | None:
     """The last measurement that had spent no more than `limit`."""
-    spent = [(getattr(point, budget.spent), point) for point in points]
-    return max(
-        ((cost, point) for cost, point in spent if cost is not None and cost <= limit),
-        key=lambda pair: pair[0],
-        default=(None, None),
-    )[1]
+    spent = [(cost, point) for point in points if (cost := point.spent[budget.spent]) is not None and cost <= limit]
+    return max(spent, key=lambda pair: pair[0])[1] if spent else None
 
 
 def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget: Budget) -> Table | None:
     """Every group at the smallest final budget of them all; None where nothing was measured during training."""
-    smallest = budget_of(groups, budget)
     measured = {group.label: [run.curve(setting) for run in group.counted] for group in groups}
     shown = [group for group in groups if any(measured[group.label])]
     during = any(point.fits(setting) for group in shown for run in group.counted for point in run.points)
-    if smallest is None or not during or len(shown) < 2:
+    total, _ = SPENT[budget.spent]
+    totals = [(run.cost(total), group.label) for group in groups for run in group.finished]
+    recorded = [(cost, label) for cost, label in totals if cost is not None]
+    if not recorded or not during or len(shown) < 2:
         return None
-    limit, owner = smallest
+    limit, owner = min(recorded)
     points = {group.label: [last_within(curve, budget, limit) for curve in measured[group.label]] for group in shown}
-    present = [point for reached in points.values() for point in reached if point is not None]
-    if not present:
+    reached = [[point for point in points[group.label] if point is not None] for group in shown]
+    names = sorted({name for own in reached for point in own for name in point.values}, key=metric_order)
+    if not names:
         return None
-    names = sorted({name for point in present for name in point.values}, key=metric_order)
-    rows = []
-    for group in shown:
-        reached = [point for point in points[group.label] if point is not None]
-        used = [getattr(point, budget.spent) for point in reached]
-        cells = [spread((point.values.get(name) for point in reached), len(reached)) for name in names]
-        rows.append([group.marked_label, str(len(reached)), _range(used, budget), *cells])
+    columns = {
+        "seeds": [str(len(own)) for own in reached],
+        "measured at": [_range([point.spent[budget.spent] or 0 for point in own], budget) for own in reached],
+    }
+    for name in names:
+        columns[name] = [spread((point.values.get(name) for point in own), len(own)) for own in reached]
     notes = [
         f"Budget: {_amount(limit, budget)} {budget.unit}, the smallest total of a finished run ({owner}); "
         "each run at its last measurement within it.",
@@ -149,12 +127,10 @@ def budget_table(dataset: str, groups: Sequence[Group], setting: Setting, budget
     if finals:
         counts = ", ".join(sorted(f"N = {count:,}" if count else "N not recorded" for count in finals))
         notes.append(f"Measurements made otherwise ({counts}) are left out here: they cannot be compared.")
-    if any(point is None for reached in points.values() for point in reached):
+    if any(None in own for own in points.values()):
         notes.append(f"{DASH}: not measured so early; metrics.every_epochs measures during training.")
-    notes += [DIVERGED] * any(group.diverged for group in shown)
     title = f"{dataset}: at equal {budget.name}, {setting.extractor}"
-    columns = ["method", "seeds", "measured at", *names]
-    return Table(title, columns, rows, notes, main_metrics(names), setting.extractor)
+    return group_table(title, shown, columns, notes, main_metrics(names), setting.extractor)
 
 
 def _range(used: Sequence[float], budget: Budget) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lpc_runner.base.files import is_refusal
-from lpc_runner.study.runs import Run
+from lpc_runner.study.runs import Run, read_file
 from lpc_runner.study.study import Group
 
 LOG_JOINT, DRIFT_NORM = "log_joint", "drift_norm"
@@ -20,34 +19,21 @@ PARTS = ("coordinates", "explained", "grid", "potential", "log_joint")
 
 
 class ChainCurve(NamedTuple):
-    """Quartiles over chains, each (steps,); steps counts from 1; num_chains of num_runs runs."""
+    """Quartiles over the chains of num_runs runs, each (steps,); steps counts from 1."""
 
     steps: np.ndarray
     low: np.ndarray
     median: np.ndarray
     high: np.ndarray
-    num_chains: int
     num_runs: int
 
 
-def read_arrays(path: Path, warnings: list[str]) -> dict[str, np.ndarray] | None:
-    """Every array of an npz file in float64, None where it is missing; damaged: None and one warning."""
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return {name: content[name].astype(np.float64) for name in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        what = "is damaged"
-        if isinstance(error, OSError) and is_refusal(error):
-            what = f"cannot be read ({error.strerror})"
-        _say_damaged(path, warnings, what)
-        return None
-
-
-def _say_damaged(path: Path, warnings: list[str], what: str = "is damaged") -> None:
-    depth = 1 + (path.parent.name == "traces")  # folders up to the study's
-    warnings.append(f"{path.relative_to(path.parents[depth])} {what}: left out")
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    content = np.load(path, allow_pickle=False)
+    if isinstance(content, np.ndarray):
+        raise ValueError("it holds one array, no archive of them")
+    with content:
+        return {name: content[name].astype(np.float64) for name in content.files}
 
 
 def traced_updates(run: Run) -> list[int]:
@@ -58,15 +44,15 @@ def traced_updates(run: Run) -> list[int]:
 
 def read_trace(run: Run, update: int, warnings: list[str]) -> dict[str, np.ndarray] | None:
     """log_joint and drift_norm (T, B) of one training batch: at z(t-1), t = 1..T."""
-    path = run.path / "traces" / f"update-{update:09d}.npz"
-    arrays = read_arrays(path, warnings)
-    if arrays is None:
-        return None
-    series = [arrays.get(name) for name in (LOG_JOINT, DRIFT_NORM)]
-    if any(values is None or values.ndim != 2 or not values.size for values in series):
-        _say_damaged(path, warnings)
-        return None
-    return arrays
+
+    def read(path: Path) -> dict[str, np.ndarray]:
+        arrays = _read_arrays(path)
+        series = [arrays.get(name) for name in (LOG_JOINT, DRIFT_NORM)]
+        if any(values is None or values.ndim != 2 or not values.size for values in series):
+            raise ValueError("it holds no series of steps and chains")
+        return arrays
+
+    return read_file(run.path, f"traces/update-{update:09d}.npz", read, warnings, then=": left out")
 
 
 def steps_gained(log_joint: np.ndarray) -> np.ndarray:
@@ -75,17 +61,22 @@ def steps_gained(log_joint: np.ndarray) -> np.ndarray:
         return np.diff(log_joint, axis=0)
 
 
-def chain_curve(group: Group, update: int, name: str, warnings: list[str]) -> ChainCurve | None:
-    """Median and quartiles over every chain of every counted seed: of the gain per step, or of the gradient's norm.
+def chain_curves(group: Group, update: int, warnings: list[str]) -> dict[str, ChainCurve]:
+    """Median and quartiles over every chain of every seed, of the gain per step and of the gradient's norm.
 
-    At update's training batch; None where no seed recorded it. Values that are not finite are left out.
+    At update's training batch; without what no seed recorded. Values that are not finite are left out.
     """
-    by_run = []
-    for run in traced_runs(group):
-        trace = read_trace(run, update, warnings)
-        if trace is not None:
-            values = steps_gained(trace[LOG_JOINT]) if name == LOG_JOINT else trace[DRIFT_NORM]
-            by_run += [values] if len(values) else []
+    traces = [read_trace(run, update, warnings) for run in group.followed]
+    found = [trace for trace in traces if trace is not None]
+    series = {
+        LOG_JOINT: [steps_gained(trace[LOG_JOINT]) for trace in found],
+        DRIFT_NORM: [trace[DRIFT_NORM] for trace in found],
+    }
+    curves = {name: _quartiles([values for values in by_run if len(values)]) for name, by_run in series.items()}
+    return {name: curve for name, curve in curves.items() if curve is not None}
+
+
+def _quartiles(by_run: Sequence[np.ndarray]) -> ChainCurve | None:
     by_run = [values for values in by_run if len(values) == len(by_run[0])]
     if not by_run:
         return None
@@ -95,12 +86,7 @@ def chain_curve(group: Group, update: int, name: str, warnings: list[str]) -> Ch
     if not len(steps):
         return None
     low, median, high = np.nanpercentile(chains[steps], [25, 50, 75], axis=1)
-    return ChainCurve(steps + 1, low, median, high, chains.shape[1], len(by_run))
-
-
-def traced_runs(group: Group) -> list[Run]:
-    """The runs whose chains are shown: those that are averaged, or what is under way where none is done."""
-    return group.counted or group.runs
+    return ChainCurve(steps + 1, low, median, high, len(by_run))
 
 
 def _fit(arrays: dict[str, np.ndarray], number: int) -> bool:
@@ -117,10 +103,7 @@ def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
 
     None where there are none, or where the observations are no images and have no picture; damaged: one warning.
     """
-    path = run.path / "trajectories.npz"
-    arrays = read_arrays(path, warnings)
-    if arrays is None:
-        return None
+    arrays = read_file(run.path, "trajectories.npz", _read_arrays, warnings, then=": left out") or {}
     images = arrays.get("images")
     if images is None or images.ndim != 4 or images.shape[1] not in (1, 3):
         return None
@@ -130,5 +113,5 @@ def read_trajectories(run: Run, warnings: list[str]) -> dict[str, Any] | None:
         if _fit(own, len(images)):
             trajectories[sampler] = own
         elif own:
-            _say_damaged(path, warnings)
+            warnings.append(f"{run.name}/trajectories.npz is damaged: left out")
     return trajectories if len(trajectories) > 1 else None

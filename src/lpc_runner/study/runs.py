@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from zipfile import BadZipFile
 
-from lpc_runner.base.errors import UserError
+import yaml
+from yaml import YAMLError
+
+from lpc_runner.base.files import is_refusal
 from lpc_runner.base.presentation import IS_QUALITY
 from lpc_runner.store.log import MetricLog
 from lpc_runner.store.runs import follow
 
+T = TypeVar("T")
 NOT_FINITE = ("nan", "inf", "-inf")
 STATUSES = ("finished", "diverged", "failed", "unfinished", "damaged")
+# What training spends, as result.json and as a row of metrics.jsonl calls it.
+SPENT = {
+    "update": ("num_updates", "update"),
+    "epoch": ("num_epochs", "epoch"),
+    "seconds": ("train_seconds", "time/train_seconds"),
+    "gradient_evaluations": ("gradient_evaluations", "train/gradient_evaluations"),
+}
 
 _AIS = ("num_chains", "num_temperatures")
 ESTIMATES = {
@@ -42,39 +54,32 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sample quality by metric name, and what stands beside it; source: the file it was read from."""
+    """Numbers by name, and what stands beside them; source: the file they were read from.
 
-    setting: Setting
+    setting: what has to be the same where two are compared, of sample quality a Setting, of metrics=likelihood or
+    posterior the kind and its facts named in ESTIMATES.
+    """
+
+    setting: Any
     values: dict[str, float]
     facts: dict[str, Any]
     source: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Numbers of metrics=likelihood or posterior (`kind`), and what stands beside them; source: the file."""
-
-    kind: str
-    values: dict[str, float]
-    facts: dict[str, Any]
-    source: str
-
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        """What has to be the same where two are compared."""
-        return (self.kind, *(self.facts.get(name) for name in ESTIMATES[self.kind]))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement at one moment of training; what was spent until then, None: not recorded."""
+    """Numbers at one moment of training; spent: what was spent until then, by the names of SPENT, None: not recorded.
 
-    update: int
-    seconds: float | None
-    gradient_evaluations: float | None
+    setting: how sample quality was measured; None: a row of the training log.
+    """
+
+    spent: dict[str, float | None]
     setting: Setting | None
     values: dict[str, float]
-    epoch: float | None = None
+
+    @property
+    def update(self) -> int:
+        return int(self.spent["update"] or 0)
 
     def fits(self, setting: Setting) -> bool:
         """Whether it is a measurement of sample quality that can be compared with those of `setting`."""
@@ -99,7 +104,7 @@ class Run:
     status: str = "unfinished"
     result: dict[str, Any] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
-    estimates: list[Estimate] = field(default_factory=list)
+    estimates: list[Measurement] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
     number_facts: dict[str, Any] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
@@ -110,28 +115,36 @@ class Run:
     def seed(self) -> Any:
         return self.keys.get("seed")
 
+    @property
+    def diverged_at(self) -> dict[str, Any]:
+        """Update and epoch of the divergence, as far as they are recorded."""
+        place = self.result.get("diverged_at")
+        return place if isinstance(place, dict) else {}
+
     def cost(self, name: str) -> float | None:
         """num_updates, num_epochs, train_seconds, total_seconds or gradient_evaluations of the whole run."""
         return as_number(self.result.get(name))
 
     def curve(self, setting: Setting) -> list[Point]:
         """Measurements during training that fit `setting`, then the final one if it fits too."""
-        points = {point.update: point for point in self.points if point.fits(setting)}
-        updates = self.cost("num_updates")
-        for measurement in self.measurements:
-            if updates is not None and measurement.source == "result.json" and measurement.setting.fits(setting):
-                spent = self.cost("train_seconds"), self.cost("gradient_evaluations")
-                epoch = self.cost("num_epochs")
-                points[int(updates)] = Point(int(updates), *spent, measurement.setting, measurement.values, epoch)
-        return [points[update] for update in sorted(points)]
+        points = [point for point in self.points if point.fits(setting)]
+        spent = {name: self.cost(total) for name, (total, _) in SPENT.items()}
+        if spent["update"] is not None:
+            final = [each for each in self.measurements if each.source == "result.json" and each.setting.fits(setting)]
+            points += [Point(spent, each.setting, each.values) for each in final]
+        by_update = {point.update: point for point in points}
+        return [by_update[update] for update in sorted(by_update)]
 
-    def estimate(self, setting: tuple[Any, ...]) -> Estimate | None:
-        """The first in exactly this setting."""
-        return next((estimate for estimate in self.estimates if estimate.setting == setting), None)
-
-    def measured(self, setting: Setting) -> Measurement | None:
+    def measured(self, setting: tuple[Any, ...]) -> Measurement | None:
         """The first measurement in exactly this setting: result.json's before later evaluations."""
-        return next((measurement for measurement in self.measurements if measurement.setting == setting), None)
+        return next((each for each in (*self.measurements, *self.estimates) if each.setting == setting), None)
+
+    def values(self, setting: tuple[Any, ...] | None) -> dict[str, float]:
+        """Numbers measured in exactly this setting; None: those that no setting enters, bounds for example."""
+        if setting is None:
+            return self.numbers
+        measurement = self.measured(setting)
+        return {} if measurement is None else measurement.values
 
 
 def read_runs(folder: Path, warnings: list[str]) -> Iterator[Run]:
@@ -150,7 +163,7 @@ def read_runs(folder: Path, warnings: list[str]) -> Iterator[Run]:
 
 def read_run(path: Path, warnings: list[str]) -> Run | None:
     """One run directory, None when run.json is missing or damaged; whatever else is damaged is left out."""
-    described = _read_json(path / "run.json", warnings)
+    described = _read_json(path, "run.json", warnings)
     if described is None:
         if not (path / "run.json").exists():
             warnings.append(f"{path.name}: no run (it has no run.json)")
@@ -162,7 +175,7 @@ def read_run(path: Path, warnings: list[str]) -> Run | None:
     keys = {key: value for key, value in keys.items() if value is not None}
     run = Run(path.name, path, choices, keys, _read_config(path, warnings))
     if (path / "result.json").exists():
-        run.result = _read_json(path / "result.json", warnings) or {}
+        run.result = _read_json(path, "result.json", warnings) or {}
         run.status = run.result.get("status", "damaged")
         if run.result and run.status not in STATUSES:
             warnings.append(f"{path.name}/result.json is damaged (status {run.status!r})")
@@ -170,7 +183,7 @@ def read_run(path: Path, warnings: list[str]) -> Run | None:
         _add_measurement(run, run.result, "result.json")
     for file in sorted((path / "evaluations").glob("*.json")):
         name = f"evaluations/{file.name}"
-        content = _read_json(file, warnings, name) or {}
+        content = _read_json(path, name, warnings) or {}
         update, final = as_number(content.get("update")), run.cost("num_updates")
         if None in (update, final) or update == final:
             _add_measurement(run, content, name)
@@ -192,40 +205,46 @@ def _devices(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def _read_json(path: Path, warnings: list[str], name: str = "") -> dict[str, Any] | None:
-    label = f"{path.parent.name}/{path.name}" if not name else f"{path.parent.parent.name}/{name}"
+def read_file(
+    folder: Path, name: str, read: Callable[[Path], T], warnings: list[str], lack: str = "", then: str = ""
+) -> T | None:
+    """What `read` makes of a file of a run, None where it is missing; None and one warning where it cannot be read.
+
+    lack: what damage is called; then: what is done about it.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        return read(folder / name)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        warnings.append(f"{label} cannot be read ({error.strerror})")
+    except (OSError, ValueError, EOFError, RecursionError, SyntaxError, BadZipFile, YAMLError) as error:
+        what = f"is damaged{lack}"
+        if isinstance(error, OSError) and is_refusal(error):
+            what = f"cannot be read ({error.strerror})"
+        warnings.append(f"{folder.name}/{name} {what}{then}")
         return None
-    except (ValueError, RecursionError):
-        warnings.append(f"{label} is damaged (no JSON)")
-        return None
+
+
+def _read_json(folder: Path, name: str, warnings: list[str]) -> dict[str, Any] | None:
+    def read(path: Path) -> dict[str, Any]:
+        return _mapping(json.loads(path.read_bytes()))
+
+    return read_file(folder, name, read, warnings, " (no JSON object)")
+
+
+def _read_config(folder: Path, warnings: list[str]) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    def read(path: Path) -> dict[str, Any]:
+        content = yaml.load(path.read_bytes(), loader)
+        return {} if content is None else _mapping(content)
+
+    return dict(_flat(read_file(folder, "config.yaml", read, warnings, " (no settings)") or {}))
+
+
+def _mapping(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        warnings.append(f"{label} is damaged (no JSON object)")
-        return None
+        raise ValueError("it holds no names with values")
     return content
-
-
-def _read_config(path: Path, warnings: list[str]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.load((path / "config.yaml").read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        warnings.append(f"{path.name}/config.yaml cannot be read ({error.strerror})")
-        return {}
-    except (ValueError, yaml.YAMLError):
-        warnings.append(f"{path.name}/config.yaml is damaged (no YAML)")
-        return {}
-    if content is not None and not isinstance(content, dict):
-        warnings.append(f"{path.name}/config.yaml is damaged (no settings)")
-    return dict(_flat(content)) if isinstance(content, dict) else {}
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -262,8 +281,10 @@ def _add_measurement(run: Run, content: dict[str, Any], source: str) -> None:
     values = _numbers(content.get("metrics"))
     facts = content.get("measurement")
     facts = facts if isinstance(facts, dict) else {}
-    if facts.get("kind") in ESTIMATES:
-        run.estimates.append(Estimate(facts["kind"], values, facts, source))
+    kind = facts.get("kind")
+    if kind in ESTIMATES:
+        setting = (kind, *(facts.get(name) for name in ESTIMATES[kind]))
+        run.estimates.append(Measurement(setting, values, facts, source))
         return
     for extractor, quality in by_extractor(values).items():
         own = facts if facts.get("extractor", extractor) == extractor else {}
@@ -278,29 +299,19 @@ def _add_measurement(run: Run, content: dict[str, Any], source: str) -> None:
 
 
 def _add_curves(run: Run, warnings: list[str]) -> None:
-    try:
-        rows = MetricLog.read(run.path / "metrics.jsonl")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        warnings.append(f"{run.name}/metrics.jsonl cannot be read ({error.strerror}): no curves of this run")
-        return
-    except UserError:
-        warnings.append(f"{run.name}/metrics.jsonl is damaged: no curves of this run")
-        return
     finals = {measurement.setting.extractor: measurement.setting for measurement in reversed(run.measurements)}
-    for row in rows:
-        update = as_number(row.get("update"))
-        if update is None:
+    rows = read_file(run.path, "metrics.jsonl", MetricLog.read, warnings, then=": no curves of this run")
+    for row in rows or ():
+        spent = {name: as_number(row.get(key)) for name, (_, key) in SPENT.items()}
+        if spent["update"] is None:
             continue
-        run.last_update = int(update)
-        spent = as_number(row.get("time/train_seconds")), as_number(row.get("train/gradient_evaluations"))
-        epoch, elbo = as_number(row.get("epoch")), as_number(row.get("train/elbo"))
+        run.last_update = int(spent["update"])
+        elbo = as_number(row.get("train/elbo"))
         if elbo is not None:
-            run.training.append(Point(int(update), *spent, None, {"train/elbo": elbo}, epoch))
+            run.training.append(Point(spent, None, {"train/elbo": elbo}))
         values = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
         samples = as_number(values.pop("num_samples", None))
         count = None if samples is None else int(samples)
         for extractor, quality in by_extractor(_numbers(values)).items():
             setting = finals.get(extractor, Setting(extractor))._replace(num_samples=count)
-            run.points.append(Point(int(update), *spent, setting, quality, epoch))
+            run.points.append(Point(spent, setting, quality))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from lpc_runner.store.runs import CHANGES_NO_RESULT, FIRST_VALUES, follow
 from lpc_runner.study.runs import Run, read_runs
 
 GROUPS = ("dataset", "model", "sampler", "objective", "preconditioning")
-CHAIN = ("preconditioning", "step_size", "step_size_schedule", "beta", "num_steps", "theta_states")
+STEP = ("step_size", "preconditioning", "beta")  # tuned together
+CHAIN = (*STEP, "step_size_schedule", "num_steps", "theta_states")
 ORDER = ("model", "preconditioning", "step_size", "beta", "num_steps", "learning_rate", "num_epochs")
 METHODS = ("VAE", "VEM", "IWAE", "PC", "LPC prior", "LPC forward", "LPC reverse", "LPC jeffreys", "LPC persistent")
 # Parts of config.yaml in which repetitions may differ.
@@ -50,6 +52,20 @@ class Group:
         return bool(self.counted) and self.counted[0].status == "diverged"
 
     @property
+    def followed(self) -> list[Run]:
+        """The runs whose curves and chains are shown: the averaged ones, or what is under way where none is done."""
+        return self.counted or self.runs
+
+    def values(self, name: str, setting: tuple[Any, ...] | None = None) -> dict[Any, float]:
+        """One number of the averaged runs that have it, by seed; setting None: one that no setting enters."""
+        measured = {run.seed: run.values(setting) for run in self.counted}
+        return {seed: values[name] for seed, values in measured.items() if name in values}
+
+    def finite(self, name: str, setting: tuple[Any, ...] | None = None) -> dict[Any, float]:
+        """`values` without those that are not finite."""
+        return {seed: value for seed, value in self.values(name, setting).items() if math.isfinite(value)}
+
+    @property
     def outcome(self) -> str:
         """How many seeds diverged, as in: 2 of 3 diverged; empty where none did."""
         number = sum(run.status == "diverged" for run in self.runs)
@@ -61,6 +77,15 @@ class Group:
         if self.diverged:
             return f"{self.label}\N{NO-BREAK SPACE}†"
         return f"{self.label} ({self.outcome})" if self.outcome else self.label
+
+
+def equal_but(varied: Collection[str], groups: Sequence[Group]) -> list[list[Group]]:
+    """Families of groups that agree in all other settings than the varied ones."""
+    families: dict[str, list[Group]] = {}
+    for group in groups:
+        rest = sorted((key, repr(value)) for key, value in group.properties.items() if key not in varied)
+        families.setdefault(repr(rest), []).append(group)
+    return list(families.values())
 
 
 def method_of(sampler: str, objective: str, start: str | None = None) -> str:
@@ -88,7 +113,7 @@ def group_runs(runs: Sequence[Run], warnings: list[str]) -> list[Group]:
     for members in by_settings.values():
         groups += _split(members, warnings)
     _label(groups)
-    groups.sort(key=lambda group: (group.dataset, _rank(group.method), _natural(group.label)))
+    groups.sort(key=lambda group: (group.dataset, [*METHODS, group.method].index(group.method), _natural(group.label)))
     return groups
 
 
@@ -115,14 +140,9 @@ def _split(members: list[tuple[dict[str, Any], Run]], warnings: list[str]) -> li
     groups: dict[str, Group] = {}
     for (properties, run), config in zip(members, configs):
         extra = {path: config.get(path, FIRST_VALUES.get(path)) for path in differing}
-        text = {key: str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset")}
-        new = Group(
-            method_of(text["sampler"], text["objective"], properties.get("start")),
-            text["dataset"],
-            properties | extra,
-            [],
-        )
-        group = groups.setdefault(repr(extra), new)
+        sampler, objective, dataset = (str(properties.get(key, "?")) for key in ("sampler", "objective", "dataset"))
+        method = method_of(sampler, objective, properties.get("start"))
+        group = groups.setdefault(repr(extra), Group(method, dataset, properties | extra, []))
         if any(run.seed == other.seed for other in group.runs):
             group.repeated.append(run)
             warnings.append(f"{run.name}: its settings and seed are those of another run, not counted again")
@@ -193,10 +213,6 @@ def show_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _rank(method: str) -> tuple[int, str]:
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
-
-
 def _natural(value: Any) -> list[Any]:
     """Sort key in which 2 comes before 10, also inside text."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", str(value))
@@ -208,7 +224,6 @@ class Study:
     """Everything a report shows; warnings are one line each and name their file."""
 
     name: str
-    path: Path
     runs: list[Run]
     groups: list[Group]
     warnings: list[str]
@@ -233,8 +248,7 @@ def read_study(folder: Path) -> Study:
         cause = f" ({warnings[0]})" if warnings else ""
         where = _studies_in(folder) if (folder / "runs").is_dir() else ""
         raise UserError(f"{folder} holds no runs: folders with a run.json, or links to such{where or cause}")
-    groups = group_runs(runs, warnings)
-    return Study(folder.resolve().name, folder, runs, groups, warnings)
+    return Study(folder.resolve().name, runs, group_runs(runs, warnings), warnings)
 
 
 def _studies_in(folder: Path) -> str:

@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lpc_runner.base.presentation import COLOURS, FRECHET, base_name
 from lpc_runner.study.runs import Setting
@@ -94,12 +94,12 @@ def legend_below(figure: Figure, axis: Any, columns: int = 2, extra: Sequence[An
 
 def label_decades(axis: Any, low: float, high: float) -> None:
     """Plain numbers on a logarithmic axis: 1, 2, 5, 10, ... or, over many decades, 1, 10, 100, ..."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axis.set_major_formatter(lambda value, _: plain(value))
     axis.set_minor_locator(LogLocator(subs=range(1, 10), numticks=99))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def plain(value: float) -> str:
@@ -114,13 +114,24 @@ def short_labels(groups: Sequence[Group], name: Callable[[Group], str]) -> list[
     return [", ".join([name(group), *(w for w in own if w not in shared)]) for group, own in zip(groups, words)]
 
 
-def log_where_wide(axis: Any, low: float, high: float) -> bool:
-    """Logarithmic y where values span more than a decade, else a margin around them; whether it was."""
-    if low > 0 and high > 10 * low:
-        axis.set_yscale("log")
-        axis.set_ylim(low / 1.2, high * 1.2)
-        label_decades(axis.yaxis, low, high)
-        return True
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    axis.set_ylim(low - margin, high + margin)
-    return False
+def log_where_wide(panel: Any, which: Literal["x", "y"], low: float, high: float) -> bool:
+    """One axis of a panel logarithmic where positive values span more than a decade; whether they do."""
+    wide = high > 10 * low > 0
+    if wide:
+        panel.set(**{f"{which}scale": "log"})
+        label_decades(getattr(panel, f"{which}axis"), low, high)
+    return wide
+
+
+def limit_values(panel: Any, low: float, high: float, logarithmic: bool = True) -> None:
+    """y with a margin around these values, where they span more than a decade and that is wanted logarithmic."""
+    if logarithmic and log_where_wide(panel, "y", low, high):
+        panel.set_ylim(low / 1.2, high * 1.2)
+    else:
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        panel.set_ylim(low - margin, high + margin)
+
+
+def counted(setting: Setting | None) -> str:
+    """The number of samples behind a picture, for the end of its title."""
+    return "" if setting is None or setting.num_samples is None else f", N = {setting.num_samples:,} samples"

@@ -7,9 +7,8 @@ import io
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from lpc_runner.base.presentation import QUALITY, base_name
 from lpc_runner.study.runs import STATUSES, Run, Setting
@@ -17,6 +16,13 @@ from lpc_runner.study.study import Group, Study, common_settings, show_value
 
 LIKELIHOOD = ("elbo", "bits_per_dim", "kl", "active_units", "sigma")
 UNITS = {"elbo": "nats per example", "kl": "nats per example", "bits_per_dim": "bits per dimension"}
+COSTS = {
+    "num_updates": "updates",
+    "num_epochs": "epochs",
+    "train_seconds": "train s",
+    "gradient_evaluations": "gradient evaluations",
+    "total_seconds": "total s",
+}
 DASH = "–"
 LONG = 40
 TINY = 0.001  # below it a number is written with an exponent
@@ -44,14 +50,25 @@ class Table:
 
     def markdown(self) -> str:
         """A heading, the table, and the notes as a list."""
-        lines = [f"## {self.title}", "", *_markdown_rows([self.columns, *self.rows], self.prose)]
+        head, *body = ["| " + " | ".join(map(_escape, row)) + " |" for row in (self.columns, *self.rows)]
+        alignment = "".join("|---" if index in self.prose else "|--:" for index in range(len(self.columns)))
+        lines = [f"## {self.title}", "", head, f"{alignment}|", *body]
         return "\n".join([*lines, "", *[f"- {_escape(note)}" for note in self.notes]]).rstrip() + "\n"
 
 
-def _markdown_rows(rows: Sequence[Sequence[str]], prose: Collection[int]) -> list[str]:
-    text = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
-    alignment = "".join("|---" if index in prose else "|--:" for index in range(len(rows[0])))
-    return [text[0], f"{alignment}|", *text[1:]]
+def group_table(
+    title: str,
+    groups: Sequence[Group],
+    columns: Mapping[str, Sequence[str]],
+    notes: Sequence[str],
+    hidden: Collection[str] = (),
+    extractor: str = "",
+) -> Table:
+    """A row for each group, named by its marked label; columns: cells in the order of the groups."""
+    rows = [list(row) for row in zip([group.marked_label for group in groups], *columns.values())]
+    marks = [DIVERGED] * any(group.diverged for group in groups)
+    written = [note for note in notes if note]
+    return Table(title, ["method", *columns], rows, written + marks, frozenset(hidden), extractor)
 
 
 def _escape(text: str) -> str:
@@ -136,6 +153,11 @@ def describe_setting(setting: Setting) -> str:
     return ", ".join(known)
 
 
+def measured_names(groups: Sequence[Group], setting: Setting | None) -> set[str]:
+    """What the averaged runs of these groups measured in this setting; None: what no setting enters."""
+    return {name for group in groups for run in group.counted for name in run.values(setting)}
+
+
 def settings_of(groups: Sequence[Group]) -> list[Setting]:
     """The ways in which these runs were measured, published weights first."""
     settings = {measured.setting for group in groups for run in group.counted for measured in run.measurements}
@@ -147,38 +169,30 @@ def settings_of(groups: Sequence[Group]) -> list[Setting]:
 
 def likelihood_table(dataset: str, groups: Sequence[Group]) -> Table | None:
     """Numbers that no extractor enters: bounds, KL, active units; None where there are none."""
-    measured = {name for group in groups for run in group.counted for name in run.numbers}
+    measured = measured_names(groups, None)
     names = [name for name in LIKELIHOOD if name in measured] + sorted(measured.difference(LIKELIHOOD))
-    shown = [group for group in groups if any(run.numbers for run in group.counted)]
+    shown = [group for group in groups if measured_names([group], None)]
     if not names:
         return None
-    rows = []
-    for group in shown:
-        cells = [spread((run.numbers.get(name) for run in group.counted), len(group.counted)) for name in names]
-        rows.append([group.marked_label, str(len(group.counted)), *cells])
-    notes = ["; ".join(f"{name}: {UNITS[name]}" for name in names if name in UNITS)]
+    columns = {"seeds": [str(len(group.counted)) for group in shown]}
+    for name in names:
+        columns[name] = [spread(group.values(name).values(), len(group.counted)) for group in shown]
     facts = {f"{key} {value}" for group in shown for run in group.counted for key, value in run.number_facts.items()}
+    notes = ["; ".join(f"{name}: {UNITS[name]}" for name in names if name in UNITS)]
     notes += [f"Bounds over: {', '.join(sorted(facts))}."] * bool(facts)
-    notes += [DIVERGED] * any(group.diverged for group in shown)
-    hidden = frozenset(names[len(LIKELIHOOD) :])
-    title = f"{dataset}: likelihood and latents"
-    return Table(title, ["method", "seeds", *names], rows, [note for note in notes if note], hidden)
+    return group_table(f"{dataset}: likelihood and latents", shown, columns, notes, names[len(LIKELIHOOD) :])
 
 
 def cost_table(dataset: str, groups: Sequence[Group]) -> Table:
     """State of every group's runs and what its averaged runs cost."""
-    columns = ["method", "runs", "updates", "epochs", "train s", "gradient evaluations", "total s"]
-    names = ("num_updates", "num_epochs", "train_seconds", "gradient_evaluations", "total_seconds")
-    rows = []
-    for group in groups:
-        costs = [_cost([run.cost(name) for run in group.counted]) for name in names]
-        rows.append([group.marked_label, count_statuses(group.runs), *costs])
+    columns = {"runs": [count_statuses(group.runs) for group in groups]}
+    for name, column in COSTS.items():
+        columns[column] = [_cost([run.cost(name) for run in group.counted]) for group in groups]
     notes = ["Train seconds leave measuring out; a gradient evaluation is one ∇ log p(x, z) of one example."]
     for name, shared in zip(("Shared by all", "Shared where it applies"), common_settings(groups)):
         settings = ", ".join(f"{key} {show_value(value)}" for key, value in shared.items())
         notes += [f"{name}: {settings}."] * bool(shared)
-    notes += [DIVERGED] * any(group.diverged for group in groups)
-    return Table(f"{dataset}: runs", columns, rows, notes, frozenset({"total s"}))
+    return group_table(f"{dataset}: runs", groups, columns, notes, {"total s"})
 
 
 def _cost(values: Sequence[float | None]) -> str:
@@ -198,23 +212,20 @@ def count_statuses(runs: Sequence[Run]) -> str:
 
 def state_notes(study: Study) -> list[str]:
     """One line for each run that did not finish, naming it and where it stands."""
-    describe: dict[str, Callable[[Run], str]] = {
-        "diverged": lambda run: f"diverged{_where(run.result.get('diverged_at'))}",
-        "failed": lambda run: f"failed: {' '.join(str(run.result.get('error') or 'no reason recorded').split())}",
-        "unfinished": lambda run: (
-            "unfinished"
-            + (", nothing logged yet" if run.last_update is None else f", last logged at update {run.last_update:,}")
-        ),
-        "damaged": lambda run: "its result is damaged",
-    }
-    return [f"{run.name}: {describe[run.status](run)}" for run in study.runs if run.status in describe]
+    return [f"{run.name}: {_state(run)}" for run in study.runs if run.status != "finished"]
 
 
-def _where(place: Any) -> str:
-    if not isinstance(place, dict):
-        return ""
-    parts = [f"{name} {place[name]:,.6g}" for name in ("update", "epoch") if isinstance(place.get(name), int | float)]
-    return f" at {', '.join(parts)}" if parts else ""
+def _state(run: Run) -> str:
+    if run.status == "diverged":
+        known = {name: run.diverged_at.get(name) for name in ("update", "epoch")}
+        parts = [f"{name} {value:,.6g}" for name, value in known.items() if isinstance(value, int | float)]
+        return f"diverged at {', '.join(parts)}" if parts else "diverged"
+    if run.status == "failed":
+        return f"failed: {' '.join(str(run.result.get('error') or 'no reason recorded').split())}"
+    if run.status == "unfinished":
+        logged = run.last_update
+        return f"unfinished, {'nothing logged yet' if logged is None else f'last logged at update {logged:,}'}"
+    return "its result is damaged"
 
 
 def study_csv(study: Study) -> str:
@@ -229,8 +240,7 @@ def study_csv(study: Study) -> str:
         record |= {f"setting.{key}": value for key, value in (group.properties | run.keys).items()}
         cost = ("num_updates", "num_epochs", "train_seconds", "total_seconds", "gradient_evaluations")
         record |= {name: run.result.get(name) for name in cost}
-        place = run.result.get("diverged_at")
-        record |= {f"diverged_at.{key}": value for key, value in place.items()} if isinstance(place, dict) else {}
+        record |= {f"diverged_at.{key}": value for key, value in run.diverged_at.items()}
         record |= {"error": run.result.get("error")}
         record |= {f"metric.{name}": value for name, value in run.numbers.items()}
         for measurement in (*run.measurements, *run.estimates):
