@@ -22,31 +22,6 @@ from lpc_runner.inference.interfaces import Part, Sampler, parts_of
 from lpc_runner.inference.samplers import Info, State, log_acceptance
 
 
-class ShadowMetropolis:
-    """Mean over a chain's steps of min(1, exp(log_acceptance)): MALA's acceptance at the unadjusted chain's states.
-
-    Called after every step with the chain's state and info, it needs no decoder pass: density and drift at z(t) are
-    known one step later, so the last step is not judged. Exact as MALA's probability where G and γ are constant along
-    the chain (none, encoder, a frozen Adam). Where G adapts, v' is the next step's, with a memory that a proposal from
-    z' would not have: an approximation.
-    """
-
-    def __init__(self, z: Tensor) -> None:
-        self.z, self.last = z, None
-        self.total, self.count = torch.zeros((), dtype=z.dtype, device=z.device), 0
-
-    def __call__(self, state: State, info: Info) -> None:
-        left = (self.z, info)  # the step started at the z before it
-        if self.last is not None:
-            self.total += log_acceptance(self.last, left).clamp(max=0).exp().mean()
-            self.count += 1
-        self.z, self.last = state.z, left
-
-    def mean(self) -> Tensor:
-        """0-d; NaN if there were fewer than two steps."""
-        return self.total / self.count if self.count else torch.full_like(self.total, torch.nan)
-
-
 class Acceptance:
     """Over a chain's steps and its rows, the mean of min(1, exp(-e)) and of |e|, e the steps' energy errors.
 
@@ -66,9 +41,29 @@ class Acceptance:
             self.size = self.size + errors.abs().mean(1).sum()
             self.count += len(errors)
 
-    def means(self) -> tuple[Tensor, Tensor] | None:
+    def means(self) -> tuple[Tensor | None, Tensor | None]:
         """0-d each; None where no step was judged."""
-        return (self.probability / self.count, self.size / self.count) if self.count else None
+        return (self.probability / self.count, self.size / self.count) if self.count else (None, None)
+
+
+class ShadowMetropolis(Acceptance):
+    """Mean over a chain's steps of min(1, exp(log_acceptance)): MALA's acceptance at the unadjusted chain's states.
+
+    Called after every step with the chain's state and info, it needs no decoder pass: density and drift at z(t) are
+    known one step later, so the last step is not judged. Exact as MALA's probability where G and γ are constant along
+    the chain (none, encoder, a frozen Adam). Where G adapts, v' is the next step's, with a memory that a proposal from
+    z' would not have: an approximation.
+    """
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__(first=2)
+        self.z, self.last = z, None
+
+    def __call__(self, state: State, info: Info) -> None:
+        left = (self.z, info)  # the step started at the z before it
+        if self.last is not None:
+            self.add(-log_acceptance(self.last, left)[None], 2)
+        self.z, self.last = state.z, left
 
 
 NOISE_BLOCK = 32  # steps of noise drawn at once
@@ -130,39 +125,20 @@ class Moments:
     def __post_init__(self) -> None:
         self.first, self.second = torch.zeros_like(self.centre), torch.zeros_like(self.centre)
 
-    def _keeps(self, t: int) -> bool:
-        count = min(self.num_kept, self.period)
-        return (t - 1) % self.period + 1 in {number * self.period // count for number in range(1, count + 1)}
-
-    def add(self, z: Tensor) -> None:
-        difference = z - self.centre
-        self.first += difference
-        self.second += difference.square()
-        self.count += 1
-        if self._keeps(self.count):
-            self.kept.append(z)
-
-    def add_states(self, states: Tensor) -> None:
-        """The same of several states at once, (k, B, d)."""
+    def add(self, states: Tensor) -> None:
+        """The next states, (k, B, d)."""
         difference = states - self.centre
         self.first += difference.sum(0)
         self.second += difference.square().sum(0)
-        self.kept += [z.clone() for t, z in enumerate(states, self.count + 1) if self._keeps(t)]
+        count = min(self.num_kept, self.period)
+        places = {number * self.period // count for number in range(1, count + 1)}
+        self.kept += [z.clone() for t, z in enumerate(states, self.count) if t % self.period + 1 in places]
         self.count += len(states)
 
     def thin(self) -> None:
         """Of the kept states num_kept at most, evenly apart and the last with them."""
         count, total = min(self.num_kept, len(self.kept)), len(self.kept)
         self.kept = [self.kept[number * total // count - 1] for number in range(1, count + 1)]
-
-
-def moments_of(z: Tensor, centre: Tensor | None, sampler, num_kept: int) -> Moments:
-    """Empty, about the centre or 0, for a chain from z (B, d) that keeps num_kept states.
-
-    Where the chain may end with any block, as many are kept of each, and thinned when it has ended.
-    """
-    period = block_length(sampler) if stops(sampler) else sampler.num_steps
-    return Moments(torch.zeros_like(z) if centre is None else centre.detach(), num_kept, max(1, period))
 
 
 class ChainNoise:
@@ -237,37 +213,87 @@ def run_chain(
 
     log_joint: z (B, d) -> (B,) nats. noise: t -> ξ(t), (B, d). parameters: θ, empty for sampling only. centre: about
     which the moments are taken (the encoder's mean; zero without one). q: the encoder's, for preconditioning=encoder.
-    on_step: called after every step, for pictures. num_kept: see `moments_of`.
+    on_step: called after every step, for pictures. num_kept: see `Moments`.
     """
-    potential = FusedPotential(log_joint, parameters)
-    along = theta_along(sampler, parameters)
-    z = z.detach()
-    moments = moments_of(z, centre, sampler, num_kept)
-    trace = empty_trace(sampler.num_steps, z)
-    square = torch.zeros_like(z[:1]) if needs_drift_square(sampler) else None
-    judged, first, length, seen = judge_of(sampler), None, block_length(sampler), []
+    potential, z = FusedPotential(log_joint, parameters), z.detach()
+    along, gathered = theta_along(sampler, parameters), Gathered(sampler, z, centre, num_kept)
     state = begin(sampler, z, q, potential, noise, along)
     for t in range(1, sampler.num_steps + 1):
         accumulate = along and (t - 1) % sampler.theta_every == 0
         drawn = draws(sampler, noise, t) if sampler.noisy else None
         state, info = advance(sampler, sampler.step, state, potential, accumulate, drawn)
-        moments.add(state.z)
-        first = first or (info.log_joint, info.drift)
-        if square is not None:
-            square += info.drift.square().sum(0)
-        if judged is not None:
-            assert info.energy_error is not None  # as the sampler declares
-            judged.add(info.energy_error[None], t)
-        record(trace["noise_variance"], t - 1, info.noise_variance)
-        for name, value in diagnostics(info.log_joint, info.drift).items():
-            trace[name][t - 1] = value
+        error = None if info.energy_error is None else info.energy_error[None]
+        gathered.add(state.z[None], info.log_joint[None], info.drift[None], largest(info.noise_variance), error)
         if on_step is not None:
             on_step(state, info)
-        if stops(sampler):
-            seen = [*seen[-length + 1 :], info.log_joint] if length > 1 else [info.log_joint]
-            if t % length == 0 and t < sampler.num_steps and bool(settled(torch.stack(seen))):
-                break
-    return finish_chain(potential, sampler, state.z, moments, first, trace, square, judged)
+        if gathered.ended():
+            break
+    return gathered.chain(potential, state.z)
+
+
+class Gathered:
+    """What is kept of a chain's steps, told of one or of several at a time.
+
+    num_kept: see `Moments`; where chains may end with any block, so many are kept of each, and thinned at the end.
+    """
+
+    def __init__(self, sampler: Any, z: Tensor, centre: Tensor | None, num_kept: int) -> None:
+        self.sampler, self.block = sampler, block_length(sampler)
+        self.stops = declared(sampler, Sampler, "stop") == "settled"
+        period = self.block if self.stops else sampler.num_steps
+        self.moments = Moments(torch.zeros_like(z) if centre is None else centre.detach(), num_kept, max(1, period))
+        names = ("log_joint", "drift_norm", "noise_variance")
+        self.trace = {name: torch.empty(sampler.num_steps, dtype=z.dtype, device=z.device) for name in names}
+        judged = declared(sampler, Sampler, "energy_error_of")
+        self.judged = None if judged is None else Acceptance({"this": 1, "before": 2}[judged])
+        squares = any(declared(part, Part, "needs_drift_square") for part in parts_of(sampler))
+        self.square = torch.zeros_like(z[:1]) if squares and sampler.num_steps > 0 else None
+        self.first: tuple[Tensor, Tensor] | None = None
+        self.recent: list[Tensor] = []  # log p(x, z) of the steps of a block, where chains may end with it
+
+    def add(
+        self, states: Tensor, log_joints: Tensor, drifts: Tensor, variances: Tensor | float, errors: Tensor | None
+    ) -> None:
+        """Of k steps: z after them, (k, B, d), log p(x, z) (k, B) and drift (k, B, d) before them, `largest` 2γG and
+        energy errors (k, B), where the sampler has any."""
+        made = self.moments.count
+        steps = slice(made, made + len(states))
+        self.moments.add(states)
+        self.trace["log_joint"][steps] = log_joints.mean(1)
+        self.trace["drift_norm"][steps] = drifts.norm(dim=2).mean(1)
+        self.trace["noise_variance"][steps] = variances
+        self.first = self.first or (log_joints[0].clone(), drifts[0].clone())
+        if self.square is not None:
+            self.square += drifts.square().sum((0, 1))
+        if self.judged is not None:
+            assert errors is not None  # as the sampler declares
+            self.judged.add(errors, made + 1)
+        if self.stops:
+            self.recent.append(log_joints)
+
+    def ended(self) -> bool:
+        """Whether the chains end here, before T: after a block without a trend. Waits for the device, once a block."""
+        made = self.moments.count
+        if not self.stops or made % self.block or made == self.sampler.num_steps:
+            return False
+        block, self.recent = torch.cat(self.recent), []
+        return bool(settled(block))
+
+    def chain(self, potential: FusedPotential, z: Tensor) -> Chain:
+        """The last state's gradient where it is wanted, and means instead of sums."""
+        self.moments.thin()
+        first, num_steps = self.first, self.moments.count  # T, or fewer where chains have settled
+        num_states = -(-num_steps // self.sampler.theta_every)
+        if self.sampler.theta_states == "last":
+            last = potential(z, accumulate=bool(potential.parameters))
+            first, num_states = first or last, 1
+        assert first is not None  # without steps, only the last state's gradient can be asked for
+        gradient = [total / (num_states * len(z)) for total in potential.sums]
+        trace = {name: values[:num_steps] for name, values in self.trace.items()}
+        square = None if self.square is None else self.square / (num_steps * len(z))
+        acceptance = (None, None) if self.judged is None else self.judged.means()
+        spent, target = potential.num_evaluations * len(z), declared(self.sampler, Sampler, "target_acceptance")
+        return Chain(z, gradient, self.moments, first, trace, spent, square, *acceptance, target)
 
 
 def draws(sampler, noise: Callable[[int], Tensor], t: int) -> Tensor:
@@ -302,25 +328,14 @@ def advance(
     return step(state, partial(potential, accumulate=accumulate), noise)
 
 
-def judge_of(sampler) -> Acceptance | None:
-    """Empty, where the sampler's steps have an energy error."""
-    step = declared(sampler, Sampler, "energy_error_of")
-    return None if step is None else Acceptance({"this": 1, "before": 2}[step])
-
-
 def block_length(sampler) -> int:
     """Steps of a block: all, or about NOISE_BLOCK, a multiple of theta_every."""
     return min(sampler.num_steps, sampler.theta_every * max(1, NOISE_BLOCK // sampler.theta_every))
 
 
-def stops(sampler) -> bool:
-    """Whether the chains of a batch end where they have settled."""
-    return declared(sampler, Sampler, "stop") == "settled"
-
-
 def to_the_end(sampler):
     """The same sampler, all of whose chains make T steps, for measurements and pictures."""
-    if stops(sampler):
+    if declared(sampler, Sampler, "stop") == "settled":
         sampler = copy.copy(sampler)
         sampler.stop = "never"
     return sampler
@@ -342,52 +357,6 @@ def theta_along(sampler, parameters: Sequence[Tensor]) -> bool:
     return sampler.theta_states == "all" and bool(parameters)
 
 
-def needs_drift_square(sampler) -> bool:
-    """Whether a part of the sampler takes the mean of g⊙g from its chains."""
-    return sampler.num_steps > 0 and any(declared(part, Part, "needs_drift_square") for part in parts_of(sampler))
-
-
-def empty_trace(num_steps: int, z: Tensor) -> dict[str, Tensor]:
-    """Room for the diagnostics of every step, (T,) each."""
-    names = ("log_joint", "drift_norm", "noise_variance")
-    return {name: torch.empty(num_steps, dtype=z.dtype, device=z.device) for name in names}
-
-
-def diagnostics(log_joint: Tensor, drift: Tensor) -> dict[str, Tensor]:
-    """What the trace keeps of one step or several, means over the batch: log_joint (..., B), drift (..., B, d)."""
-    return {"log_joint": log_joint.mean(-1), "drift_norm": drift.norm(dim=-1).mean(-1)}
-
-
-def record(trace: Tensor, index: int, variance: Tensor | float) -> None:
-    """Write the largest 2γG of one step; a float by a fill, for a captured graph takes no copy from the host."""
-    if torch.is_tensor(variance):
-        trace[index] = variance.max()
-    else:
-        trace[index : index + 1].fill_(variance)
-
-
-def finish_chain(
-    potential: FusedPotential,
-    sampler,
-    z: Tensor,
-    moments: Moments,
-    first: tuple[Tensor, Tensor] | None,
-    trace: dict[str, Tensor],
-    square: Tensor | None,
-    judged: Acceptance | None,
-) -> Chain:
-    """The last state's gradient where it is wanted, and means instead of sums."""
-    moments.thin()
-    num_steps = moments.count  # T, or fewer where chains have settled
-    num_states = -(-num_steps // sampler.theta_every)
-    trace = {name: values[:num_steps] for name, values in trace.items()}
-    if sampler.theta_states == "last":
-        last = potential(z, accumulate=bool(potential.parameters))
-        first, num_states = first or last, 1
-    assert first is not None  # without steps, only the last state's gradient can be asked for
-    gradient = [total / (num_states * len(z)) for total in potential.sums]
-    if square is not None:
-        square = square / (num_steps * len(z))
-    acceptance, error = (None if judged is None else judged.means()) or (None, None)
-    spent, target = potential.num_evaluations * len(z), declared(sampler, Sampler, "target_acceptance")
-    return Chain(z, gradient, moments, first, trace, spent, square, acceptance, error, target)
+def largest(variance: Tensor | float) -> Tensor | float:
+    """The largest 2γG of a step, 0-d or a float."""
+    return variance.max() if torch.is_tensor(variance) else variance

@@ -14,7 +14,7 @@ from torch import Tensor
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian, Prior
 from lpc_runner.base.schema import PositiveInt, at_least, checked, declared
 from lpc_runner.inference import interfaces
-from lpc_runner.inference.chain import Chain, FusedPotential, Moments, ShadowMetropolis, constant, stops
+from lpc_runner.inference.chain import Chain, FusedPotential, Moments, ShadowMetropolis, constant
 from lpc_runner.inference.context import Context, Gradients
 from lpc_runner.inference.interfaces import Objective
 
@@ -122,7 +122,7 @@ class WeightedKL(interfaces.Objective):
         theta = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
         phi, (scalars, maxima), num_evaluations = [], _describe(chain, sampler), chain.num_evaluations
         if shadow is not None:
-            scalars["chain/mala_acceptance"] = shadow.mean()
+            (scalars["chain/mala_acceptance"], _) = shadow.means()
         if q is not None and warm is not None:
             # Beside kept chains, forward KL alone needs no decoder at q's z: there is no ELBO then.
             has_elbo = self.reverse > 0 or context.kept is None
@@ -209,7 +209,7 @@ def _describe(chain: Chain, sampler: Any) -> tuple[dict[str, Tensor], dict[str, 
     scalars, trace = {"train/log_joint": chain.first[0].mean()}, chain.trace
     if len(trace["log_joint"]) == 0:
         return scalars, {}
-    if stops(sampler):
+    if declared(sampler, interfaces.Sampler, "stop") == "settled":
         scalars["chain/num_steps"] = torch.full_like(scalars["train/log_joint"], float(chain.moments.count))
     if chain.acceptance is not None and chain.energy_error is not None:
         scalars |= {"chain/acceptance": chain.acceptance, "chain/energy_error": chain.energy_error}
