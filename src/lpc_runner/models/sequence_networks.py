@@ -21,8 +21,6 @@ from torch.nn import functional as F
 from lpc_runner.base.distributions import BlockGaussian, DiagonalGaussian
 from lpc_runner.data.dataset import Batch
 
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
-
 
 def recursion(first: Tensor, drive: Tensor, transition: Tensor) -> Tensor:
     """x_1 .. x_T of x_t = A x_{t-1} + v_t, from x_0 (B, D), v (B, T, D) and A (D, D).
@@ -63,7 +61,7 @@ class Additive(nn.Module):
 
     def __init__(self, state_dim: int, input_dim: int, hidden_dim: int, nonlinearity: str) -> None:
         super().__init__()
-        self.initial_size, self.activation = state_dim, ACTIVATIONS[nonlinearity]
+        self.initial_size, self.activation = state_dim, {"tanh": torch.tanh, "relu": torch.relu}[nonlinearity]
         self.inner, self.outer = nn.Linear(state_dim, hidden_dim), nn.Linear(hidden_dim, state_dim)
         self.input_map = nn.Linear(input_dim, state_dim, bias=False) if input_dim else None  # L
         # Near the identity, and with small noise, whose variance adds up over time.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -61,9 +61,7 @@ class SequentialModel(LatentVariableModel):
     ) -> None:
         if len(data_shape) != 2:
             raise ValueError(f"sequential models take trials of shape (time, neurons), got {tuple(data_shape)}")
-        ends = [0]
-        for shape in shapes.values():
-            ends.append(ends[-1] + math.prod(shape))
+        ends = [0, *accumulate(map(math.prod, shapes.values()))]
         super().__init__(ends[-1], 1.0, likelihood)
         self.shapes = shapes
         self.blocks = {name: slice(*ends) for name, ends in zip(shapes, pairwise(ends))}
@@ -212,17 +210,12 @@ class LFADS(SequentialModel):
         self.factor_map = nn.Identity() if num_factors is None else nn.Linear(state_dim, num_factors)
         self.input_prior = AR1(input_dim) if input_dim and input_prior == "ar1" else None
 
-    def initial_and_inputs(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x_0 (B, initial size) and u_1 .. u_T (B, T, Du), or None, from z (B, latent_dim)."""
+    def run(self, z: Tensor) -> Rollout:
         parts = self.named(z)
         inputs = parts.get("inputs")
         if self.input_prior is not None:
             inputs = self.input_prior(inputs)
-        return self.initial_map(parts["initial_condition"]), inputs
-
-    def run(self, z: Tensor) -> Rollout:
-        initial, inputs = self.initial_and_inputs(z)
-        states = self.generator(initial, inputs, self.num_steps)
+        states = self.generator(self.initial_map(parts["initial_condition"]), inputs, self.num_steps)
         return Rollout(states, self.factor_map(states), inputs)
 
 
