@@ -77,7 +77,6 @@ class Captures:
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
 Precision = Literal["fp32", "tf32", "bf16"]
 LogJoint = Callable[..., Tensor]  # (*inputs, z) -> (B,) nats
-Step = Callable[..., tuple[State, Info]]  # (state, potential, noise), of a sampler
 CPU = torch.device("cpu")
 
 
@@ -137,10 +136,6 @@ class Eager:
         return run_chain(partial(self.potential_of(log_joint), *inputs), z, sampler, noise, **options)
 
 
-def _clone(value: Any) -> Any:
-    return value.clone() if torch.is_tensor(value) else value
-
-
 class Block:
     """`length` steps of a chain on fixed tensors, written in place; calling it makes them.
 
@@ -151,12 +146,12 @@ class Block:
     """
 
     def __init__(
-        self, potential: FusedPotential, step: Step, sampler: Any, start: State, length: int, along: bool
+        self, potential: FusedPotential, step: Callable, sampler: Any, start: State, length: int, along: bool
     ) -> None:
         z = start.z
         self.potential, self.step, self.sampler = potential, step, sampler
         self.length, self.along = length, along
-        self.state = pytree.tree_map(_clone, start)
+        self.state = pytree.tree_map_only(torch.Tensor, torch.clone, start)
         several = (count,) if (count := declared(sampler, Sampler, "num_draws")) > 1 else ()
         self.noise = z.new_zeros(length, *several, *z.shape) if sampler.noisy else [None] * length
         self.times = torch.zeros(length, dtype=torch.float64, device=z.device)
@@ -206,7 +201,7 @@ class Blocked(Eager):
         del warm
         return work
 
-    def step_of(self, sampler: Any) -> Step:
+    def step_of(self, sampler: Any) -> Callable[..., tuple[State, Info]]:
         """One step of the sampler, as this engine makes it."""
         return sampler.step
 
@@ -243,9 +238,9 @@ class _Program:
     def __call__(self, inputs, z: Tensor, noise, *, centre=None, q=None, on_step=None, num_kept: int = 0) -> Chain:
         for target, source in zip(self.inputs, inputs):
             target.copy_(source)
-        spent = -self.potential.num_evaluations
+        self.potential.num_evaluations = 0
         state = begin(self.sampler, z, q, self.potential, noise, self.along)
-        spent += self.potential.num_evaluations
+        spent = self.potential.num_evaluations
         if not self.blocks:
             self.build(state)
         for total in self.potential.sums:
@@ -303,7 +298,7 @@ class Compiled(Blocked):
     def potential_of(self, log_joint: LogJoint) -> LogJoint:
         return self._compile(log_joint, super().potential_of(log_joint))
 
-    def step_of(self, sampler: Any) -> Step:
+    def step_of(self, sampler: Any) -> Callable[..., tuple[State, Info]]:
         if (arithmetic := declared(sampler, Sampler, "move")) is None:
             return super().step_of(sampler)
         move = self._compile(sampler, arithmetic)
