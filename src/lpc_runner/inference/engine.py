@@ -98,10 +98,6 @@ class Eager:
         """Inside, CUDA's products are exact float32, or TF32 where that is the precision."""
         return products_in("tf32" if self.precision == "tf32" else "ieee")
 
-    def step_by_step(self) -> Eager:
-        """The same arithmetic without capture or compilation."""
-        return Eager(self.precision, self.device)
-
     def autocast(self) -> AbstractContextManager:
         """Around log p(x, z) alone; without the cache, which would outlive a captured graph."""
         if self.precision != "bf16":

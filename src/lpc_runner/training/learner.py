@@ -70,23 +70,20 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            learning_rate, (beta, beta_square), eps = group["lr"], group["betas"], group["eps"]
             for table in group["params"]:
-                self._step(table, self.state[table], group["lr"], group["betas"], group["eps"])
-
-    @staticmethod
-    def _step(table: Tensor, state: dict[str, Tensor], lr: float, betas: tuple[float, float], eps: float) -> None:
-        assert table.grad is not None
-        beta, beta_square = betas
-        if not state:
-            state["count"] = table.new_zeros(len(table), *[1] * (table.ndim - 1))
-            state["mean"], state["mean_square"] = torch.zeros_like(table), torch.zeros_like(table)
-        rows = table.grad.flatten(1).any(1).nonzero().squeeze(1)
-        gradient, count = table.grad[rows], state["count"][rows] + 1
-        mean = torch.lerp(gradient, state["mean"][rows], beta)
-        square = torch.lerp(gradient.square(), state["mean_square"][rows], beta_square)
-        state["count"][rows], state["mean"][rows], state["mean_square"][rows] = count, mean, square
-        scale = (square / (1 - beta_square**count)).sqrt() + eps
-        table[rows] -= lr * mean / (1 - beta**count) / scale
+                assert table.grad is not None
+                state = self.state[table]
+                if not state:
+                    state["count"] = table.new_zeros(len(table), *[1] * (table.ndim - 1))
+                    state["mean"], state["mean_square"] = torch.zeros_like(table), torch.zeros_like(table)
+                rows = table.grad.flatten(1).any(1).nonzero().squeeze(1)
+                gradient, count = table.grad[rows], state["count"][rows] + 1
+                mean = torch.lerp(gradient, state["mean"][rows], beta)
+                square = torch.lerp(gradient.square(), state["mean_square"][rows], beta_square)
+                state["count"][rows], state["mean"][rows], state["mean_square"][rows] = count, mean, square
+                scale = (square / (1 - beta_square**count)).sqrt() + eps
+                table[rows] -= learning_rate * mean / (1 - beta**count) / scale
 
 
 class Learner:
@@ -114,7 +111,8 @@ class Learner:
         self._training_sampler, self.engine = sampler, engine
         if ranks.size > 1 and declared(sampler, Sampler, "couples_batch"):
             # A message at every step is Python's to send.
-            self._training_sampler, self.engine = over_ranks(sampler, ranks.mean_over_batch), engine.step_by_step()
+            self._training_sampler = over_ranks(sampler, ranks.mean_over_batch)
+            self.engine = Eager(engine.precision, engine.device)
         self._whole = None
         if isinstance(self.engine, Blocked) and ranks.size == 1 and sampler.num_steps == 0:
             by_row = encoder is not None and not declared(encoder, EncoderInterface, "amortised")
