@@ -117,8 +117,8 @@ class WeightedKL(interfaces.Objective):
         )
         theta = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
         phi, (scalars, maxima), num_evaluations = [], _describe(chain, sampler), chain.num_evaluations
-        if shadow is not None:
-            (scalars["chain/mala_acceptance"], _) = shadow.means()
+        if shadow is not None and (acceptance := shadow.means()[0]) is not None:
+            scalars["chain/mala_acceptance"] = acceptance
         if q is not None and warm is not None:
             # Beside kept chains, forward KL alone needs no decoder at q's z: there is no ELBO then.
             has_elbo = self.reverse > 0 or context.kept is None
