@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant("reverse KL without the pathwise term", OBJECTIVES,
            "(log_likelihood + pathwise)", "log_likelihood"),
     Mutant("reverse KL at the prior's start", OBJECTIVES,
-           "if start is not warm:", "if False:"),
+           "if start is not warm and has_elbo:", "if False:"),
     Mutant("prior start ignores its scale", CONTEXT, "self.model.prior.scale * self.noise", "self.noise"),
     Mutant(
         "encoder loss leaks into θ",
