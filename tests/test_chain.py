@@ -333,7 +333,7 @@ def test_moments_keep_the_variance_in_float32():
         torch.zeros(64, 4),
     )
     for z in states.float():
-        moments.add(z)
+        moments.add(z[None])
         raw_first, raw_second = raw_first + z, raw_second + z.square()
     want = states.float().double().var(0, correction=0)
     got = moments.second / 2000 - (moments.first / 2000).square()

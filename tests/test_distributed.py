@@ -37,8 +37,8 @@ from lpc_runner.base.ranks import Ranks, bytes_per_update, numbers_per_update
 from lpc_runner.data.dataset import Batches, Split
 from lpc_runner.data.images import ImageDataset
 from lpc_runner.evaluation.samples import sample_images, share_of
+from lpc_runner.inference.chain import require_shareable
 from lpc_runner.inference.engine import Blocked
-from lpc_runner.inference.interfaces import require_shareable
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
 from lpc_runner.inference.preconditioning import Fisher, Identity, SharedAdam

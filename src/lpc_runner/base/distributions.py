@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +189,24 @@ class Prior:
         return -z / self.scale**2
 
 
+class _AtOnce(ABC):
+    """A q of independent coordinates, or blocks of them."""
+
+    @abstractmethod
+    def kl_per_dimension(self, prior: Prior) -> Tensor: ...
+
+    def kl(self, prior: Prior) -> Tensor:
+        """KL(q(z|x) ‖ p(z)) in nats, (B,)."""
+        return self.kl_per_dimension(prior).sum(1)
+
+    def at(self, z: Tensor) -> Self:
+        """Each coordinate's law given those of z (B, d) that q draws before it: all are drawn at once."""
+        del z
+        return self
+
+
 @dataclass(frozen=True)
-class DiagonalGaussian:
+class DiagonalGaussian(_AtOnce):
     """q(z|x; φ) = N(mean, diag(variance)); mean and variance are (B, d)."""
 
     mean: Tensor
@@ -208,18 +225,9 @@ class DiagonalGaussian:
         ratio = self.variance / prior.scale**2
         return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - ratio.log())
 
-    def kl(self, prior: Prior) -> Tensor:
-        """KL(q(z|x) ‖ p(z)) in nats, (B,)."""
-        return self.kl_per_dimension(prior).sum(1)
-
     def detach(self) -> DiagonalGaussian:
         """The same distribution, cut from the encoder's graph."""
         return DiagonalGaussian(self.mean.detach(), self.variance.detach())
-
-    def at(self, z: Tensor) -> DiagonalGaussian:
-        """Each coordinate's law given those of z (B, d) that q draws before it: here they are independent."""
-        del z
-        return self
 
     def repeat(self, count: int) -> DiagonalGaussian:
         """q of `count` copies of the batch, one after another: (count B, d)."""
@@ -227,7 +235,7 @@ class DiagonalGaussian:
 
 
 @dataclass(frozen=True)
-class BlockGaussian:
+class BlockGaussian(_AtOnce):
     """N(mean, L Lᵀ), L block-diagonal: mean (B, d); every factor holds n lower triangular blocks of it, (B, n, k, k).
 
     It has DiagonalGaussian's methods, and serves every update without forward KL by two sums.
@@ -268,19 +276,6 @@ class BlockGaussian:
         ratio = self.variance / prior.scale**2
         log_ratio = 2 * (self._scales / prior.scale).log()
         return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - log_ratio)
-
-    def kl(self, prior: Prior) -> Tensor:
-        """KL(q(z|x) ‖ p(z)) in nats, (B,)."""
-        return self.kl_per_dimension(prior).sum(1)
-
-    def detach(self) -> BlockGaussian:
-        """The same distribution, cut from the encoder's graph."""
-        return BlockGaussian(self.mean.detach(), tuple(factor.detach() for factor in self.factors))
-
-    def at(self, z: Tensor) -> BlockGaussian:
-        """As of DiagonalGaussian: here the blocks are independent, and each is drawn at once."""
-        del z
-        return self
 
     def repeat(self, count: int) -> BlockGaussian:
         """q of `count` copies of the batch, one after another: (count B, d)."""

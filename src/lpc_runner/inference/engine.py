@@ -11,27 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import declared
 from lpc_runner.base.tensors import products_in
 from lpc_runner.inference.chain import (
     Chain,
     FusedPotential,
+    Gathered,
     advance,
     begin,
     block_length,
-    diagnostics,
     draws,
-    empty_trace,
-    finish_chain,
-    judge_of,
-    moments_of,
-    needs_drift_square,
-    record,
+    largest,
     run_chain,
-    settled,
-    stops,
     theta_along,
 )
 from lpc_runner.inference.interfaces import Sampler
@@ -85,7 +77,6 @@ class Captures:
 EngineName = Literal["auto", "eager", "compiled", "cuda_graph"]
 Precision = Literal["fp32", "tf32", "bf16"]
 LogJoint = Callable[..., Tensor]  # (*inputs, z) -> (B,) nats
-Step = Callable[..., tuple[State, Info]]  # (state, potential, noise), of a sampler
 CPU = torch.device("cpu")
 
 
@@ -106,10 +97,6 @@ class Eager:
     def arithmetic(self) -> AbstractContextManager[None]:
         """Inside, CUDA's products are exact float32, or TF32 where that is the precision."""
         return products_in("tf32" if self.precision == "tf32" else "ieee")
-
-    def step_by_step(self) -> Eager:
-        """The same arithmetic without capture or compilation."""
-        return Eager(self.precision, self.device)
 
     def autocast(self) -> AbstractContextManager:
         """Around log p(x, z) alone; without the cache, which would outlive a captured graph."""
@@ -135,26 +122,14 @@ class Eager:
         z: Tensor,
         sampler: Any,
         noise: Callable[[int], Tensor],
-        *,
-        parameters: Sequence[Tensor] = (),
-        centre: Tensor | None = None,
-        q: DiagonalGaussian | None = None,
-        on_step: Callable | None = None,
-        num_kept: int = 0,
+        **options: Any,
     ) -> Chain:
-        """`run_chain` on log_joint(*inputs, z); inputs: the tensors that change from batch to batch (x).
+        """`run_chain`, with its options, on log_joint(*inputs, z); inputs: tensors that change from batch to batch (x).
 
         log_joint: the same callable at every update, for what is captured or compiled belongs to it. on_step: with it
         every engine runs this chain step by step.
         """
-        potential = partial(self.potential_of(log_joint), *inputs)
-        return run_chain(
-            potential, z, sampler, noise, parameters=parameters, centre=centre, q=q, on_step=on_step, num_kept=num_kept
-        )
-
-
-def _clone(value: Any) -> Any:
-    return value.clone() if torch.is_tensor(value) else value
+        return run_chain(partial(self.potential_of(log_joint), *inputs), z, sampler, noise, **options)
 
 
 class Block:
@@ -167,18 +142,19 @@ class Block:
     """
 
     def __init__(
-        self, potential: FusedPotential, step: Step, sampler: Any, start: State, length: int, along: bool
+        self, potential: FusedPotential, step: Callable, sampler: Any, start: State, length: int, along: bool
     ) -> None:
         z = start.z
         self.potential, self.step, self.sampler = potential, step, sampler
         self.length, self.along = length, along
-        self.state = pytree.tree_map(_clone, start)
+        self.state = pytree.tree_map_only(torch.Tensor, torch.clone, start)
         several = (count,) if (count := declared(sampler, Sampler, "num_draws")) > 1 else ()
         self.noise = z.new_zeros(length, *several, *z.shape) if sampler.noisy else [None] * length
         self.times = torch.zeros(length, dtype=torch.float64, device=z.device)
         self.states, self.drifts = z.new_zeros(2, length, *z.shape)
         self.log_joints, self.variances = z.new_zeros(length, len(z)), z.new_zeros(length)
-        self.errors = None if judge_of(sampler) is None else z.new_zeros(length, len(z))
+        judged = declared(sampler, Sampler, "energy_error_of")
+        self.errors = None if judged is None else z.new_zeros(length, len(z))
         self.num_evaluations = 0
 
     def __call__(self) -> None:
@@ -191,7 +167,7 @@ class Block:
             self.states[index].copy_(state.z)
             self.log_joints[index].copy_(info.log_joint)
             self.drifts[index].copy_(info.drift)
-            record(self.variances, index, info.noise_variance)
+            self.variances[index].fill_(largest(info.noise_variance))  # of a number, no copy from the host
             if self.errors is not None:
                 assert info.energy_error is not None  # as the sampler declares
                 self.errors[index].copy_(info.energy_error)
@@ -221,22 +197,19 @@ class Blocked(Eager):
         del warm
         return work
 
-    def step_of(self, sampler: Any) -> Step:
+    def step_of(self, sampler: Any) -> Callable[..., tuple[State, Info]]:
         """One step of the sampler, as this engine makes it."""
         return sampler.step
 
-    def run(
-        self, log_joint, inputs, z, sampler, noise, *, parameters=(), centre=None, q=None, on_step=None, num_kept=0
-    ) -> Chain:
-        if on_step is not None or sampler.num_steps == 0:
-            given = {"parameters": parameters, "centre": centre, "q": q, "on_step": on_step, "num_kept": num_kept}
-            return super().run(log_joint, inputs, z, sampler, noise, **given)
-        z = z.detach()
+    def run(self, log_joint, inputs, z, sampler, noise, **options) -> Chain:
+        if options.get("on_step") is not None or sampler.num_steps == 0:
+            return super().run(log_joint, inputs, z, sampler, noise, **options)
+        z, parameters = z.detach(), options.pop("parameters", ())
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in (*inputs, z))
         key = (log_joint, sampler, shapes, tuple(map(id, parameters)))
         if key not in self._programs:
             self._programs[key] = _Program(self, log_joint, inputs, sampler, parameters)
-        return self._programs[key](inputs, z, q, noise, centre, num_kept)
+        return self._programs[key](inputs, z, noise, **options)
 
 
 class _Program:
@@ -258,47 +231,33 @@ class _Program:
             self.launchers[length] = self.engine.launcher(self.blocks[length])
         self.times = torch.arange(num_steps, dtype=torch.float64, device=start.z.device)  # made before each step
 
-    def __call__(
-        self, inputs, z: Tensor, q: DiagonalGaussian | None, noise, centre: Tensor | None, num_kept: int
-    ) -> Chain:
+    def __call__(self, inputs, z: Tensor, noise, *, centre=None, q=None, on_step=None, num_kept: int = 0) -> Chain:
         for target, source in zip(self.inputs, inputs):
             target.copy_(source)
-        spent = -self.potential.num_evaluations
+        self.potential.num_evaluations = 0
         state = begin(self.sampler, z, q, self.potential, noise, self.along)
-        spent += self.potential.num_evaluations
+        spent = self.potential.num_evaluations
         if not self.blocks:
             self.build(state)
         for total in self.potential.sums:
             total.zero_()
-        moments = moments_of(z, centre, self.sampler, num_kept)
-        trace, first = empty_trace(self.sampler.num_steps, z), None
-        square = torch.zeros_like(z[:1]) if needs_drift_square(self.sampler) else None
-        judged = judge_of(self.sampler)
+        gathered = Gathered(self.sampler, z, centre, num_kept)
         for made in range(0, self.sampler.num_steps, self.length):
             length = min(self.length, self.sampler.num_steps - made)
-            block, steps = self.blocks[length], slice(made, made + length)
+            block = self.blocks[length]
             block.load(state)
-            block.times.copy_(self.times[steps])
+            block.times.copy_(self.times[made : made + length])
             if self.sampler.noisy:
                 steps_made = range(made + 1, made + length + 1)
                 torch.stack([draws(self.sampler, noise, t) for t in steps_made], out=block.noise)
             self.launchers[length]()
             spent += block.num_evaluations  # by Python's count when it was captured: a replayed graph does not count
-            moments.add_states(block.states)
-            trace["noise_variance"][steps] = block.variances
-            for name, values in diagnostics(block.log_joints, block.drifts).items():
-                trace[name][steps] = values
-            first = first or (block.log_joints[0].clone(), block.drifts[0].clone())
-            if square is not None:
-                square += block.drifts.square().sum((0, 1))
-            if judged is not None:
-                judged.add(block.errors, made + 1)
+            gathered.add(block.states, block.log_joints, block.drifts, block.variances, block.errors)
             state = block.state
-            whole = length == self.length and made + length < self.sampler.num_steps
-            if stops(self.sampler) and whole and bool(settled(block.log_joints)):
+            if gathered.ended():
                 break
         self.potential.num_evaluations = spent
-        return finish_chain(self.potential, self.sampler, state.z.clone(), moments, first, trace, square, judged)
+        return gathered.chain(self.potential, state.z.clone())
 
 
 class CudaGraph(Blocked):
@@ -335,7 +294,7 @@ class Compiled(Blocked):
     def potential_of(self, log_joint: LogJoint) -> LogJoint:
         return self._compile(log_joint, super().potential_of(log_joint))
 
-    def step_of(self, sampler: Any) -> Step:
+    def step_of(self, sampler: Any) -> Callable[..., tuple[State, Info]]:
         if (arithmetic := declared(sampler, Sampler, "move")) is None:
             return super().step_of(sampler)
         move = self._compile(sampler, arithmetic)

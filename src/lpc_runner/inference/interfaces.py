@@ -13,10 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.errors import UserError
-from lpc_runner.base.schema import declared
-
 Mean = Callable[[Tensor], Tensor]  # rows (b, ...) of this rank -> the mean over the batch of all ranks, (1, ...)
 
 
@@ -168,74 +164,3 @@ class Objective(Part, ABC):
     @abstractmethod
     def gradients(self, context: Any) -> Any:
         """`context.Gradients` of one `context.Context`: means over the rows of this process's batch, to descend."""
-
-
-NUM_STEPS = 16  # of the chains that are compared, at most
-ROWS = torch.tensor([3, 1])  # of four, in another order
-
-
-def over_ranks(sampler: Any, mean: Mean) -> Any:
-    """The sampler, whose means over the batch are taken by `mean`. Raises UserError (one line) if it offers none."""
-    averaging_by = declared(sampler, Sampler, "averaging_by")
-    if averaging_by is None:
-        name = type(sampler).__name__
-        raise UserError(f"sampler: {name} couples the chains of a batch and has no averaging_by: run it on one process")
-    return averaging_by(mean)
-
-
-def require_shareable(sampler: Any, latent_dim: int) -> None:
-    """Raises UserError (one line) where chains would depend on which rows share a process.
-
-    Four chains of random drifts are run, and two of them by themselves, with the means that the four took: they must
-    go the same way.
-    """
-    if sampler.num_steps == 0:
-        return
-    taken: list[Tensor] = []
-
-    def record(rows: Tensor) -> Tensor:
-        taken.append(rows.mean(0, keepdim=True))
-        return taken[-1]
-
-    def replay(rows: Tensor) -> Tensor:
-        return taken.pop(0) if taken else torch.full_like(rows[:1], torch.nan)
-
-    whole, part = sampler, sampler
-    if declared(sampler, Sampler, "couples_batch"):
-        whole, part = over_ranks(sampler, record), over_ranks(sampler, replay)
-    together = _moves(whole, latent_dim, torch.arange(4))[ROWS]
-    alone = _moves(part, latent_dim, ROWS)
-    rounding = 1e-4 * float(together.abs().mean())
-    if taken or not torch.allclose(alone, together, rtol=1e-4, atol=rounding, equal_nan=True):
-        names = " with ".join(
-            type(part).__name__ for part in (sampler, getattr(sampler, "preconditioner", None)) if part is not None
-        )
-        raise UserError(
-            f"sampler: the chains of a batch depend on one another in {names}, other than by the means that it says it "
-            "takes: run it on one process, or see couples_batch in docs/extending.md"
-        )
-
-
-def _moves(sampler: Any, dim: int, rows: Tensor) -> Tensor:
-    """z(T) - z(0) of the chains `rows` of four, whose drifts differ in size; (len(rows), d)."""
-    source = torch.Generator().manual_seed(0)
-    start, goal, mean, raw = torch.randn(4, 4, dim, generator=source)[:, rows]
-    scale = torch.tensor([0.1, 1.0, 10.0, 100.0])[rows, None]
-
-    def potential(z: Tensor) -> tuple[Tensor, Tensor]:
-        away = goal - z  # a bounded drift: no step size makes these chains overflow
-        return -(scale * away.cosh().log()).sum(1), scale * away.tanh()
-
-    def draw(count: int) -> Tensor:
-        draws = torch.randn(count, 4, dim, generator=source)[:, rows]
-        return draws if count > 1 else draws[0]
-
-    asks = {name: declared(sampler, Sampler, name) for name in ("num_draws", "draws_at_start", "adjusted")}
-    first = (draw(1),) if asks["draws_at_start"] else ()
-    state = sampler.init(start, DiagonalGaussian(mean, raw.square() + 0.1), *first)
-    if asks["adjusted"]:
-        state = state._replace(seen=potential(start))
-    for _ in range(min(sampler.num_steps, NUM_STEPS)):
-        noise = draw(asks["num_draws"]) if sampler.noisy else None
-        state, _ = sampler.step(state, potential, noise)
-    return state.z - start

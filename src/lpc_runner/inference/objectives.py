@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian, Prior
 from lpc_runner.base.schema import PositiveInt, at_least, checked, declared
 from lpc_runner.inference import interfaces
-from lpc_runner.inference.chain import Chain, FusedPotential, Moments, ShadowMetropolis, constant, stops
+from lpc_runner.inference.chain import Chain, FusedPotential, Moments, ShadowMetropolis, constant
 from lpc_runner.inference.context import Context, Gradients
 from lpc_runner.inference.interfaces import Objective
 
@@ -55,6 +55,7 @@ class WeightedKL(interfaces.Objective):
 
     num_kept_states: null takes forward KL from all states of a chain, by two sums, which a factorised q allows; a
     number keeps so many of them, evenly apart and the last one with them, and takes it from these, whatever q is.
+    Without an encoder chains start from the prior.
     """
 
     allows_chain = True
@@ -66,21 +67,10 @@ class WeightedKL(interfaces.Objective):
                 f"num_kept_states is of forward KL, whose weight is 0: null would fit, got {num_kept_states}"
             )
         self.forward, self.reverse, self.num_kept_states = forward, reverse, num_kept_states
-
-    @property
-    def uses_encoder(self) -> bool:
-        """Whether there is an encoder at all; without one the chain starts from the prior."""
-        return self.forward > 0 or self.reverse > 0
-
-    @property
-    def needs_chain(self) -> bool:
-        """Forward KL is an average over the chain's states; without an encoder z(0) is no guess of the posterior."""
-        return self.forward > 0 or not self.uses_encoder
-
-    @property
-    def needs_factorised_q(self) -> bool:
-        """Two sums over the states suffice where q's coordinates are independent."""
-        return self.forward > 0 and self.num_kept_states is None
+        self.uses_encoder = forward > 0 or reverse > 0
+        # Forward KL is an average over the chain's states; without an encoder z(0) is no guess of the posterior.
+        self.needs_chain = forward > 0 or not self.uses_encoder
+        self.needs_factorised_q = forward > 0 and num_kept_states is None  # two sums over the states suffice then
 
     @property
     def capturable(self) -> bool:
@@ -107,6 +97,12 @@ class WeightedKL(interfaces.Objective):
         judge = context.judge and shows_steps and sampler.noisy and sampler.num_steps > 1
         judge = judge and declared(sampler, interfaces.Sampler, "energy_error_of") is None  # the chain judges itself
         shadow = ShadowMetropolis(start.detach()) if judge else None
+        watchers = [each for each in (context.on_step, shadow) if each is not None]
+
+        def on_step(*step: Any) -> None:
+            for watch in watchers:
+                watch(*step)
+
         chain = engine.run(
             model.log_joint,
             (context.batch.x,),
@@ -116,13 +112,13 @@ class WeightedKL(interfaces.Objective):
             parameters=context.theta,
             centre=q.mean if q is not None else None,
             q=q,
-            on_step=_all_of([each for each in (context.on_step, shadow) if each is not None]),
+            on_step=on_step if watchers else None,
             num_kept=self.num_kept_states or 0,
         )
         theta = [-gradient for gradient in chain.theta_gradient]  # θ ascends log p(x, z; θ)
         phi, (scalars, maxima), num_evaluations = [], _describe(chain, sampler), chain.num_evaluations
-        if shadow is not None:
-            scalars["chain/mala_acceptance"] = shadow.mean()
+        if shadow is not None and (acceptance := shadow.means()[0]) is not None:
+            scalars["chain/mala_acceptance"] = acceptance
         if q is not None and warm is not None:
             # Beside kept chains, forward KL alone needs no decoder at q's z: there is no ELBO then.
             has_elbo = self.reverse > 0 or context.kept is None
@@ -196,20 +192,12 @@ def describe_encoder(model: Any, q: DiagonalGaussian, z: Tensor) -> dict[str, Te
     return {"train/kl": kl.sum(1).mean(), **blocks, "train/encoder_scale": q.variance.sqrt().mean()}
 
 
-def _all_of(callbacks: list[Callable]) -> Callable | None:
-    def on_step(state, info) -> None:
-        for callback in callbacks:
-            callback(state, info)
-
-    return on_step if callbacks else None
-
-
 def _describe(chain: Chain, sampler: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logged means, and logged maxima."""
     scalars, trace = {"train/log_joint": chain.first[0].mean()}, chain.trace
     if len(trace["log_joint"]) == 0:
         return scalars, {}
-    if stops(sampler):
+    if declared(sampler, interfaces.Sampler, "stop") == "settled":
         scalars["chain/num_steps"] = torch.full_like(scalars["train/log_joint"], float(chain.moments.count))
     if chain.acceptance is not None and chain.energy_error is not None:
         scalars |= {"chain/acceptance": chain.acceptance, "chain/energy_error": chain.energy_error}
@@ -226,7 +214,9 @@ def _describe(chain: Chain, sampler: Any) -> tuple[dict[str, Tensor], dict[str, 
 class ImportanceWeighted(Objective):
     """Objective of an importance-weighted autoencoder, -E log (1/K) Σ_k p(x, z_k) / q(z_k|x), K = num_samples.
 
-    It has no chain: θ and φ both follow the gradient of this bound. K = 1 is the negative ELBO with a sampled KL.
+    It has no chain: θ and φ both follow the gradient of this bound, ∇ log (1/K) Σ_k w_k = Σ_k w̃_k ∇ log w_k with
+    w_k = p(x, z_k; θ) / q(z_k|x; φ), w̃ the weights divided by their sum, in one pass through the decoder. K = 1 is the
+    negative ELBO with a sampled KL.
     """
 
     needs_factorised_q = True
@@ -242,54 +232,23 @@ class ImportanceWeighted(Objective):
 
     def gradients(self, context: Context) -> Gradients:
         """One batch, up to and without the optimisers' steps."""
-        q, count = context.q(), self.num_samples
-        noise = context.noise.normal("importance", count)
-        gradients = importance_gradients(context.log_joint, q, noise, context.theta)
-        theta = [-gradient for gradient in gradients.theta]
-        phi = list(torch.autograd.grad(gradients.loss.mean(), context.phi))
-        scalars = describe_encoder(context.model, q, gradients.z) | {
-            "train/importance_bound": gradients.bound.mean(),
-            "train/effective_sample_size": gradients.weights.square().sum(0).reciprocal().mean(),
-            "train/log_joint": gradients.log_joint.mean(),
+        q, noise = context.q(), context.noise.normal("importance", self.num_samples)  # (K, B, d)
+        z = q.mean + q.variance.sqrt() * noise
+        # At z_k itself mean and scale cancel inside log q: (z_k - mean)/scale is the noise; the normaliser remains.
+        log_q = -0.5 * (noise.square() + LOG_2PI).sum(2) - 0.5 * q.variance.log().sum(1)
+        point = z.detach().requires_grad_()
+        log_joint = context.log_joint(point)
+        log_weights = log_joint.detach() - log_q.detach()
+        weights = log_weights.softmax(0)  # w̃
+        drift, *theta = torch.autograd.grad((weights * log_joint).sum(), [point, *context.theta])
+        point = point.detach()
+        pathwise = (drift * (z - point)).sum((0, 2))  # value 0, gradient Σ w̃ ∇z log p · dz/dφ
+        loss = ((weights * log_q).sum(0) - pathwise).mean()
+        phi = list(torch.autograd.grad(loss, context.phi))
+        scalars = describe_encoder(context.model, q, point[0]) | {
+            "train/importance_bound": (log_weights.logsumexp(0) - math.log(self.num_samples)).mean(),
+            "train/effective_sample_size": weights.square().sum(0).reciprocal().mean(),
+            "train/log_joint": log_joint.detach().mean(),
         }
-        return Gradients(theta, phi, gradients.z, count * len(gradients.z), scalars)
-
-
-@dataclass
-class ImportanceGradients:
-    """bound: (B,) nats. log_joint: log p(x, z_k), (K, B). weights: w̃ (K, B), summing to 1 over K.
-
-    z: z_1, (B, d). theta: mean over the batch of the bound's gradient, one tensor per parameter. loss: (B,), whose
-    gradient with respect to φ is the negative bound's.
-    """
-
-    bound: Tensor
-    log_joint: Tensor
-    weights: Tensor
-    z: Tensor
-    theta: list[Tensor]
-    loss: Tensor
-
-
-def importance_gradients(
-    log_joint: Callable[[Tensor], Tensor], q: DiagonalGaussian, noise: Tensor, parameters: Sequence[Tensor]
-) -> ImportanceGradients:
-    """∇ log (1/K) Σ_k w_k = Σ_k w̃_k ∇ log w_k, w_k = p(x, z_k; θ) / q(z_k|x; φ), in one pass through the decoder.
-
-    log_joint: z (K, B, d) -> (K, B) nats. noise: (K, B, d) ~ N(0, I); z_k = mean + sqrt(variance) noise_k, through
-    which φ is differentiated along with log q.
-    """
-    z = q.mean + q.variance.sqrt() * noise
-    # At z_k itself mean and scale cancel inside log q: (z_k - mean)/scale is the noise; the normaliser remains.
-    log_q = -0.5 * (noise.square() + LOG_2PI).sum(2) - 0.5 * q.variance.log().sum(1)
-    point = z.detach().requires_grad_()
-    with torch.enable_grad():
-        value = log_joint(point)
-        log_weights = value.detach() - log_q.detach()
-        weights = log_weights.softmax(0)
-        weighted_drift, *theta = torch.autograd.grad((weights * value).sum(), [point, *parameters])
-    pathwise = (weighted_drift * (z - point.detach())).sum((0, 2))  # value 0, gradient Σ w̃ ∇z log p · dz/dφ
-    bound = log_weights.logsumexp(0) - math.log(len(noise))
-    loss = (weights * log_q).sum(0) - pathwise
-    theta = [gradient / noise.shape[1] for gradient in theta]
-    return ImportanceGradients(bound, value.detach(), weights, point[0].detach(), theta, loss)
+        count, size, _ = noise.shape
+        return Gradients([-gradient / size for gradient in theta], phi, point[0], count * size, scalars)

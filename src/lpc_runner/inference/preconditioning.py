@@ -45,11 +45,7 @@ class Adam(Preconditioner):
     @checked
     def __init__(self, beta: Decay, eps: PositiveFloat, freeze_after: PositiveInt | None) -> None:
         self.beta, self.eps, self.freeze_after = beta, eps, freeze_after
-
-    @property
-    def constant_from(self) -> int | None:
-        """The step whose G the later ones keep."""
-        return self.freeze_after
+        self.constant_from = freeze_after
 
     def second_moment(self, drift: Tensor) -> Tensor:
         """g⊙g, (B, d)."""

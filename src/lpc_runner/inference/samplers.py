@@ -25,11 +25,6 @@ from lpc_runner.base.schema import PositiveFloat, PositiveInt, at_least, checked
 from lpc_runner.inference.interfaces import Mean, Preconditioner, Sampler, StepSize
 
 Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
-NumSteps = Annotated[int, at_least(1, "no steps at all: sampler=none")]
-ThetaStates = Literal["all", "last"]
-Start = Literal["encoder", "prior", "persistent"]
-FirstStart = Literal["encoder", "prior"]
-Stop = Literal["never", "settled"]
 
 
 class State(NamedTuple):
@@ -87,15 +82,15 @@ class MarkovChain(Sampler):
     @checked
     def __init__(
         self,
-        num_steps: NumSteps,
-        theta_states: ThetaStates,
+        num_steps: Annotated[int, at_least(1, "no steps at all: sampler=none")],
+        theta_states: Literal["all", "last"],
         step_size: Any,
         preconditioner: Any,
         theta_every: PositiveInt = 1,
-        start: Start = "encoder",
-        first_start: FirstStart = "encoder",
+        start: Literal["encoder", "prior", "persistent"] = "encoder",
+        first_start: Literal["encoder", "prior"] = "encoder",
         first_steps: PositiveInt | None = None,
-        stop: Stop = "never",
+        stop: Literal["never", "settled"] = "never",
     ) -> None:
         if start != "persistent" and (first_start, first_steps) != ("encoder", None):
             name = "first_start" if first_start != "encoder" else "first_steps"
@@ -131,8 +126,9 @@ class MarkovChain(Sampler):
         """Steps of the same γ and G, uphill and without noise."""
         return Map(self.num_steps, self.theta_states, self.step_size, self.preconditioner)
 
-    def init(self, z: Tensor, q: DiagonalGaussian | None = None) -> State:
-        return State(z, self.preconditioner.init(z, q), 0)
+    def init(self, z: Tensor, q: DiagonalGaussian | None = None, noise: Tensor | None = None) -> State:
+        memory = None if noise is None else (noise, torch.zeros_like(z[:, 0]))  # see `baoab`
+        return State(z, self.preconditioner.init(z, q), 0, memory)
 
     def step(self, state: State, potential: Potential, noise: Tensor | None) -> tuple[State, Info]:
         assert self.move is not None  # or the class has a step of its own
@@ -182,26 +178,17 @@ class Langevin(MarkovChain):
     @checked
     def __init__(self, *first: Any, noise: Literal["independent", "averaged"] = "independent", **shared: Any) -> None:
         super().__init__(*first, **shared)
-        self.noise = noise
-
-    @property
-    def draws_at_start(self) -> bool:
-        """Of averaged noise, ξ(0)."""
-        return self.noise == "averaged"
-
-    @property
-    def energy_error_of(self) -> Literal["before"] | None:
-        """Of averaged noise, as `Underdamped`; of independent noise MALA's, where the step size asks for it."""
-        asked = declared(self.step_size, StepSize, "needs_acceptance")
-        return "before" if asked or self.noise == "averaged" else None
+        self.noise, self.draws_at_start = noise, noise == "averaged"
+        # Of averaged noise, as `Underdamped`; of independent noise MALA's, where the step size asks for it.
+        judged = self.draws_at_start or declared(self.step_size, StepSize, "needs_acceptance")
+        self.energy_error_of = "before" if judged else None
 
     def init(self, z: Tensor, q: DiagonalGaussian | None = None, noise: Tensor | None = None) -> State:
-        memory = None
-        if self.noise == "averaged":
-            memory = (noise, torch.zeros_like(z[:, 0]))
-        elif self.energy_error_of is not None:
-            memory = (z, Info(torch.zeros_like(z[:, 0]), torch.zeros_like(z), torch.ones_like(z)))
-        return State(z, self.preconditioner.init(z, q), 0, memory)
+        state = super().init(z, q, noise)
+        if self.noise == "averaged" or self.energy_error_of is None:
+            return state
+        before = Info(torch.zeros_like(z[:, 0]), torch.zeros_like(z), torch.ones_like(z))
+        return state._replace(memory=(z, before))
 
     def move(self, state: State, log_joint: Tensor, drift: Tensor, noise: Tensor) -> tuple[State, Info]:
         t = state.t + 1
@@ -261,9 +248,6 @@ class Underdamped(MarkovChain):
         super().__init__(*first, **shared)
         self.friction = friction
 
-    def init(self, z: Tensor, q: DiagonalGaussian | None = None, noise: Tensor | None = None) -> State:
-        return State(z, self.preconditioner.init(z, q), 0, (noise, torch.zeros_like(z[:, 0])))
-
     def move(self, state: State, log_joint: Tensor, drift: Tensor, noise: Tensor) -> tuple[State, Info]:
         t = state.t + 1
         metric, scale = self.preconditioner.update(state.metric, drift, t)
@@ -299,7 +283,6 @@ class MALA(MarkovChain):
     adjusted = True
     energy_error_of = "this"
     num_draws = 2  # the momentum, and for the test another, of which one coordinate is used
-    target_acceptance = 0.574
     num_leapfrog = 1
 
     def step(self, state: State, potential: Potential, noise: Tensor) -> tuple[State, Info]:

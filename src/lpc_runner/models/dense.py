@@ -54,7 +54,7 @@ class MLP(LatentVariableModel):
         return Encoder(nn.Sequential(nn.Flatten(), *network(sizes, self.activation)), self.variance_beta)
 
 
-class Linear(LatentVariableModel):
+class Linear(MLP):
     """x = W z + b + σ ε, z ~ N(0, s²I), ε ~ N(0, I) (Tipping and Bishop 1999); x of any shape is flattened."""
 
     @checked
@@ -68,16 +68,7 @@ class Linear(LatentVariableModel):
     ) -> None:
         if likelihood.gaussian_variance() is None:
             raise ValueError("model=linear has a closed form only under a Gaussian, as model/likelihood=gaussian")
-        super().__init__(latent_dim, prior_scale, likelihood)
-        self.variance_beta, self.data_dim = variance_beta, math.prod(data_shape)
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, self.data_dim), nn.Unflatten(1, tuple(data_shape)))
-
-    def predict(self, z: Tensor) -> Tensor:
-        return self.decoder(z)
-
-    def build_encoder(self) -> Encoder:
-        body = nn.Sequential(nn.Flatten(), nn.Linear(self.data_dim, 2 * self.latent_dim))
-        return Encoder(body, self.variance_beta)
+        super().__init__(data_shape, latent_dim, prior_scale, likelihood, variance_beta, hidden=[])
 
     def posterior(self, x: Tensor) -> MultivariateNormal:
         """p(z|x; θ) = N(Σ Wᵀ(x - b)/σ², Σ), Σ⁻¹ = WᵀW/σ² + I/s²; batch (B,), event (latent_dim,)."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -68,7 +68,7 @@ class Hierarchical(LatentVariableModel):
         super().__init__(sum(sizes), 1.0, likelihood)
         self.levels, self.maps, self.skip, self.encoder, self.variance_beta = levels, maps, skip, encoder, variance_beta
         self.factorised_q = encoder == "factorised" or len(levels) == 1
-        ends = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+        ends = [0, *accumulate(sizes)]
         self.blocks = {f"level_{number}": slice(*ends) for number, ends in enumerate(pairwise(ends), 1)}
         ladder = (
             _Dense(data_shape, levels, hidden, between, activation, skip)
@@ -102,11 +102,6 @@ class Hierarchical(LatentVariableModel):
     def predict(self, z: Tensor) -> Tensor:
         parts = self.split(z)
         return self.ladder.read(self.descend(lambda level, _: parts[level])[1])
-
-    def latents(self, e: Tensor) -> list[Tensor]:
-        """z_1 .. z_L of flat e (B, latent_dim), shaped as by `split`."""
-        parts = self.split(e)
-        return self.descend(lambda level, _: parts[level])[0]
 
     def build_encoder(self) -> nn.Module:
         return self.ladder.build_encoder(self)

@@ -1,9 +1,8 @@
 """Networks of sequential models: generators of states, and encoders q(z|x; φ).
 
 A generator computes x_t = cell(u_t, x_{t-1}) for t = 1 .. T from all of u at once. Each has `initial_size` (the size of
-x_0), `forward(initial, inputs, num_steps)` -> x_1 .. x_T (B, T, state_dim), and `step(state, inputs)`, one step of the
-recursion in elementary operations. `initial` is x_0 (B, initial_size), `inputs` u_1 .. u_T (B, T, input_dim), or None
-for a generator built with input_dim = 0.
+x_0) and `forward(initial, inputs, num_steps)` -> x_1 .. x_T (B, T, state_dim). `initial` is x_0 (B, initial_size),
+`inputs` u_1 .. u_T (B, T, input_dim), or None for a generator built with input_dim = 0.
 
 An encoder is a bidirectional network, a network per time bin, or a free table by trial. Every q is over the flat z and,
 but for BlockTable's, factorised over coordinates; variance = softplus(raw, beta).
@@ -21,8 +20,6 @@ from torch.nn import functional as F
 
 from lpc_runner.base.distributions import BlockGaussian, DiagonalGaussian
 from lpc_runner.data.dataset import Batch
-
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 def recursion(first: Tensor, drive: Tensor, transition: Tensor) -> Tensor:
@@ -58,17 +55,13 @@ class LinearDynamics(nn.Module):
             drive = drive + self.input_map(inputs)
         return recursion(initial, drive, self.transition.weight)
 
-    def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
-        moved = self.transition(state)
-        return moved if self.input_map is None else moved + self.input_map(inputs)
-
 
 class Additive(nn.Module):
     """x_t = h(x_{t-1}) + L u_t, h(x) = x + W₂ g(W₁ x + b₁) + b₂: nonlinear dynamics with additive Gaussian noise."""
 
     def __init__(self, state_dim: int, input_dim: int, hidden_dim: int, nonlinearity: str) -> None:
         super().__init__()
-        self.initial_size, self.activation = state_dim, ACTIVATIONS[nonlinearity]
+        self.initial_size, self.activation = state_dim, {"tanh": torch.tanh, "relu": torch.relu}[nonlinearity]
         self.inner, self.outer = nn.Linear(state_dim, hidden_dim), nn.Linear(hidden_dim, state_dim)
         self.input_map = nn.Linear(input_dim, state_dim, bias=False) if input_dim else None  # L
         # Near the identity, and with small noise, whose variance adds up over time.
@@ -81,16 +74,9 @@ class Additive(nn.Module):
         noise = [0.0] * num_steps if self.input_map is None else self.input_map(inputs).unbind(1)
         states, state = [], initial
         for increment in noise:
-            state = self._advance(state) + increment
+            state = state + self.outer(self.activation(self.inner(state))) + increment
             states.append(state)
         return torch.stack(states, 1)
-
-    def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
-        moved = self._advance(state)
-        return moved if self.input_map is None else moved + self.input_map(inputs)
-
-    def _advance(self, state: Tensor) -> Tensor:
-        return state + self.outer(self.activation(self.inner(state)))
 
 
 class Recurrent(nn.Module):
@@ -102,7 +88,7 @@ class Recurrent(nn.Module):
 
     def __init__(self, kind: str, state_dim: int, input_dim: int, nonlinearity: str) -> None:
         super().__init__()
-        self.kind, self.activation = kind, ACTIVATIONS[nonlinearity]
+        self.kind = kind
         self.initial_size = 2 * state_dim if kind == "lstm" else state_dim
         self.input_dim = max(input_dim, 1)  # without inputs a constant 0 is fed, whose weights get no gradient
         if kind == "vanilla":
@@ -124,23 +110,6 @@ class Recurrent(nn.Module):
         super().train(mode)
         self.network.train()
         return self
-
-    def step(self, state: Tensor, inputs: Tensor | None) -> Tensor:
-        if inputs is None:
-            inputs = state.new_zeros(*state.shape[:-1], self.input_dim)
-        hidden = state.chunk(2, dim=-1)[0] if self.kind == "lstm" else state
-        input_weight, state_weight, input_bias, state_bias = self.network.parameters()
-        of_input = F.linear(inputs, input_weight, input_bias)
-        of_state = F.linear(hidden, state_weight, state_bias)
-        if self.kind == "vanilla":
-            return self.activation(of_input + of_state)
-        if self.kind == "gru":
-            (r_input, z_input, n_input), (r_state, z_state, n_state) = of_input.chunk(3, -1), of_state.chunk(3, -1)
-            reset, keep = torch.sigmoid(r_input + r_state), torch.sigmoid(z_input + z_state)
-            return (1 - keep) * torch.tanh(n_input + reset * n_state) + keep * hidden
-        enter, forget, candidate, leave = (of_input + of_state).chunk(4, -1)
-        cell = torch.sigmoid(forget) * state.chunk(2, dim=-1)[1] + torch.sigmoid(enter) * torch.tanh(candidate)
-        return torch.cat([torch.sigmoid(leave) * torch.tanh(cell), cell], -1)
 
 
 Generator = LinearDynamics | Additive | Recurrent

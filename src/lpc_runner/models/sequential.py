@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from lpc_runner.base.likelihoods import Likelihood
@@ -53,12 +53,15 @@ class SequentialModel(LatentVariableModel):
         likelihood: Likelihood,
         shapes: dict[str, tuple[int, ...]],
         num_factors: int,
+        encoder: str,
+        encoder_dim: int,
+        variance: RawVariance,
+        num_train: int,
+        table_learning_rate: float,
     ) -> None:
         if len(data_shape) != 2:
             raise ValueError(f"sequential models take trials of shape (time, neurons), got {tuple(data_shape)}")
-        ends = [0]
-        for shape in shapes.values():
-            ends.append(ends[-1] + math.prod(shape))
+        ends = [0, *accumulate(map(math.prod, shapes.values()))]
         super().__init__(ends[-1], 1.0, likelihood)
         self.shapes = shapes
         self.blocks = {name: slice(*ends) for name, ends in zip(shapes, pairwise(ends))}
@@ -69,6 +72,19 @@ class SequentialModel(LatentVariableModel):
         self.held_out = slice(self.num_neurons - num_held_out, self.num_neurons)
         self.readout = nn.Linear(num_factors, self.num_neurons)  # C and d
         nn.init.constant_(self.readout.bias, likelihood.initial_predictor)
+        self.encoder, self.encoder_dim, self.variance = encoder, encoder_dim, variance
+        self.num_train, self.table_learning_rate = num_train, table_learning_rate
+        self.factorised_q = encoder != "free_block"
+
+    def build_encoder(self) -> nn.Module:
+        shapes, num_held_in = list(self.shapes.values()), self.held_in.stop
+        if self.encoder == "mlp":
+            return PerBin(num_held_in, self.encoder_dim, shapes[0][1], self.variance)
+        if self.encoder == "birnn":
+            return BiRNN(num_held_in, self.encoder_dim, shapes, self.variance)
+        if self.encoder == "free_block":
+            return BlockTable(self.num_train, shapes, self.variance, self.table_learning_rate)
+        return FreeTable(self.num_train, self.latent_dim, self.variance, self.table_learning_rate)
 
     @abstractmethod
     def run(self, z: Tensor) -> Rollout:
@@ -132,21 +148,15 @@ class FactorAnalysis(SequentialModel):
         table_learning_rate: PositiveFloat,
     ) -> None:
         widths = [state_dim, *hidden]
-        super().__init__(data_shape, num_held_out, likelihood, {"states": (data_shape[0], state_dim)}, widths[-1])
+        variance, shapes = RawVariance(variance_beta, initial_variance), {"states": (data_shape[0], state_dim)}
+        of_encoder = (encoder, encoder_dim, variance, num_train, table_learning_rate)
+        super().__init__(data_shape, num_held_out, likelihood, shapes, widths[-1], *of_encoder)
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
         self.features = nn.Sequential(*layers)
-        self.encoder, self.encoder_dim, self.num_train = encoder, encoder_dim, num_train
-        self.factorised_q = encoder != "free_block"
-        self.variance, self.table_learning_rate = RawVariance(variance_beta, initial_variance), table_learning_rate
 
     def run(self, z: Tensor) -> Rollout:
         states = self.named(z)["states"]
         return Rollout(states, self.features(states), None)
-
-    def build_encoder(self) -> nn.Module:
-        if self.encoder == "mlp":
-            return PerBin(self.held_in.stop, self.encoder_dim, self.shapes["states"][1], self.variance)
-        return _encoder(self)
 
 
 class LFADS(SequentialModel):
@@ -189,7 +199,9 @@ class LFADS(SequentialModel):
         shapes: dict[str, tuple[int, ...]] = {"initial_condition": (initial_dim,)}
         if input_dim:
             shapes["inputs"] = (data_shape[0], input_dim)
-        super().__init__(data_shape, num_held_out, likelihood, shapes, num_factors or state_dim)
+        variance = RawVariance(variance_beta, initial_variance)
+        of_encoder = (encoder, encoder_dim, variance, num_train, table_learning_rate)
+        super().__init__(data_shape, num_held_out, likelihood, shapes, num_factors or state_dim, *of_encoder)
         self.generator = network
         self.initial_map = nn.Linear(initial_dim, network.initial_size)  # m_0 and L_0
         nn.init.zeros_(self.initial_map.bias)
@@ -197,42 +209,14 @@ class LFADS(SequentialModel):
             nn.init.orthogonal_(self.initial_map.weight)
         self.factor_map = nn.Identity() if num_factors is None else nn.Linear(state_dim, num_factors)
         self.input_prior = AR1(input_dim) if input_dim and input_prior == "ar1" else None
-        self.encoder, self.encoder_dim, self.num_train = encoder, encoder_dim, num_train
-        self.factorised_q = encoder != "free_block"
-        self.variance, self.table_learning_rate = RawVariance(variance_beta, initial_variance), table_learning_rate
 
-    def initial_and_inputs(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x_0 (B, initial size) and u_1 .. u_T (B, T, Du), or None, from z (B, latent_dim)."""
+    def run(self, z: Tensor) -> Rollout:
         parts = self.named(z)
         inputs = parts.get("inputs")
         if self.input_prior is not None:
             inputs = self.input_prior(inputs)
-        return self.initial_map(parts["initial_condition"]), inputs
-
-    def run(self, z: Tensor) -> Rollout:
-        initial, inputs = self.initial_and_inputs(z)
-        states = self.generator(initial, inputs, self.num_steps)
+        states = self.generator(self.initial_map(parts["initial_condition"]), inputs, self.num_steps)
         return Rollout(states, self.factor_map(states), inputs)
-
-    def build_encoder(self) -> nn.Module:
-        return _encoder(self)
-
-    @torch.no_grad()
-    def state_sensitivity(self, z: Tensor) -> Tensor:
-        """Largest singular value of ∂x_t/∂x_0 for t = 1 .. T, (B, T): how fast gradients through time vanish or grow.
-
-        The product of the steps' Jacobians along the path of z (B, latent_dim); an lstm's x is hidden state and cell.
-        """
-        state, inputs = self.initial_and_inputs(z)
-        jacobian_of = vmap(jacrev(self.generator.step), in_dims=(0, None if inputs is None else 0))
-        product = torch.eye(state.shape[1], dtype=z.dtype, device=z.device)
-        norms = []
-        for t in range(self.num_steps):
-            now = None if inputs is None else inputs[:, t]
-            product = jacobian_of(state, now) @ product
-            state = self.generator.step(state, now)
-            norms.append(torch.linalg.matrix_norm(product, 2))
-        return torch.stack(norms, 1)
 
 
 class AR1(nn.Module):
@@ -248,11 +232,3 @@ class AR1(nn.Module):
         correlation = torch.sigmoid(self.logit)
         fresh = torch.cat([z[:, :1], (1 - correlation.square()).sqrt() * z[:, 1:]], 1)
         return self.log_scale.exp() * recursion(torch.zeros_like(z[:, 0]), fresh, torch.diag(correlation))
-
-
-def _encoder(model: FactorAnalysis | LFADS) -> nn.Module:
-    if model.encoder == "free_block":
-        return BlockTable(model.num_train, list(model.shapes.values()), model.variance, model.table_learning_rate)
-    if model.encoder == "free":
-        return FreeTable(model.num_train, model.latent_dim, model.variance, model.table_learning_rate)
-    return BiRNN(model.held_in.stop, model.encoder_dim, list(model.shapes.values()), model.variance)

@@ -20,7 +20,8 @@ from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import run_hash, run_name
 from lpc_runner.evaluation.bounds import BY_BLOCK
 from lpc_runner.evaluation.evaluator import Metrics
-from lpc_runner.inference.interfaces import Objective, require_shareable
+from lpc_runner.inference.chain import require_shareable
+from lpc_runner.inference.interfaces import Objective
 from lpc_runner.store.runs import DONE, RunDirectory
 from lpc_runner.tracking.tracker import Sink
 from lpc_runner.training.learner import Learner
@@ -182,4 +183,5 @@ def build_learner(experiment: Experiment, ranks: Ranks = SINGLE, num_train: int 
         ranks,
         experiment.engine,
         num_train,
+        experiment.trainer.frozen,
     )

@@ -110,7 +110,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         weights = load_checkpoint(source.checkpoints)
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
-        learner.start_from(weights, str(source.path), experiment.trainer.frozen)
+        learner.start_from(weights, str(source.path))
     evaluator = _evaluator_of(planned, data)
     tracker = _open_tracker(planned) if is_main else Tracker(None)
     status = "failed"

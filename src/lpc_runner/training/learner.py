@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,9 +14,10 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import PositiveFloat, at_least, checked, declared
 from lpc_runner.data.dataset import Batch
+from lpc_runner.inference.chain import over_ranks
 from lpc_runner.inference.context import STEP_BY_STEP, Context, PersistentStates
 from lpc_runner.inference.engine import Blocked, Eager
-from lpc_runner.inference.interfaces import Objective, Part, Sampler, over_ranks, parts_of
+from lpc_runner.inference.interfaces import Objective, Part, Sampler, parts_of
 from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
 from lpc_runner.training.update import Combined, UpdateNoise, WholeUpdates, compute_gradients, step_encoder
 
@@ -69,23 +70,20 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            learning_rate, (beta, beta_square), eps = group["lr"], group["betas"], group["eps"]
             for table in group["params"]:
-                self._step(table, self.state[table], group["lr"], group["betas"], group["eps"])
-
-    @staticmethod
-    def _step(table: Tensor, state: dict[str, Tensor], lr: float, betas: tuple[float, float], eps: float) -> None:
-        assert table.grad is not None
-        beta, beta_square = betas
-        if not state:
-            state["count"] = table.new_zeros(len(table), *[1] * (table.ndim - 1))
-            state["mean"], state["mean_square"] = torch.zeros_like(table), torch.zeros_like(table)
-        rows = table.grad.flatten(1).any(1).nonzero().squeeze(1)
-        gradient, count = table.grad[rows], state["count"][rows] + 1
-        mean = torch.lerp(gradient, state["mean"][rows], beta)
-        square = torch.lerp(gradient.square(), state["mean_square"][rows], beta_square)
-        state["count"][rows], state["mean"][rows], state["mean_square"][rows] = count, mean, square
-        scale = (square / (1 - beta_square**count)).sqrt() + eps
-        table[rows] -= lr * mean / (1 - beta**count) / scale
+                assert table.grad is not None
+                state = self.state[table]
+                if not state:
+                    state["count"] = table.new_zeros(len(table), *[1] * (table.ndim - 1))
+                    state["mean"], state["mean_square"] = torch.zeros_like(table), torch.zeros_like(table)
+                rows = table.grad.flatten(1).any(1).nonzero().squeeze(1)
+                gradient, count = table.grad[rows], state["count"][rows] + 1
+                mean = torch.lerp(gradient, state["mean"][rows], beta)
+                square = torch.lerp(gradient.square(), state["mean_square"][rows], beta_square)
+                state["count"][rows], state["mean"][rows], state["mean_square"][rows] = count, mean, square
+                scale = (square / (1 - beta_square**count)).sqrt() + eps
+                table[rows] -= learning_rate * mean / (1 - beta**count) / scale
 
 
 class Learner:
@@ -93,7 +91,7 @@ class Learner:
 
     ranks: the processes that share every batch. sampler: as configured; in training, what it averages over the batch
     is averaged over all ranks. engine: runs the chains. num_train: training examples, which
-    sampler.start=persistent must know before it trains.
+    sampler.start=persistent must know before it trains. frozen: model and encoder stay as they are.
     """
 
     def __init__(
@@ -106,19 +104,20 @@ class Learner:
         ranks: Ranks = SINGLE,
         engine: Eager = STEP_BY_STEP,
         num_train: int | None = None,
+        frozen: bool = False,
     ) -> None:
         self.model, self.encoder, self.sampler, self.objective = model, encoder, sampler, objective
-        self.ranks = ranks
+        self.ranks, self.frozen = ranks, frozen
         self._training_sampler, self.engine = sampler, engine
         if ranks.size > 1 and declared(sampler, Sampler, "couples_batch"):
             # A message at every step is Python's to send.
-            self._training_sampler, self.engine = over_ranks(sampler, ranks.mean_over_batch), engine.step_by_step()
-        whole = ranks.size == 1 and sampler.num_steps == 0
-        whole = whole and declared(objective, Objective, "capturable")
-        whole = whole and (encoder is None or declared(encoder, EncoderInterface, "amortised"))
+            self._training_sampler = over_ranks(sampler, ranks.mean_over_batch)
+            self.engine = Eager(engine.precision, engine.device)
         self._whole = None
-        if whole and isinstance(self.engine, Blocked):
-            self._whole = WholeUpdates(self.engine)  # without a chain, all of an update is a block
+        if isinstance(self.engine, Blocked) and ranks.size == 1 and sampler.num_steps == 0:
+            by_row = encoder is not None and not declared(encoder, EncoderInterface, "amortised")
+            if declared(objective, Objective, "capturable") and not by_row:
+                self._whole = WholeUpdates(self.engine)  # without a chain, all of an update is a block
         self._first_sampler = self._training_sampler
         if (first_steps := declared(sampler, Sampler, "first_steps")) is not None:
             self._first_sampler = copy.copy(self._training_sampler)
@@ -172,21 +171,20 @@ class Learner:
                 return self._whole.gradients(compute, context)
             return compute(context)
 
-    def apply(self, batch: Batch, gradients: Combined, frozen: bool = False) -> None:
-        """The optimisers' steps, and what the sampler learns; only ever called with finite gradients.
-
-        frozen: model and encoder stay as they are.
-        """
-        optimizers = [] if frozen else [part for part in (self.theta_optimizer, self.phi_optimizer) if part is not None]
-        if self._whole is not None:
-            self._whole.step(optimizers)
-        else:
-            for optimizer in optimizers:
-                optimizer.step()
-        if not frozen:
+    def apply(self, batch: Batch, gradients: Combined) -> None:
+        """The optimisers' steps, and what the sampler learns; only ever called with finite gradients."""
+        if not self.frozen:
+            optimizers = [part for part in (self.theta_optimizer, self.phi_optimizer) if part is not None]
+            if self._whole is not None:
+                self._whole.step(optimizers)
+            else:
+                for optimizer in optimizers:
+                    optimizer.step()
             with self.engine.arithmetic():
                 self.model.observe(batch.x, gradients.z, self.ranks.mean)
-        self._tell(gradients)
+        for part, averaged in self._told(gradients):
+            declared(part, Part, "observe")(averaged)
+            gradients.scalars |= declared(part, Part, "scalars")()
         if self.kept is not None and gradients.chain is not None:
             counts = [len(batch.index)] * self.ranks.size
             self.kept.keep(*(self.ranks.gather_rows(rows, counts) for rows in (batch.index, gradients.chain.z)))
@@ -200,20 +198,11 @@ class Learner:
                 gradients.scalars |= declared(part, Part, "scalars")()
         return goes_on
 
-    def _told(self, gradients: Combined) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+    def _told(self, gradients: Combined) -> list[tuple[Any, dict[str, Tensor]]]:
         """The sampler's parts, and what each took from the chains."""
-        told = set()  # a sampler and its copy that averages over ranks share parts: none is told twice
-        for sampler in (self.sampler, self._training_sampler):
-            for part, averaged in zip(parts_of(sampler), gradients.contributions):
-                if id(part) not in told:
-                    told.add(id(part))
-                    yield part, averaged
-
-    def _tell(self, gradients: Combined) -> None:
-        """What the sampler's parts learn from the update; their values to log are put to the others."""
-        for part, averaged in self._told(gradients):
-            declared(part, Part, "observe")(averaged)
-            gradients.scalars |= declared(part, Part, "scalars")()
+        samplers = (self.sampler, self._training_sampler)  # a copy that averages over ranks shares parts with the first
+        pairs = [pair for sampler in samplers for pair in zip(parts_of(sampler), gradients.contributions)]
+        return list({id(part): (part, averaged) for part, averaged in pairs}.values())
 
     def _parts(self) -> dict[str, Any]:
         parts = {
@@ -233,21 +222,20 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of the same configuration."""
         if self._whole is not None:
-            self._whole.clear()
+            self._whole = WholeUpdates(self._whole.engine)  # state and parameters lie elsewhere now
         for name, part in (*self._parts().items(), *_learning(self._training_sampler).items()):
             if isinstance(part, torch.optim.Optimizer):
                 restore(part, state[name])
             else:
                 part.load_state_dict(state[name])
 
-    def start_from(self, state: dict[str, Any], source: str, frozen: bool = False) -> None:
-        """Take the weights, no state of optimisers or chains, of another run's checkpoint; UserError if they misfit.
-
-        frozen: nothing trains them, so that none may be missing.
-        """
+    def start_from(self, state: dict[str, Any], source: str) -> None:
+        """Take the weights, no state of optimisers or chains, of another run's checkpoint; UserError if they misfit."""
         for name, part in (("model", self.model), ("encoder", self.encoder)):
-            if part is None or name not in state:
-                if part is not None and frozen:
+            if part is None:
+                continue
+            if name not in state:
+                if self.frozen:
                     raise UserError(f"trainer.init_from={source} has no {name}, and trainer.frozen=true trains none")
                 continue
             try:

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-import torch
-
 from lpc_runner.base.ranks import Ranks
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
 from lpc_runner.data.dataset import Batches
@@ -53,7 +51,8 @@ class Interrupts:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
@@ -70,11 +69,6 @@ class Interrupts:
             handler(number, frame)
         raise Interrupted(self.received or signal.SIGTERM)  # another rank's signal counts as SIGTERM
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
 
 @dataclass
 class Counters:
@@ -87,6 +81,14 @@ class Counters:
     train_seconds: float = 0.0
     gradient_evaluations: int = 0
     log_offset: int = 0
+
+    def row(self) -> dict[str, float]:
+        """What of it is logged."""
+        return {
+            "train/gradient_evaluations": float(self.gradient_evaluations),
+            "time/train_seconds": self.train_seconds,
+            "time/ms_per_update": 1e3 * self.train_seconds / self.update,
+        }
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,9 @@ class Trainer:
                     batch, seed, counters.update, from_prior, trace, logged, signalled, first_epoch=epoch == 0
                 )
                 if gradients.verdict():
-                    learner.apply(batch, gradients, self.frozen)
+                    learner.apply(batch, gradients)
                 elif not learner.pass_over(gradients):
-                    logger.warning("diverged at update %d (epoch %d)", counters.update + 1, epoch + 1)
+                    logger.warning("diverged at update %d (epoch %d)", number, epoch + 1)
                     self._save(learner, checkpoints, counters, tracker.metrics)
                     self._leave_if_told(interrupts, ranks)
                     return Outcome("diverged", counters, counters.update / batches.num_batches)
@@ -187,7 +189,7 @@ class Trainer:
                 values = {"epoch": counters.update / batches.num_batches}
                 last = counters.update == total
                 if logged:
-                    row = _read(gradients.scalars) | _times(counters)
+                    row = gradients.read() | counters.row()
                     tracker.log(counters.update, values["epoch"], row)
                     values |= row
                 due = measure_every > 0 and rest == 0 and done % measure_every == 0 and not last
@@ -238,16 +240,3 @@ class Trainer:
         metrics.sync()  # the log must not be shorter than the checkpoint says
         counters.log_offset = metrics.offset
         save_checkpoint(folder, counters.update, {**learner.state_dict(), "counters": vars(counters).copy()})
-
-
-def _read(scalars: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Values of 0-d tensors, by one transfer from the device."""
-    return dict(zip(scalars, torch.stack([value.to(torch.float64) for value in scalars.values()]).tolist()))
-
-
-def _times(counters: Counters) -> dict[str, float]:
-    return {
-        "train/gradient_evaluations": float(counters.gradient_evaluations),
-        "time/train_seconds": counters.train_seconds,
-        "time/ms_per_update": 1e3 * counters.train_seconds / counters.update,
-    }

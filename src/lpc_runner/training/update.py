@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +73,11 @@ class Combined:
         """Whether to make the update; waits for the device, once."""
         return bool(self.finite if self.usable is None else self.finite & self.usable)
 
+    def read(self) -> dict[str, float]:
+        """The scalars as numbers, by one transfer from the device."""
+        values = torch.stack([value.to(torch.float64) for value in self.scalars.values()])
+        return dict(zip(self.scalars, values.tolist()))
+
 
 def compute_gradients(objective: Objective, context: Context, combine: Combine = ALONE) -> Combined:
     """The objective's gradients of θ, then of φ, made those of the global batch and set on the parameters.
@@ -85,13 +89,14 @@ def compute_gradients(objective: Objective, context: Context, combine: Combine =
     scalars = {name: value.detach() for name, value in own.scalars.items()}
     scalars |= {f"train/{name}": value.detach() for name, value in context.model.likelihood.scalars().items()}
     maxima = {name: value.detach() for name, value in own.maxima.items()}
-    contributions = _contributions(context.sampler, own.chain)
-    values = [value for part in contributions for value in part.values()]
+    parts = [] if own.chain is None or context.sampler.num_steps == 0 else parts_of(context.sampler)
+    contributions = [declared(part, Part, "contribution")(own.chain) for part in parts]
+    values = [value for named in contributions for value in named.values()]
     gradients, scalars, stop = combine([*own.theta, *own.phi, *values], {**scalars, "z": own.z.sum()}, maxima)
     num_theta, num_gradients = len(own.theta), len(own.theta) + len(own.phi)
     theta, phi, averaged = gradients[:num_theta], gradients[num_theta:num_gradients], gradients[num_gradients:]
     rest = iter(averaged)
-    contributions = [{name: next(rest) for name in part} for part in contributions]
+    contributions = [{name: next(rest) for name in named} for named in contributions]
     scalars["train/theta_gradient_norm"] = _set(context.theta, theta)
     norms = [scalars["train/theta_gradient_norm"]]
     if context.phi:
@@ -100,21 +105,11 @@ def compute_gradients(objective: Objective, context: Context, combine: Combine =
     # A sum is finite only if every term is: one number answers for all gradients.
     sums = [value.sum().to(norms[0].dtype) for value in (scalars.pop("z"), *averaged)]
     finite = torch.isfinite(torch.stack([*norms, *sums]).sum()) & own.finite
-    num_ranks = context.noise.shape[0] // len(own.z)
-    num_evaluations = own.num_evaluations * num_ranks
-    verdicts = (
-        declared(part, Part, "usable")(averaged) for part, averaged in zip(parts_of(context.sampler), contributions)
-    )
-    usable = [verdict for verdict in verdicts if verdict is not None]
-    usable = torch.stack(usable).all() if usable else None
+    num_evaluations = own.num_evaluations * (context.noise.shape[0] // len(own.z))  # times the number of ranks
+    verdicts = [declared(part, Part, "usable")(named) for part, named in zip(parts, contributions)]
+    verdicts = [verdict for verdict in verdicts if verdict is not None]
+    usable = torch.stack(verdicts).all() if verdicts else None
     return Combined(own.z, own.chain, scalars, finite, num_evaluations, stop, contributions, usable)
-
-
-def _contributions(sampler: Any, chain: Chain | None) -> list[dict[str, Tensor]]:
-    """Of the sampler's parts in their order, this process's; none where no step was made."""
-    if chain is None or sampler.num_steps == 0:
-        return []
-    return [declared(part, Part, "contribution")(chain) for part in parts_of(sampler)]
 
 
 def step_encoder(optimizer: torch.optim.Optimizer | None, combine: Combine, gradients: Sequence[Tensor]) -> bool:
@@ -186,39 +181,11 @@ class GradientProgram:
         return self.result
 
 
-def _may_be_captured(optimizer: torch.optim.Optimizer) -> bool:
-    """Adam is, where its steps are one kernel; an encoder's optimiser of one's own need not be."""
-    groups = optimizer.param_groups
-    return all("capturable" in group and (group["fused"] or not group["params"][0].is_cuda) for group in groups)
-
-
-def step_program(engine: Blocked, optimizers: list[torch.optim.Optimizer]) -> Callable[[], None]:
-    """The optimisers' steps on gradients at fixed places, once each has made a step, and so has state and kernels."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-
-    def steps() -> None:
-        for optimizer in optimizers:
-            optimizer.step()
-
-    before = [group["capturable"] for group in groups]
-    try:
-        for group in groups:
-            group["capturable"] = bool(group["fused"])
-        return engine.launcher(steps, warm=False)  # a run to warm up would be a step
-    finally:
-        for group, setting in zip(groups, before):
-            group["capturable"] = setting
-
-
 class WholeUpdates:
     """Programs of a learner without a chain, by the shape of its batches."""
 
     def __init__(self, engine: Blocked) -> None:
         self.engine = engine
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget them: the optimisers' state or the parameters lie elsewhere now."""
         self._gradients: dict[tuple, GradientProgram] = {}
         self._steps: dict[tuple, Callable[[], None]] = {}
         self._stepped = False
@@ -232,13 +199,26 @@ class WholeUpdates:
 
     def step(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """One step of each, for gradients that `gradients` has set."""
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        if not self._stepped or not all(map(_may_be_captured, optimizers)):
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+        def steps() -> None:
             for optimizer in optimizers:
                 optimizer.step()
-            self._stepped = True
+
+        # Adam can be captured where its steps are one kernel; an encoder's optimiser of one's own need not be.
+        fixed = all("capturable" in group and (group["fused"] or not group["params"][0].is_cuda) for group in groups)
+        if not fixed or not self._stepped:
+            steps()
+            self._stepped = True  # each has made a step, and so has state and kernels
             return
-        key = tuple(id(parameter.grad) for parameter in parameters)
+        key = tuple(id(parameter.grad) for group in groups for parameter in group["params"])
         if key not in self._steps:
-            self._steps[key] = step_program(self.engine, optimizers)
+            before = [group["capturable"] for group in groups]
+            try:
+                for group in groups:
+                    group["capturable"] = bool(group["fused"])
+                self._steps[key] = self.engine.launcher(steps, warm=False)  # a run to warm up would be a step
+            finally:
+                for group, setting in zip(groups, before):
+                    group["capturable"] = setting
         self._steps[key]()
