@@ -10,15 +10,18 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import flush_to_disk, remove_temporary, sha256_of, sync_folder, temporary_beside
+
+_T = TypeVar("_T")
 
 
 def file_state(path: Path) -> tuple[Path, int, int]:
@@ -27,26 +30,29 @@ def file_state(path: Path) -> tuple[Path, int, int]:
     return path.resolve(), state.st_size, state.st_mtime_ns
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, computed once per state of it: each cell of a sweep asks for it."""
-    return _content_hash(*file_state(path))
+def once_per_state(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
+    """The same function, called once per state of a file: each cell of a sweep asks again."""
+
+    @functools.cache
+    def remembered(path: Path, state: tuple) -> _T:
+        return read(path)
+
+    return lambda path: remembered(path, file_state(path))
 
 
-@functools.cache
-def _content_hash(path: Path, size: int, modified: int) -> str:
-    return sha256_of(path)
+content_hash = once_per_state(sha256_of)
 
 
-def intact(path: Path, md5: str | None) -> bool:
-    """Whether a file exists and, where an MD5 is given, has it; computed once like `content_hash`."""
-    return path.is_file() and (md5 is None or _md5(*file_state(path)) == md5)
-
-
-@functools.cache
-def _md5(path: Path, size: int, modified: int) -> str:
+@once_per_state
+def _md5(path: Path) -> str:
     from torchvision.datasets.utils import calculate_md5
 
     return calculate_md5(path)
+
+
+def intact(path: Path, md5: str | None) -> bool:
+    """Whether a file exists and, where an MD5 is given, has it."""
+    return path.is_file() and (md5 is None or _md5(path) == md5)
 
 
 def save_images(folder: Path, stem: str, count: int, chunks: Iterator[np.ndarray]) -> Path:
@@ -123,7 +129,7 @@ def damage_named(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(f"{path}: needs more memory than there is") from error
     except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         if isinstance(error, OSError) and error.errno:  # refused, which says nothing about the content
             raise UserError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
         if isinstance(error, NotImplementedError) or "password" in reason:  # of zipfile

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.data import hdf5
 from lpc_runner.data.files import file_state
 from lpc_runner.data.images import hold_out
@@ -149,8 +149,7 @@ def _tables(path: Path) -> Tables:
         except UserError:
             raise
         except Exception as error:  # hdmf raises errors of many kinds on unexpected content
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{path}: cannot be read as NWB ({reason})") from error
+            raise UserError(f"{path}: cannot be read as NWB ({one_line(error)})") from error
 
 
 def _used(path: Path, content: Any) -> Tables:

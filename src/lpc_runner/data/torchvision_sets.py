@@ -15,13 +15,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import is_refusal, lock_on
 from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.data.dataset import Binarisation, Binarise, Data
 from lpc_runner.data.files import intact, load_images, save_images
-from lpc_runner.data.folder import square
-from lpc_runner.data.images import ImageDataset, image_split
+from lpc_runner.data.images import ImageDataset, image_split, square
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class TorchvisionImages(ImageDataset):
                     log.info("%s: downloading to %s", self.name, self._folder)
                     self._download()
         except Exception as error:  # networks, disks, archives and gdown raise errors of many kinds
-            raise UserError(f"{self.name}: not fetched ({_reason(error)}); {self._remedy()}") from error
+            raise UserError(f"{self.name}: not fetched ({one_line(error)}); {self._remedy()}") from error
         if not self._complete():
             raise UserError(f"{self.name}: still incomplete after the download; {self._remedy()}")
 
@@ -86,7 +85,7 @@ class TorchvisionImages(ImageDataset):
             splits = self._read()
         except Exception as error:  # a parser may raise anything on a damaged file
             what = "cannot be read" if is_refusal(error) else "damaged"
-            fault = f"{what} in {self._folder} ({_reason(error)})"
+            fault = f"{what} in {self._folder} ({one_line(error)})"
             raise UserError(f"{self.name}: {fault}; {self._remedy()}") from error
         for (images, _), expected in zip(splits, self.num_examples):
             if images.shape != (expected, *self.example_shape):
@@ -307,7 +306,3 @@ def _require_gdown() -> None:
         import gdown  # noqa: F401  # pyright: ignore[reportMissingImports]  # of an extra
     except ModuleNotFoundError:
         raise UserError("Google Drive needs gdown: pip install 'lpc-runner[celeba]'") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
