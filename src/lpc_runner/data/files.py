@@ -1,10 +1,8 @@
-"""Files of examples: content hashed once, headers of arrays, damage reported in one line, images kept whole."""
+"""Files of examples: content hashed once, headers of arrays, damage reported in one line, files kept by content."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import math
 import os
 import struct
@@ -14,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -55,44 +53,34 @@ def intact(path: Path, md5: str | None) -> bool:
     return path.is_file() and (md5 is None or _md5(path) == md5)
 
 
-def save_images(folder: Path, stem: str, count: int, chunks: Iterator[np.ndarray]) -> Path:
-    """Write chunks uint8 (n, C, H, W), `count` images in all, to folder/<stem>-<hash>.npy, wholly or not.
+@contextmanager
+def kept_by_content(folder: Path, stem: str, suffix: str) -> Iterator[BinaryIO]:
+    """A file to write; whole, it stands in the folder as <stem>-<hash><suffix>, else it leaves nothing.
 
-    One chunk is in memory at a time. <hash>: the first 16 hex digits of the file's SHA-256. Callers hold the folder's
-    lock.
+    <hash>: the first 16 hex digits of its SHA-256. Callers hold the folder's lock.
     """
     remove_temporary(folder / stem)
     temporary = temporary_beside(folder / stem)
-    digest = hashlib.sha256()
     try:
         with open(temporary, "wb") as file:
-            for position, chunk in enumerate(chunks):
-                header = _npy_header((count, *chunk.shape[1:])) if position == 0 else b""
-                for data in (header, np.ascontiguousarray(chunk).data):
-                    file.write(data)
-                    digest.update(data)
+            yield file
             file.flush()
             flush_to_disk(file.fileno())
-        path = folder / f"{stem}-{digest.hexdigest()[:16]}.npy"
-        os.replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, folder / f"{stem}-{sha256_of(temporary)[:16]}{suffix}")
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(folder)
-    return path
 
 
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return header.getvalue()
+def find_kept(folder: Path, stem: str, suffix: str) -> Path:
+    """The file that `kept_by_content` wrote; where there is none, a path that does not exist."""
+    return min(folder.glob(f"{stem}-*{suffix}"), default=folder / f"{stem}{suffix}")
 
 
-def load_images(path: Path) -> np.ndarray:
-    """Read what `save_images` wrote. Raises UserError if the content no longer fits the hash in the name."""
+def require_content(path: Path) -> None:
+    """Raise UserError if what `kept_by_content` wrote no longer fits the hash in its name."""
     if not path.stem.endswith(f"-{sha256_of(path)[:16]}"):
         raise UserError(f"{path}: content differs from the hash in its name, delete this file")
-    return np.load(path, allow_pickle=False)
 
 
 # What zipfile, zlib, numpy, scipy and h5py raise on a file whose bytes are not what they were.

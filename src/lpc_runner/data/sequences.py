@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from abc import abstractmethod
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.files import lock_on, sha256_of, write_atomically
+from lpc_runner.base.files import lock_on
 from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Data, Dataset, Split
+from lpc_runner.data.files import find_kept, kept_by_content, require_content
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +67,14 @@ class SimulatedDataset(SequenceDataset):
 
     def prepare(self) -> None:
         """Simulate and write the file if it is not there. Raises UserError if it cannot be written."""
-        if self._path() is not None:
-            return
         try:
+            if self._path().exists():
+                return
             self._folder.mkdir(parents=True, exist_ok=True)
             with lock_on(self._folder / f".{self._stem()}.lock"):  # jobs of a sweep start together
-                if self._path() is None:
-                    content = _archive(self.simulate())
-                    digest = hashlib.sha256(content).hexdigest()[:16]
-                    write_atomically(self._folder / f"{self._stem()}-{digest}.npz", content)
+                if not self._path().exists():
+                    with kept_by_content(self._folder, self._stem(), ".npz") as file:
+                        np.savez(file, allow_pickle=False, **self.simulate())
                     log.info("%s: simulated to %s", self.name, self._folder)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be written to {self._folder} ({error.strerror})") from error
@@ -83,10 +82,9 @@ class SimulatedDataset(SequenceDataset):
     def arrays(self) -> dict[str, np.ndarray]:
         """What `simulate` gave, read from the file. Raises UserError if it is missing or no longer fits its hash."""
         path = self._path()
-        if path is None:
+        if not path.exists():
             raise UserError(f"{self.name}: no file in {self._folder}, the run's own command simulates it")
-        if not path.stem.endswith(f"-{sha256_of(path)[:16]}"):
-            raise UserError(f"{path}: content differs from the hash in its name, delete this file")
+        require_content(path)
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file}
 
@@ -99,24 +97,15 @@ class SimulatedDataset(SequenceDataset):
         text = json.dumps(self._recipe(), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    def _path(self) -> Path | None:
-        return min(self._folder.glob(f"{self._stem()}-*.npz"), default=None)
+    def _path(self) -> Path:
+        return find_kept(self._folder, self._stem(), ".npz")
 
 
 def sequence_split(arrays: dict[str, np.ndarray], part: str) -> Split:
     """`<part>_values` and, as extras, every other `<part>_*`."""
-    tensors = {key.removeprefix(f"{part}_"): torch.from_numpy(array) for key, array in _of(arrays, part).items()}
+    prefix = f"{part}_"
+    tensors = {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(prefix)}
     return Split(tensors.pop("values"), extras=tensors)
-
-
-def _of(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
-    return {key: array for key, array in arrays.items() if key.startswith(f"{part}_")}
-
-
-def _archive(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
 
 
 def random_source(seed: int, stream: str) -> np.random.Generator:
