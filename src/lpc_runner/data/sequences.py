@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import lock_on
+from lpc_runner.base.schema import hints_of
 from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Data, Dataset, Split
 from lpc_runner.data.files import find_kept, kept_by_content, require_content
@@ -42,28 +43,38 @@ class SequenceDataset(Dataset):
 class SimulatedDataset(SequenceDataset):
     """Trials drawn from a recipe once, kept below data_dir/sequences and verified whenever they are read.
 
-    A file's name holds a hash of the recipe and one of the content, so that settings never share a file.
+    A file's name holds a hash of the recipe and one of the content, so that settings never share a file. Parameters of
+    the constructor are attributes of the same names.
     """
 
     version: ClassVar[int] = 1  # of the recipe: raise it when it changes, for runs then see other data
+    seed: int
 
-    def __init__(self, data_dir: str, num_held_out: int, settings: dict[str, object]) -> None:
+    def __init__(self, data_dir: str, num_held_out: int, num_bins: int, num_neurons: int, num_train: int) -> None:
         self._folder = Path(data_dir).expanduser() / "sequences"
-        self._settings = settings
-        self.num_held_out = num_held_out
-        if num_held_out >= self.shape[1]:
-            raise ValueError(f"num_held_out must be below the {self.shape[1]} neurons, got {num_held_out}")
+        self.num_held_out, self._num_train = num_held_out, num_train
+        self.num_bins, self.num_neurons = num_bins, num_neurons
+        if num_held_out >= num_neurons:
+            raise ValueError(f"num_held_out must be below the {num_neurons} neurons, got {num_held_out}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, N)."""
+        return (self.num_bins, self.num_neurons)
+
+    @property
+    def num_train(self) -> int:
+        """Trials to train on."""
+        return self._num_train
 
     @abstractmethod
-    def simulate(self) -> dict[str, np.ndarray]:
+    def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """All arrays of both splits: `train_values`, `test_values` and one pair per extra; a function of settings."""
 
     def identity(self) -> dict[str, object]:
-        """Name, version of the recipe, every setting."""
-        return self._recipe() | {"num_held_out": self.num_held_out}
-
-    def _recipe(self) -> dict[str, object]:
-        return {"name": self.name, "version": self.version, **self._settings}
+        """Name, version of the recipe, every parameter of the constructor but data_dir."""
+        settings = {name: getattr(self, name) for name in hints_of(type(self)) if name != "data_dir"}
+        return {"name": self.name, "version": self.version, **settings}
 
     def prepare(self) -> None:
         """Simulate and write the file if it is not there. Raises UserError if it cannot be written."""
@@ -73,8 +84,9 @@ class SimulatedDataset(SequenceDataset):
             self._folder.mkdir(parents=True, exist_ok=True)
             with lock_on(self._folder / f".{self._stem()}.lock"):  # jobs of a sweep start together
                 if not self._path().exists():
+                    draw = np.random.default_rng(generator(self.seed, self.name).initial_seed())
                     with kept_by_content(self._folder, self._stem(), ".npz") as file:
-                        np.savez(file, allow_pickle=False, **self.simulate())
+                        np.savez(file, allow_pickle=False, **self.simulate(draw))
                     log.info("%s: simulated to %s", self.name, self._folder)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be written to {self._folder} ({error.strerror})") from error
@@ -94,7 +106,8 @@ class SimulatedDataset(SequenceDataset):
         return Data(*(sequence_split(arrays, part) for part in ("train", "test")))
 
     def _stem(self) -> str:
-        text = json.dumps(self._recipe(), sort_keys=True)
+        recipe = {name: value for name, value in self.identity().items() if name != "num_held_out"}
+        text = json.dumps(recipe, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def _path(self) -> Path:
@@ -106,11 +119,6 @@ def sequence_split(arrays: dict[str, np.ndarray], part: str) -> Split:
     prefix = f"{part}_"
     tensors = {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(prefix)}
     return Split(tensors.pop("values"), extras=tensors)
-
-
-def random_source(seed: int, stream: str) -> np.random.Generator:
-    """NumPy's generator for one named draw."""
-    return np.random.default_rng(generator(seed, stream).initial_seed())
 
 
 def smallest_counts(counts: np.ndarray) -> np.ndarray:
