@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lpc_runner.base.errors import UserError, one_line
-from lpc_runner.data import hdf5
 from lpc_runner.data.files import file_state
 from lpc_runner.data.images import hold_out
+from lpc_runner.data.sequence_files import opened
 
 VERSION = 1  # of binning and split: raise it when one changes, for runs then see other data
 _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test",))
@@ -141,7 +141,7 @@ def _tables(path: Path) -> Tables:
         from pynwb import NWBHDF5IO
     except ModuleNotFoundError:
         raise UserError(f"{path}: NWB is read through pynwb: pip install 'lpc-runner[nwb]'") from None
-    with hdf5.opened(path) as file, warnings.catch_warnings():
+    with opened(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # namespaces that are loaded already
         try:
             with NWBHDF5IO(file=file, mode="r") as io:
