@@ -189,9 +189,7 @@ def refuse_deeper_splits(folder: Path, images: list[Path]) -> None:
 
 def counted(counts: Counter[str]) -> str:
     """'3 .heic, 1 hidden', the most frequent first."""
-    return ", ".join(
-        f"{count:,} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    )
+    return ", ".join(f"{count:,} {what}" for what, count in counts.most_common())
 
 
 def shown(name: str | Path) -> str:

@@ -66,7 +66,8 @@ def _binned(path: Path, state: tuple, bin_seconds: float, trial_seconds: float |
             notes.append(f"{path}: {np.sum(~kept):,} trials passed over: {reason}")
     usable = np.flatnonzero(sound & whole & recorded)
     train, valid = _split(path, tables, usable, notes)
-    counts = np.stack([_counts(times, edges) for times in tables.times], axis=2)
+    counts = [np.diff(np.searchsorted(times, edges), axis=1).astype(np.int32) for times in tables.times]
+    counts = np.stack(counts, axis=2)  # spikes in [edge, next edge)
     held_out = np.zeros(len(tables.times), bool) if tables.held_out is None else tables.held_out
     heard = counts[train].any((0, 1))
     if not heard.all():
@@ -81,11 +82,6 @@ def _binned(path: Path, state: tuple, bin_seconds: float, trial_seconds: float |
         else:
             arrays[f"{plain}_spikes"] = counts[rows][:, :, heard]
     return arrays, tuple(notes)
-
-
-def _counts(times: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Spikes in [edge, next edge): times (S,) and edges (trials, T + 1) to int32 (trials, T)."""
-    return np.diff(np.searchsorted(times, edges), axis=1).astype(np.int32)
 
 
 def _length(path: Path, tables: Tables, sound: np.ndarray, bin_seconds: float, trial_seconds: float | None):

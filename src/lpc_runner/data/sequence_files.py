@@ -23,10 +23,6 @@ from lpc_runner.data.files import Header, damage_named, no_npz, npz_header
 _MAX_COMPRESSION = 1100  # deflate, the usual filter of these formats, cannot exceed 1032
 _MAX_INT = np.iinfo(np.int32).max
 _MAX_FLOAT = float(np.finfo(np.float32).max)
-# MATLAB's classes that hold real numbers.
-_MATLAB = {"double": "f8", "single": "f4", "logical": "u1"} | {
-    f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
-}
 # Registered HDF5 filters (https://github.com/HDFGroup/hdf5_plugins) that people's files use.
 _FILTERS = {
     4: "szip",
@@ -101,7 +97,8 @@ def _npz_headers(path: Path) -> dict[str, Header]:
 def _matlab_headers(path: Path) -> dict[str, Header]:
     from scipy.io import whosmat
 
-    return {key: Header(np.dtype(_MATLAB.get(kind, object)), tuple(shape)) for key, shape, kind in whosmat(path)}
+    dtypes = np.sctypeDict | {"logical": np.uint8}  # MATLAB's classes of real numbers have NumPy's names
+    return {key: Header(np.dtype(dtypes.get(kind, object)), tuple(shape)) for key, shape, kind in whosmat(path)}
 
 
 def _hdf5_headers(path: Path) -> dict[str, Header]:

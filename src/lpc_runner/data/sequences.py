@@ -44,16 +44,26 @@ class SimulatedDataset(SequenceDataset):
     """Trials drawn from a recipe once, kept below data_dir/sequences and verified whenever they are read.
 
     A file's name holds a hash of the recipe and one of the content, so that settings never share a file. Parameters of
-    the constructor are attributes of the same names.
+    the constructor are attributes of the same names. The last num_test of num_trials trials of every condition are the
+    test split.
     """
 
     version: ClassVar[int] = 1  # of the recipe: raise it when it changes, for runs then see other data
     seed: int
 
-    def __init__(self, data_dir: str, num_held_out: int, num_bins: int, num_neurons: int, num_train: int) -> None:
+    def __init__(
+        self,
+        data_dir: str,
+        num_held_out: int,
+        num_bins: int,
+        num_neurons: int,
+        num_conditions: int,
+        num_trials: int,
+        num_test: int,
+    ) -> None:
         self._folder = Path(data_dir).expanduser() / "sequences"
-        self.num_held_out, self._num_train = num_held_out, num_train
-        self.num_bins, self.num_neurons = num_bins, num_neurons
+        self.num_held_out, self.num_bins, self.num_neurons = num_held_out, num_bins, num_neurons
+        self.num_conditions, self.num_trials, self.num_test = num_conditions, num_trials, num_test
         if num_held_out >= num_neurons:
             raise ValueError(f"num_held_out must be below the {num_neurons} neurons, got {num_held_out}")
 
@@ -64,12 +74,21 @@ class SimulatedDataset(SequenceDataset):
 
     @property
     def num_train(self) -> int:
-        """Trials to train on."""
-        return self._num_train
+        """Trials to train on, of all conditions."""
+        return self.num_conditions * (self.num_trials - self.num_test)
 
     @abstractmethod
     def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """All arrays of both splits: `train_values`, `test_values` and one pair per extra; a function of settings."""
+
+    def split(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays (conditions x trials, ...), condition by condition, to `train_*` and `test_*`.
+
+        Trials of a condition are drawn independently, so which ones are the test split does not matter.
+        """
+        is_test = np.tile(np.arange(self.num_trials) >= self.num_trials - self.num_test, self.num_conditions)
+        parts = {"train": ~is_test, "test": is_test}
+        return {f"{part}_{name}": array[rows] for part, rows in parts.items() for name, array in arrays.items()}
 
     def identity(self) -> dict[str, object]:
         """Name, version of the recipe, every parameter of the constructor but data_dir."""
@@ -126,16 +145,3 @@ def smallest_counts(counts: np.ndarray) -> np.ndarray:
     largest = counts.max(initial=0)
     fitting = (dtype for dtype in (np.uint8, np.int16, np.int32) if largest <= np.iinfo(dtype).max)
     return counts.astype(next(fitting))
-
-
-def split_trials(
-    arrays: dict[str, np.ndarray], num_conditions: int, num_trials: int, num_test: int
-) -> dict[str, np.ndarray]:
-    """Arrays (conditions x trials, ...), condition by condition, to `train_*` and `test_*`.
-
-    The last num_test trials of every condition are the test split; trials of a condition are drawn independently, so
-    which ones does not matter.
-    """
-    is_test = np.tile(np.arange(num_trials) >= num_trials - num_test, num_conditions)
-    parts = {"train": ~is_test, "test": is_test}
-    return {f"{part}_{name}": array[rows] for part, rows in parts.items() for name, array in arrays.items()}

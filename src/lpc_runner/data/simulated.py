@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
-from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, smallest_counts, split_trials
+from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, smallest_counts
 
 _SYSTEM = "system_"
 _NOISE = 0.3  # standard deviation of the process noise in every direction
@@ -83,8 +83,8 @@ class SampledLinearSystem(SimulatedDataset):
         num_held_out: NonNegativeInt,
     ) -> None:
         self.kind = SERIES if emission == "gaussian" else COUNTS
-        self.seed, self.emission, self.num_test, self.latent_dim = seed, emission, num_test, latent_dim
-        super().__init__(data_dir, num_held_out, num_bins, num_neurons, num_train)
+        self.seed, self.emission, self.latent_dim = seed, emission, latent_dim
+        super().__init__(data_dir, num_held_out, num_bins, num_neurons, 1, num_train + num_test, num_test)
 
     def system(self) -> LinearSystem:
         """The parameters that the trials were drawn from. Raises UserError if the file is missing or damaged."""
@@ -102,7 +102,7 @@ class SampledLinearSystem(SimulatedDataset):
     def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """values (trials, T, N), rates: means or expected counts per bin, latents x_t, and the system itself."""
         system = random_system(draw, self.latent_dim, self.num_neurons, self.emission)
-        count, dim = self.num_train + self.num_test, self.latent_dim
+        count, dim = self.num_trials, self.latent_dim
         state = system.m0 + draw.standard_normal((count, dim)) @ system.L0.T
         states = np.empty((count, self.num_bins, dim))
         for step in range(self.num_bins):
@@ -116,7 +116,7 @@ class SampledLinearSystem(SimulatedDataset):
             values = (means + system.scale * draw.standard_normal(means.shape)).astype(np.float32)
         arrays = {"values": values, "rates": means.astype(np.float32), "latents": states.astype(np.float32)}
         kept = {f"{_SYSTEM}{name}": np.asarray(value) for name, value in vars(system).items()}
-        return split_trials(arrays, 1, count, self.num_test) | kept
+        return self.split(arrays) | kept
 
 
 def random_system(draw: np.random.Generator, dim: int, num_neurons: int, emission: str) -> LinearSystem:
@@ -140,22 +140,11 @@ def random_system(draw: np.random.Generator, dim: int, num_neurons: int, emissio
     return LinearSystem(transition, np.zeros(dim), noise, np.zeros(dim), stationary, loadings, offsets, 0.5)
 
 
-class _Conditions(SimulatedDataset):
-    """Trials of several conditions; the last fifth of those of each condition is the test split."""
-
-    def __init__(
-        self, data_dir: str, num_held_out: int, num_bins: int, num_neurons: int, num_conditions: int, num_trials: int
-    ) -> None:
-        if num_trials < 5:
-            raise ValueError(
-                f"num_trials must be at least 5 per condition (a fifth is the test split), got {num_trials}"
-            )
-        self.num_conditions, self.num_trials = num_conditions, num_trials
-        num_train = num_conditions * (num_trials - num_trials // 5)
-        super().__init__(data_dir, num_held_out, num_bins, num_neurons, num_train)
-
-    def split(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return split_trials(arrays, self.num_conditions, self.num_trials, self.num_trials // 5)
+def _fifth(num_trials: int) -> int:
+    """Trials of every condition that are the test split."""
+    if num_trials < 5:
+        raise ValueError(f"num_trials must be at least 5 per condition (a fifth is the test split), got {num_trials}")
+    return num_trials // 5
 
 
 _LORENZ_STEP = 0.006  # time of the attractor per millisecond
@@ -163,7 +152,7 @@ _MILLISECONDS = 1000
 _BIN = 20  # milliseconds
 
 
-class Lorenz(_Conditions):
+class Lorenz(SimulatedDataset):
     """Poisson counts whose log rates are linear in a Lorenz state (Sussillo et al. 2016, Pandarinath et al. 2018).
 
     The state starts at N(0, I) per condition and follows Euler steps of 1 ms for 1 s; each of its three dimensions is
@@ -186,7 +175,8 @@ class Lorenz(_Conditions):
         num_held_out: NonNegativeInt,
     ) -> None:
         self.seed, self.base_rate = seed, base_rate
-        super().__init__(data_dir, num_held_out, _MILLISECONDS // _BIN, num_neurons, num_conditions, num_trials)
+        num_bins, num_test = _MILLISECONDS // _BIN, _fifth(num_trials)
+        super().__init__(data_dir, num_held_out, num_bins, num_neurons, num_conditions, num_trials, num_test)
 
     def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """values (trials, 50, N), rates in expected counts per bin, latents: the scaled state, averaged over a bin."""
@@ -222,7 +212,7 @@ _PULSE = 20.0
 _MAX_RATE = 30.0  # Hz
 
 
-class ChaoticRNN(_Conditions):
+class ChaoticRNN(SimulatedDataset):
     """Poisson counts of a random network (Sussillo et al. 2016): τ dy/dt = -y + J tanh(y) + B u, J ~ g N(0, 1/N).
 
     τ = 25 ms, Euler steps and bins of 10 ms, 100 of them; y starts at N(0, I) per condition; rates are
@@ -246,7 +236,8 @@ class ChaoticRNN(_Conditions):
         num_held_out: NonNegativeInt,
     ) -> None:
         self.seed, self.pulses, self.gain = seed, pulses, gain
-        super().__init__(data_dir, num_held_out, _NUM_BINS, num_neurons, num_conditions, num_trials)
+        num_test = _fifth(num_trials)
+        super().__init__(data_dir, num_held_out, _NUM_BINS, num_neurons, num_conditions, num_trials, num_test)
 
     def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """values (trials, 100, N), rates in expected counts per bin; with pulses also inputs and pulse_bin."""
