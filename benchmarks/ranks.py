@@ -16,13 +16,33 @@ from rich.table import Table
 
 from benchmarks.report import processor
 from benchmarks.variants import LATENT_DIM, Work, build_learner, images, ours
-from lpc_runner.base.ranks import Ranks, bytes_per_update
+from lpc_runner.base.ranks import Ranks
 from lpc_runner.base.tensors import keep_freed_memory
 from lpc_runner.data.dataset import Batch
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam, SharedAdam
 from lpc_runner.inference.samplers import Langevin
 from lpc_runner.inference.step_sizes import Constant
+
+
+def numbers_per_update(num_parameters: int, num_scalars: int, num_maxima: int, size: int) -> int:
+    """Length of the vector that one update sums over `size` ranks: gradients, logged values, maxima, the stop flag.
+
+    num_parameters: of θ and φ, and what parts of the sampler take from the chain (`fisher`: d).
+    """
+    return num_parameters + num_scalars + num_maxima * size + 1
+
+
+def bytes_per_update(
+    num_parameters: int, size: int, *, num_steps: int = 0, shared_dim: int = 0, item: int = 4, num_scalars: int = 8
+) -> float:
+    """Bytes that each rank sends per update, for an all_reduce that sends 2 (P - 1)/P of its vector (ring, tree).
+
+    num_parameters: of θ and φ. num_steps, shared_dim: T and d where `adam_shared` averages d numbers per step, else 0.
+    item: bytes of a number. num_scalars: logged values.
+    """
+    numbers = numbers_per_update(num_parameters, num_scalars, 1, size) + num_steps * shared_dim
+    return 2 * (size - 1) / size * numbers * item
 
 
 def measure(size: int, work: Work, rounds: int, shared: bool) -> tuple[float, int]:

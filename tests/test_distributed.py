@@ -31,9 +31,10 @@ from conftest import (
     write_images,
 )
 
+from benchmarks.ranks import bytes_per_update, numbers_per_update
 from lpc_runner.base.distributions import DiscretisedGaussian
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.ranks import Ranks, bytes_per_update, numbers_per_update
+from lpc_runner.base.ranks import Ranks
 from lpc_runner.data.dataset import Batches, Split
 from lpc_runner.data.images import ImageDataset
 from lpc_runner.evaluation.samples import sample_images, share_of

@@ -11,6 +11,11 @@ class UserError(ValueError):
     """Bad input, missing data or an impossible request; its text is one line and names the remedy."""
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line of at most 200 characters, or its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 # Names such as num_tokens count tokens of a text and hold no secret.
 _NAMED = r"[\w.]*(?:api_?key|(?<!num_)(?<!max_)(?<!min_)token|secret|passw(?:or)?d|credential)\w*"
 _ASSIGNED = re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*)(['\"]?)[^\s'\",;&]+")

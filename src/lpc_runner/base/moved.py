@@ -21,6 +21,7 @@ MOVED = {
     "lpc_runner.data.batches": "lpc_runner.data.dataset",
     "lpc_runner.data.binarise": "lpc_runner.data.dataset",
     "lpc_runner.data.chaotic_rnn": "lpc_runner.data.simulated",
+    "lpc_runner.data.hdf5": "lpc_runner.data.sequence_files",
     "lpc_runner.data.image_files": "lpc_runner.data.folder",
     "lpc_runner.data.layouts": "lpc_runner.data.spikes",
     "lpc_runner.data.linear_system": "lpc_runner.data.simulated",

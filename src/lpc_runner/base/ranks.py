@@ -129,17 +129,12 @@ class Ranks:
         """Rank 0's `state` (what a checkpoint holds) on every rank: replicas start from the same bits."""
         if self.size == 1:
             return state
-        content = torch.empty(0, dtype=torch.uint8)
+        buffer = io.BytesIO()
         if self.is_main:
-            buffer = io.BytesIO()
             torch.save(state, buffer)
-            content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-        length = torch.tensor(len(content))
-        dist.broadcast(length, 0)
-        if not self.is_main:
-            content = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(content, 0)
-        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
+        content = [buffer.getvalue()]
+        dist.broadcast_object_list(content, device=torch.device("cpu"))
+        return torch.load(io.BytesIO(content[0]), map_location="cpu", weights_only=True)
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Rows of all ranks, rank after rank, on every rank; counts: how many each rank has."""
@@ -184,23 +179,3 @@ class Ranks:
 
 
 SINGLE = Ranks(rank=0, size=1, local_rank=0)  # every method is the identity and nothing is sent
-
-
-def numbers_per_update(num_parameters: int, num_scalars: int, num_maxima: int, size: int) -> int:
-    """Length of the vector that one update sums over `size` ranks: gradients, logged values, maxima, the stop flag.
-
-    num_parameters: of θ and φ, and what parts of the sampler take from the chain (`fisher`: d).
-    """
-    return num_parameters + num_scalars + num_maxima * size + 1
-
-
-def bytes_per_update(
-    num_parameters: int, size: int, *, num_steps: int = 0, shared_dim: int = 0, item: int = 4, num_scalars: int = 8
-) -> float:
-    """Bytes that each rank sends per update, for an all_reduce that sends 2 (P - 1)/P of its vector (ring, tree).
-
-    num_parameters: of θ and φ. num_steps, shared_dim: T and d where `adam_shared` averages d numbers per step, else 0.
-    item: bytes of a number. num_scalars: logged values.
-    """
-    numbers = numbers_per_update(num_parameters, num_scalars, 1, size) + num_steps * shared_dim
-    return 2 * (size - 1) / size * numbers * item

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lpc_runner.base.errors import UserError, masked
+from lpc_runner.base.errors import UserError, masked, one_line
 
 _NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # `| head` has ended, a terminal was closed
 
@@ -120,7 +120,7 @@ def one_line_errors() -> Iterator[None]:
 def error_text(error: OSError) -> str:
     """A system error in one line: the file, where there is one, and the system's text."""
     if error.strerror is None:
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import math
@@ -36,7 +35,7 @@ def seeded_layers(seed: int, stream: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@contextmanager
 def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """Inside, CUDA's matrix products, convolutions and recurrent networks are exact float32, or TF32."""
     cudnn: Any = torch.backends.cudnn  # Any: torch puts an object in place of the module that type checkers read
@@ -51,7 +50,7 @@ def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
             part.fp32_precision = setting
 
 
-@contextlib.contextmanager
+@contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Full float32 and fixed algorithms on CUDA: TF32 keeps 10 bits of mantissa, which changes nearest neighbours."""
     cudnn = torch.backends.cudnn

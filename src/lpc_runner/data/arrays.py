@@ -103,17 +103,12 @@ class Arrays(ImageDataset):
 
     def _grey(self) -> Data:
         self._check_headers()
-        parts = [_read(path) for path in self._train]
-        images = np.concatenate([part["images"] for part in parts])
-        labels = np.concatenate([part["labels"] for part in parts]) if "labels" in parts[0] else None
-        where = self._train[0]
+        where, parts = self._train[0], [_read(path) for path in self._train]
+        train = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         if self._test is not None:
-            test = _read(self._test)
-            test_split = image_split(self._test, test["images"], test.get("labels"))
-            return Data(image_split(where, images, labels), test_split)
-        train, held_out = hold_out(where, len(images))
-        pick = lambda index: image_split(where, images[index], None if labels is None else labels[index])
-        return Data(pick(train), pick(held_out))
+            return Data(image_split(where, **train), image_split(self._test, **_read(self._test)))
+        splits = ({key: array[rows] for key, array in train.items()} for rows in hold_out(where, len(train["images"])))
+        return Data(*(image_split(where, **split) for split in splits))
 
     def _files(self) -> list[Path]:
         return self._train if self._test is None else [*self._train, self._test]

@@ -1,24 +1,25 @@
-"""Files of examples: content hashed once, headers of arrays, damage reported in one line, images kept whole."""
+"""Files of examples: content hashed once, headers of arrays, damage reported in one line, files kept by content."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import math
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import flush_to_disk, remove_temporary, sha256_of, sync_folder, temporary_beside
+
+_T = TypeVar("_T")
 
 
 def file_state(path: Path) -> tuple[Path, int, int]:
@@ -27,66 +28,59 @@ def file_state(path: Path) -> tuple[Path, int, int]:
     return path.resolve(), state.st_size, state.st_mtime_ns
 
 
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, computed once per state of it: each cell of a sweep asks for it."""
-    return _content_hash(*file_state(path))
+def once_per_state(read: Callable[[Path], _T]) -> Callable[[Path], _T]:
+    """The same function, called once per state of a file: each cell of a sweep asks again."""
+
+    @functools.cache
+    def remembered(path: Path, state: tuple) -> _T:
+        return read(path)
+
+    return lambda path: remembered(path, file_state(path))
 
 
-@functools.cache
-def _content_hash(path: Path, size: int, modified: int) -> str:
-    return sha256_of(path)
+content_hash = once_per_state(sha256_of)
 
 
-def intact(path: Path, md5: str | None) -> bool:
-    """Whether a file exists and, where an MD5 is given, has it; computed once like `content_hash`."""
-    return path.is_file() and (md5 is None or _md5(*file_state(path)) == md5)
-
-
-@functools.cache
-def _md5(path: Path, size: int, modified: int) -> str:
+@once_per_state
+def _md5(path: Path) -> str:
     from torchvision.datasets.utils import calculate_md5
 
     return calculate_md5(path)
 
 
-def save_images(folder: Path, stem: str, count: int, chunks: Iterator[np.ndarray]) -> Path:
-    """Write chunks uint8 (n, C, H, W), `count` images in all, to folder/<stem>-<hash>.npy, wholly or not.
+def intact(path: Path, md5: str | None) -> bool:
+    """Whether a file exists and, where an MD5 is given, has it."""
+    return path.is_file() and (md5 is None or _md5(path) == md5)
 
-    One chunk is in memory at a time. <hash>: the first 16 hex digits of the file's SHA-256. Callers hold the folder's
-    lock.
+
+@contextmanager
+def kept_by_content(folder: Path, stem: str, suffix: str) -> Iterator[BinaryIO]:
+    """A file to write; whole, it stands in the folder as <stem>-<hash><suffix>, else it leaves nothing.
+
+    <hash>: the first 16 hex digits of its SHA-256. Callers hold the folder's lock.
     """
     remove_temporary(folder / stem)
     temporary = temporary_beside(folder / stem)
-    digest = hashlib.sha256()
     try:
         with open(temporary, "wb") as file:
-            for position, chunk in enumerate(chunks):
-                header = _npy_header((count, *chunk.shape[1:])) if position == 0 else b""
-                for data in (header, np.ascontiguousarray(chunk).data):
-                    file.write(data)
-                    digest.update(data)
+            yield file
             file.flush()
             flush_to_disk(file.fileno())
-        path = folder / f"{stem}-{digest.hexdigest()[:16]}.npy"
-        os.replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, folder / f"{stem}-{sha256_of(temporary)[:16]}{suffix}")
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(folder)
-    return path
 
 
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return header.getvalue()
+def find_kept(folder: Path, stem: str, suffix: str) -> Path:
+    """The file that `kept_by_content` wrote; where there is none, a path that does not exist."""
+    return min(folder.glob(f"{stem}-*{suffix}"), default=folder / f"{stem}{suffix}")
 
 
-def load_images(path: Path) -> np.ndarray:
-    """Read what `save_images` wrote. Raises UserError if the content no longer fits the hash in the name."""
+def require_content(path: Path) -> None:
+    """Raise UserError if what `kept_by_content` wrote no longer fits the hash in its name."""
     if not path.stem.endswith(f"-{sha256_of(path)[:16]}"):
         raise UserError(f"{path}: content differs from the hash in its name, delete this file")
-    return np.load(path, allow_pickle=False)
 
 
 # What zipfile, zlib, numpy, scipy and h5py raise on a file whose bytes are not what they were.
@@ -123,7 +117,7 @@ def damage_named(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(f"{path}: needs more memory than there is") from error
     except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         if isinstance(error, OSError) and error.errno:  # refused, which says nothing about the content
             raise UserError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
         if isinstance(error, NotImplementedError) or "password" in reason:  # of zipfile

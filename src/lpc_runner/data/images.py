@@ -114,3 +114,12 @@ def decode_all(decode: Callable[[Any], np.ndarray], items: Iterable[Any], out: n
         for row, image in zip(out, pool.map(decode, items), strict=True):
             row[...] = image
     return out
+
+
+def square(image: Any, crop: int, size: int) -> Any:
+    """The central crop x crop pixels of a PIL image, resized to size x size (antialiased bilinear)."""
+    from PIL import Image
+
+    left, top = (image.width - crop) // 2, (image.height - crop) // 2
+    cropped = image.crop((left, top, left + crop, top + crop))  # resize(box=...) would blend in what lies outside
+    return cropped.resize((size, size), Image.Resampling.BILINEAR)

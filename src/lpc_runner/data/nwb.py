@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lpc_runner.base.errors import UserError
-from lpc_runner.data import hdf5
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.data.files import file_state
 from lpc_runner.data.images import hold_out
+from lpc_runner.data.sequence_files import opened
 
 VERSION = 1  # of binning and split: raise it when one changes, for runs then see other data
 _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test",))
@@ -23,15 +23,16 @@ _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test",))
 class Tables:
     """What of the file is used. starts, stops: seconds (trials,). times: of each unit, ascending seconds.
 
-    observed: of each unit, seconds (intervals, 2) in which it was recorded; split, held_out: of each trial, unit.
+    observed: of each unit, seconds (intervals, 2) in which it was recorded, where the file says so. split, held_out: of
+    each trial, unit.
     """
 
     starts: np.ndarray
     stops: np.ndarray
     times: list[np.ndarray]
-    observed: list[np.ndarray] | None
+    observed: list[np.ndarray]
     split: np.ndarray | None
-    held_out: np.ndarray | None
+    held_out: np.ndarray
 
 
 def read_nwb(
@@ -66,8 +67,9 @@ def _binned(path: Path, state: tuple, bin_seconds: float, trial_seconds: float |
             notes.append(f"{path}: {np.sum(~kept):,} trials passed over: {reason}")
     usable = np.flatnonzero(sound & whole & recorded)
     train, valid = _split(path, tables, usable, notes)
-    counts = np.stack([_counts(times, edges) for times in tables.times], axis=2)
-    held_out = np.zeros(len(tables.times), bool) if tables.held_out is None else tables.held_out
+    counts = [np.diff(np.searchsorted(times, edges), axis=1).astype(np.int32) for times in tables.times]
+    counts = np.stack(counts, axis=2)  # spikes in [edge, next edge)
+    held_out = tables.held_out
     heard = counts[train].any((0, 1))
     if not heard.all():
         notes.append(f"{path}: {np.sum(~heard):,} units passed over: no spike in any training trial")
@@ -81,11 +83,6 @@ def _binned(path: Path, state: tuple, bin_seconds: float, trial_seconds: float |
         else:
             arrays[f"{plain}_spikes"] = counts[rows][:, :, heard]
     return arrays, tuple(notes)
-
-
-def _counts(times: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Spikes in [edge, next edge): times (S,) and edges (trials, T + 1) to int32 (trials, T)."""
-    return np.diff(np.searchsorted(times, edges), axis=1).astype(np.int32)
 
 
 def _length(path: Path, tables: Tables, sound: np.ndarray, bin_seconds: float, trial_seconds: float | None):
@@ -112,7 +109,7 @@ def _recorded(tables: Tables, edges: np.ndarray, tolerance: float) -> np.ndarray
     """Which trials lie, for every unit, within one of its observation intervals."""
     within = np.ones(len(edges), bool)
     starts, stops = edges[:, 0] + tolerance, edges[:, -1] - tolerance
-    for intervals in tables.observed or ():
+    for intervals in tables.observed:
         ordered = intervals[np.argsort(intervals[:, 0])]
         last = np.searchsorted(ordered[:, 0], starts, side="right") - 1
         within &= (last >= 0) & (ordered[last, 1] >= stops) if len(ordered) else False
@@ -141,7 +138,7 @@ def _tables(path: Path) -> Tables:
         from pynwb import NWBHDF5IO
     except ModuleNotFoundError:
         raise UserError(f"{path}: NWB is read through pynwb: pip install 'lpc-runner[nwb]'") from None
-    with hdf5.opened(path) as file, warnings.catch_warnings():
+    with opened(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # namespaces that are loaded already
         try:
             with NWBHDF5IO(file=file, mode="r") as io:
@@ -149,8 +146,7 @@ def _tables(path: Path) -> Tables:
         except UserError:
             raise
         except Exception as error:  # hdmf raises errors of many kinds on unexpected content
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{path}: cannot be read as NWB ({reason})") from error
+            raise UserError(f"{path}: cannot be read as NWB ({one_line(error)})") from error
 
 
 def _used(path: Path, content: Any) -> Tables:
@@ -160,7 +156,7 @@ def _used(path: Path, content: Any) -> Tables:
     if trials is None:
         raise UserError(f"{path}: has no table of trials, which says where they begin and end")
     count = range(len(units))
-    observed = None
+    observed = []
     if "obs_intervals" in units.colnames:
         observed = [np.asarray(units["obs_intervals"][i], np.float64).reshape(-1, 2) for i in count]
     return Tables(
@@ -169,5 +165,5 @@ def _used(path: Path, content: Any) -> Tables:
         [np.sort(np.asarray(units["spike_times"][i], np.float64)) for i in count],
         observed,
         np.asarray(trials["split"][:]) if "split" in trials.colnames else None,
-        np.asarray(units["heldout"][:], bool) if "heldout" in units.colnames else None,
+        np.asarray(units["heldout"][:], bool) if "heldout" in units.colnames else np.zeros(len(units), bool),
     )

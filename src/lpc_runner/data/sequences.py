@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 from abc import abstractmethod
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.errors import UserError
-from lpc_runner.base.files import lock_on, sha256_of, write_atomically
+from lpc_runner.base.files import lock_on
+from lpc_runner.base.schema import hints_of
 from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Data, Dataset, Split
+from lpc_runner.data.files import find_kept, kept_by_content, require_content
 
 log = logging.getLogger(__name__)
 
@@ -42,40 +43,69 @@ class SequenceDataset(Dataset):
 class SimulatedDataset(SequenceDataset):
     """Trials drawn from a recipe once, kept below data_dir/sequences and verified whenever they are read.
 
-    A file's name holds a hash of the recipe and one of the content, so that settings never share a file.
+    A file's name holds a hash of the recipe and one of the content, so that settings never share a file. Parameters of
+    the constructor are attributes of the same names. The last num_test of num_trials trials of every condition are the
+    test split.
     """
 
     version: ClassVar[int] = 1  # of the recipe: raise it when it changes, for runs then see other data
+    seed: int
 
-    def __init__(self, data_dir: str, num_held_out: int, settings: dict[str, object]) -> None:
+    def __init__(
+        self,
+        data_dir: str,
+        num_held_out: int,
+        num_bins: int,
+        num_neurons: int,
+        num_conditions: int,
+        num_trials: int,
+        num_test: int,
+    ) -> None:
         self._folder = Path(data_dir).expanduser() / "sequences"
-        self._settings = settings
-        self.num_held_out = num_held_out
-        if num_held_out >= self.shape[1]:
-            raise ValueError(f"num_held_out must be below the {self.shape[1]} neurons, got {num_held_out}")
+        self.num_held_out, self.num_bins, self.num_neurons = num_held_out, num_bins, num_neurons
+        self.num_conditions, self.num_trials, self.num_test = num_conditions, num_trials, num_test
+        if num_held_out >= num_neurons:
+            raise ValueError(f"num_held_out must be below the {num_neurons} neurons, got {num_held_out}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, N)."""
+        return (self.num_bins, self.num_neurons)
+
+    @property
+    def num_train(self) -> int:
+        """Trials to train on, of all conditions."""
+        return self.num_conditions * (self.num_trials - self.num_test)
 
     @abstractmethod
-    def simulate(self) -> dict[str, np.ndarray]:
+    def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """All arrays of both splits: `train_values`, `test_values` and one pair per extra; a function of settings."""
 
-    def identity(self) -> dict[str, object]:
-        """Name, version of the recipe, every setting."""
-        return self._recipe() | {"num_held_out": self.num_held_out}
+    def split(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays (conditions x trials, ...), condition by condition, to `train_*` and `test_*`.
 
-    def _recipe(self) -> dict[str, object]:
-        return {"name": self.name, "version": self.version, **self._settings}
+        Trials of a condition are drawn independently, so which ones are the test split does not matter.
+        """
+        is_test = np.tile(np.arange(self.num_trials) >= self.num_trials - self.num_test, self.num_conditions)
+        parts = {"train": ~is_test, "test": is_test}
+        return {f"{part}_{name}": array[rows] for part, rows in parts.items() for name, array in arrays.items()}
+
+    def identity(self) -> dict[str, object]:
+        """Name, version of the recipe, every parameter of the constructor but data_dir."""
+        settings = {name: getattr(self, name) for name in hints_of(type(self)) if name != "data_dir"}
+        return {"name": self.name, "version": self.version, **settings}
 
     def prepare(self) -> None:
         """Simulate and write the file if it is not there. Raises UserError if it cannot be written."""
-        if self._path() is not None:
-            return
         try:
+            if self._path().exists():
+                return
             self._folder.mkdir(parents=True, exist_ok=True)
             with lock_on(self._folder / f".{self._stem()}.lock"):  # jobs of a sweep start together
-                if self._path() is None:
-                    content = _archive(self.simulate())
-                    digest = hashlib.sha256(content).hexdigest()[:16]
-                    write_atomically(self._folder / f"{self._stem()}-{digest}.npz", content)
+                if not self._path().exists():
+                    draw = np.random.default_rng(generator(self.seed, self.name).initial_seed())
+                    with kept_by_content(self._folder, self._stem(), ".npz") as file:
+                        np.savez(file, allow_pickle=False, **self.simulate(draw))
                     log.info("%s: simulated to %s", self.name, self._folder)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be written to {self._folder} ({error.strerror})") from error
@@ -83,10 +113,9 @@ class SimulatedDataset(SequenceDataset):
     def arrays(self) -> dict[str, np.ndarray]:
         """What `simulate` gave, read from the file. Raises UserError if it is missing or no longer fits its hash."""
         path = self._path()
-        if path is None:
+        if not path.exists():
             raise UserError(f"{self.name}: no file in {self._folder}, the run's own command simulates it")
-        if not path.stem.endswith(f"-{sha256_of(path)[:16]}"):
-            raise UserError(f"{path}: content differs from the hash in its name, delete this file")
+        require_content(path)
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in file}
 
@@ -96,32 +125,19 @@ class SimulatedDataset(SequenceDataset):
         return Data(*(sequence_split(arrays, part) for part in ("train", "test")))
 
     def _stem(self) -> str:
-        text = json.dumps(self._recipe(), sort_keys=True)
+        recipe = {name: value for name, value in self.identity().items() if name != "num_held_out"}
+        text = json.dumps(recipe, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    def _path(self) -> Path | None:
-        return min(self._folder.glob(f"{self._stem()}-*.npz"), default=None)
+    def _path(self) -> Path:
+        return find_kept(self._folder, self._stem(), ".npz")
 
 
 def sequence_split(arrays: dict[str, np.ndarray], part: str) -> Split:
     """`<part>_values` and, as extras, every other `<part>_*`."""
-    tensors = {key.removeprefix(f"{part}_"): torch.from_numpy(array) for key, array in _of(arrays, part).items()}
+    prefix = f"{part}_"
+    tensors = {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(prefix)}
     return Split(tensors.pop("values"), extras=tensors)
-
-
-def _of(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
-    return {key: array for key, array in arrays.items() if key.startswith(f"{part}_")}
-
-
-def _archive(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def random_source(seed: int, stream: str) -> np.random.Generator:
-    """NumPy's generator for one named draw."""
-    return np.random.default_rng(generator(seed, stream).initial_seed())
 
 
 def smallest_counts(counts: np.ndarray) -> np.ndarray:
@@ -129,16 +145,3 @@ def smallest_counts(counts: np.ndarray) -> np.ndarray:
     largest = counts.max(initial=0)
     fitting = (dtype for dtype in (np.uint8, np.int16, np.int32) if largest <= np.iinfo(dtype).max)
     return counts.astype(next(fitting))
-
-
-def split_trials(
-    arrays: dict[str, np.ndarray], num_conditions: int, num_trials: int, num_test: int
-) -> dict[str, np.ndarray]:
-    """Arrays (conditions x trials, ...), condition by condition, to `train_*` and `test_*`.
-
-    The last num_test trials of every condition are the test split; trials of a condition are drawn independently, so
-    which ones does not matter.
-    """
-    is_test = np.tile(np.arange(num_trials) >= num_trials - num_test, num_conditions)
-    parts = {"train": ~is_test, "test": is_test}
-    return {f"{part}_{name}": array[rows] for part, rows in parts.items() for name, array in arrays.items()}

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, checked
-from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, random_source, smallest_counts, split_trials
+from lpc_runner.data.sequences import COUNTS, SERIES, SimulatedDataset, smallest_counts
 
 _SYSTEM = "system_"
 _NOISE = 0.3  # standard deviation of the process noise in every direction
@@ -82,21 +82,9 @@ class SampledLinearSystem(SimulatedDataset):
         latent_dim: PositiveInt,
         num_held_out: NonNegativeInt,
     ) -> None:
-        self.seed, self.emission, self._num_train, self.num_test = seed, emission, num_train, num_test
-        self.num_bins, self.num_neurons, self.latent_dim = num_bins, num_neurons, latent_dim
         self.kind = SERIES if emission == "gaussian" else COUNTS
-        names = ("seed", "emission", "num_train", "num_test", "num_bins", "num_neurons", "latent_dim")
-        super().__init__(data_dir, num_held_out, {name: getattr(self, name) for name in names})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(T, N)."""
-        return (self.num_bins, self.num_neurons)
-
-    @property
-    def num_train(self) -> int:
-        """As chosen."""
-        return self._num_train
+        self.seed, self.emission, self.latent_dim = seed, emission, latent_dim
+        super().__init__(data_dir, num_held_out, num_bins, num_neurons, 1, num_train + num_test, num_test)
 
     def system(self) -> LinearSystem:
         """The parameters that the trials were drawn from. Raises UserError if the file is missing or damaged."""
@@ -111,11 +99,10 @@ class SampledLinearSystem(SimulatedDataset):
         held_in = self.num_neurons - self.num_held_out
         return self.system().without(self.num_held_out).log_evidence(values[..., :held_in])
 
-    def simulate(self) -> dict[str, np.ndarray]:
+    def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """values (trials, T, N), rates: means or expected counts per bin, latents x_t, and the system itself."""
-        draw = random_source(self.seed, "lds")
         system = random_system(draw, self.latent_dim, self.num_neurons, self.emission)
-        count, dim = self._num_train + self.num_test, self.latent_dim
+        count, dim = self.num_trials, self.latent_dim
         state = system.m0 + draw.standard_normal((count, dim)) @ system.L0.T
         states = np.empty((count, self.num_bins, dim))
         for step in range(self.num_bins):
@@ -128,9 +115,8 @@ class SampledLinearSystem(SimulatedDataset):
         else:
             values = (means + system.scale * draw.standard_normal(means.shape)).astype(np.float32)
         arrays = {"values": values, "rates": means.astype(np.float32), "latents": states.astype(np.float32)}
-        parts = {"train": slice(self._num_train), "test": slice(self._num_train, None)}
-        simulated = {f"{part}_{name}": array[rows] for part, rows in parts.items() for name, array in arrays.items()}
-        return simulated | {f"{_SYSTEM}{name}": np.asarray(value) for name, value in vars(system).items()}
+        kept = {f"{_SYSTEM}{name}": np.asarray(value) for name, value in vars(system).items()}
+        return self.split(arrays) | kept
 
 
 def random_system(draw: np.random.Generator, dim: int, num_neurons: int, emission: str) -> LinearSystem:
@@ -152,6 +138,13 @@ def random_system(draw: np.random.Generator, dim: int, num_neurons: int, emissio
     loadings = scale * draw.standard_normal((num_neurons, dim)) / np.sqrt(dim)
     offsets = np.zeros(num_neurons) if emission == "gaussian" else np.full(num_neurons, np.log(_BASE))
     return LinearSystem(transition, np.zeros(dim), noise, np.zeros(dim), stationary, loadings, offsets, 0.5)
+
+
+def _fifth(num_trials: int) -> int:
+    """Trials of every condition that are the test split."""
+    if num_trials < 5:
+        raise ValueError(f"num_trials must be at least 5 per condition (a fifth is the test split), got {num_trials}")
+    return num_trials // 5
 
 
 _LORENZ_STEP = 0.006  # time of the attractor per millisecond
@@ -181,33 +174,17 @@ class Lorenz(SimulatedDataset):
         base_rate: PositiveFloat,
         num_held_out: NonNegativeInt,
     ) -> None:
-        if num_trials < 5:
-            raise ValueError(
-                f"num_trials must be at least 5 per condition (a fifth is the test split), got {num_trials}"
-            )
         self.seed, self.base_rate = seed, base_rate
-        self.num_conditions, self.num_trials, self.num_neurons = num_conditions, num_trials, num_neurons
-        names = ("seed", "num_conditions", "num_trials", "num_neurons", "base_rate")
-        super().__init__(data_dir, num_held_out, {name: getattr(self, name) for name in names})
+        num_bins, num_test = _MILLISECONDS // _BIN, _fifth(num_trials)
+        super().__init__(data_dir, num_held_out, num_bins, num_neurons, num_conditions, num_trials, num_test)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(T, N), 50 bins."""
-        return (_MILLISECONDS // _BIN, self.num_neurons)
-
-    @property
-    def num_train(self) -> int:
-        """Four fifths of the trials of every condition."""
-        return self.num_conditions * (self.num_trials - self.num_trials // 5)
-
-    def simulate(self) -> dict[str, np.ndarray]:
+    def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """values (trials, 50, N), rates in expected counts per bin, latents: the scaled state, averaged over a bin."""
-        draw = random_source(self.seed, "lorenz")
         state = lorenz_states(draw.standard_normal((self.num_conditions, 3)), _MILLISECONDS)
         state /= np.abs(state).max((0, 1))
         signs = draw.choice([-1.0, 1.0], (3, self.num_neurons))
         weights = (1 + draw.random((3, self.num_neurons))) * signs
-        binned = lambda x: x.reshape(self.num_conditions, *self.shape[:1], _BIN, -1)
+        binned = lambda x: x.reshape(self.num_conditions, self.num_bins, _BIN, -1)
         rates = binned(self.base_rate / 1000 * np.exp(state @ weights)).sum(2)  # Hz are thousandths per millisecond
         repeated = lambda x: np.repeat(x, self.num_trials, axis=0)
         arrays = {
@@ -215,7 +192,7 @@ class Lorenz(SimulatedDataset):
             "rates": repeated(rates).astype(np.float32),
             "latents": repeated(binned(state).mean(2)).astype(np.float32),
         }
-        return split_trials(arrays, self.num_conditions, self.num_trials, self.num_trials // 5)
+        return self.split(arrays)
 
 
 def lorenz_states(start: np.ndarray, num_steps: int) -> np.ndarray:
@@ -258,28 +235,12 @@ class ChaoticRNN(SimulatedDataset):
         num_neurons: PositiveInt,
         num_held_out: NonNegativeInt,
     ) -> None:
-        if num_trials < 5:
-            raise ValueError(
-                f"num_trials must be at least 5 per condition (a fifth is the test split), got {num_trials}"
-            )
         self.seed, self.pulses, self.gain = seed, pulses, gain
-        self.num_conditions, self.num_trials, self.num_neurons = num_conditions, num_trials, num_neurons
-        names = ("seed", "pulses", "gain", "num_conditions", "num_trials", "num_neurons")
-        super().__init__(data_dir, num_held_out, {name: getattr(self, name) for name in names})
+        num_test = _fifth(num_trials)
+        super().__init__(data_dir, num_held_out, _NUM_BINS, num_neurons, num_conditions, num_trials, num_test)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(T, N), 100 bins."""
-        return (_NUM_BINS, self.num_neurons)
-
-    @property
-    def num_train(self) -> int:
-        """Four fifths of the trials of every condition."""
-        return self.num_conditions * (self.num_trials - self.num_trials // 5)
-
-    def simulate(self) -> dict[str, np.ndarray]:
+    def simulate(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         """values (trials, 100, N), rates in expected counts per bin; with pulses also inputs and pulse_bin."""
-        draw = random_source(self.seed, "chaotic_rnn")
         size, count = self.num_neurons, self.num_conditions * self.num_trials
         recurrent = self.gain * draw.standard_normal((size, size)) / np.sqrt(size)
         into = draw.standard_normal(size)
@@ -293,7 +254,7 @@ class ChaoticRNN(SimulatedDataset):
         arrays = {"values": smallest_counts(draw.poisson(rates)), "rates": rates.astype(np.float32)}
         if self.pulses:
             arrays |= {"inputs": inputs[..., None].astype(np.float32), "pulse_bin": pulse_bin}
-        return split_trials(arrays, self.num_conditions, self.num_trials, self.num_trials // 5)
+        return self.split(arrays)
 
 
 def network_states(recurrent: np.ndarray, into: np.ndarray, start: np.ndarray, inputs: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,128 +18,81 @@ from lpc_runner.data.files import Header, content_hash, file_state
 from lpc_runner.data.sequence_files import as_counts, check_numbers, read_array, read_headers
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset, smallest_counts
 
-# Keys of what is known beside the values, by part; the second spelling is that of the Neural Latents Benchmark.
-_KNOWN = {
-    "rates": (("train_rates", "valid_rates"),),
-    "behaviour": (("train_behaviour", "valid_behaviour"), ("train_behavior", "eval_behavior")),
-}
-OPTIONAL = ("behaviour",)  # left out, with a line, where it does not fit the values
+# Keys of what is known beside the values, of both splits; the last are those of the Neural Latents Benchmark.
+_KNOWN = (
+    ("rates", ("train_rates", "valid_rates")),
+    ("behaviour", ("train_behaviour", "valid_behaviour")),
+    ("behaviour", ("train_behavior", "eval_behavior")),
+)
+_OPTIONAL = ("behaviour",)  # left out, with a line, where it does not fit the values
+Parts = tuple[tuple[str, ...], tuple[str, ...]]
+_MAX_NAMED = 8  # keys that are not read, in a line
+# Keys left out, with the reason, by the state of a file that was read: each cell of a sweep asks.
+_LEFT_OUT: dict[tuple, dict[tuple[str, ...], str]] = {}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layout:
-    """Checked headers of a file. parts: keys of both splits. extras: keys by name. left_out: optional keys, why."""
+    """Checked headers of a file. parts: keys of both splits. extras: keys by name. left_out: optional keys, why.
+
+    columns: the last axis in words. Whatever is checked raises UserError naming the key.
+    """
 
     headers: dict[str, Header]
-    parts: tuple[tuple[str, ...], tuple[str, ...]]
-    extras: dict[str, tuple[str, str]]
-    left_out: dict[tuple[str, ...], str]
+    columns: str
+    parts: Parts
+    extras: dict[str, tuple[str, str]] = field(default_factory=dict)
+    left_out: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in chain(*self.parts):
+            if key not in self.headers:
+                found = ", ".join(sorted(self.headers))
+                raise UserError(f"no key '{key}' beside '{self.parts[0][0]}', found {found}")
+        for first, *rest in self.parts:
+            for key in (first, *rest):
+                self._require_fit(key, first)
+        for train, valid in zip(*self.parts):
+            left, right = self.headers[train].shape, self.headers[valid].shape
+            if left[1:] != right[1:]:
+                hint = _trials_elsewhere(left, right)
+                raise UserError(f"{valid} of shape {right} does not fit {train} of shape {left}{hint}")
+        for name, pair in _KNOWN:
+            present = tuple(key for key in pair if key in self.headers)
+            try:
+                if len(present) == 1:
+                    missing = pair[1] if present[0] == pair[0] else pair[0]
+                    raise UserError(f"'{present[0]}' without '{missing}': give both or none")
+                for split, key in enumerate(present):
+                    self._require_fit(key, self.parts[split][0], self.shape(0)[2] if name == "rates" else None)
+                if present:
+                    self.extras[name] = pair
+            except UserError as error:
+                if name not in _OPTIONAL:
+                    raise
+                self.left_out[present] = str(error)
 
     def shape(self, split: int) -> tuple[int, int, int]:
         """(trials, T, N) of the training (0) or validation (1) split."""
         first, *rest = (self.headers[key].shape for key in self.parts[split])
         return first[0], first[1], first[2] + sum(shape[2] for shape in rest)
 
-
-def layout_of(
-    path: Path, headers: dict[str, Header], columns: str, plain: tuple[str, str], held_out_keys: tuple
-) -> Layout:
-    """Headers checked against one another.
-
-    columns: the last axis in words. plain, held_out_keys: the keys of both splits, or of their (held-in, held-out)
-    neurons. Raises UserError naming file and key; an optional part that does not fit is left out.
-    """
-    try:
-        parts = _parts(headers, plain, held_out_keys)
-        for train, valid in zip(*parts):
-            _require(_fault(train, headers[train], columns) or _fault(valid, headers[valid], columns))
-            left, right = headers[train].shape, headers[valid].shape
-            if left[1:] != right[1:]:
-                hint = _trials_elsewhere(left, right)
-                raise UserError(f"{valid} of shape {right} does not fit {train} of shape {left}{hint}")
-        for first, *rest in parts:
-            for key in rest:
-                _require(_misfit(key, headers[key], headers[first]))
-        return Layout(headers, parts, *_extras(headers, parts, columns))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _require(fault: str) -> None:
-    if fault:
-        raise UserError(fault)
-
-
-def _parts(
-    headers: dict[str, Header], plain: tuple[str, str], held_out_keys: tuple
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The keys of the training and of the validation split: one each, or held-in and held-out neurons."""
-    present = ", ".join(sorted(headers)) or "none"
-    if plain[0] in headers:
-        parts = ((plain[0],), (plain[1],))
-    elif held_out_keys and held_out_keys[0][0] in headers:
-        parts = held_out_keys
-    else:
-        known = ", ".join(plain)
-        if held_out_keys:
-            known += " or " + ", ".join(key for keys in held_out_keys for key in keys)
-        raise UserError(f"no key '{plain[0]}', found {present}; expected {known}")
-    for key in (key for keys in parts for key in keys):
-        if key not in headers:
-            raise UserError(f"no key '{key}' beside '{parts[0][0]}', found {present}")
-    return parts
-
-
-def _extras(
-    headers: dict[str, Header], parts: tuple, columns: str
-) -> tuple[dict[str, tuple[str, str]], dict[tuple[str, ...], str]]:
-    """Keys by name of what is known beside the values; optional keys that do not fit, with the reason."""
-    extras, left_out = {}, {}
-    num_columns = sum(headers[key].shape[2] for key in parts[0])
-    for name, spellings in _KNOWN.items():
-        for pair in spellings:
-            present = [key for key in pair if key in headers]
-            if len(present) == 1:
-                missing = next(key for key in pair if key not in headers)
-                faults = [f"'{present[0]}' without '{missing}': give both or none"]
-            else:
-                faults = [
-                    _fault(key, headers[key], columns)
-                    or _misfit(key, headers[key], headers[keys[0]])
-                    or (_narrow(key, headers[key], num_columns, columns) if name == "rates" else "")
-                    for key, keys in zip(present, parts)
-                ]
-            fault = next(filter(None, faults), "")
-            if fault and name not in OPTIONAL:
-                raise UserError(fault)
-            if fault:
-                left_out[tuple(present)] = fault
-            elif present:
-                extras[name] = pair
-    return extras, left_out
-
-
-def _fault(key: str, header: Header, columns: str) -> str:
-    if header.fault:
-        return f"{key} {header.fault}"
-    if len(header.shape) != 3:
-        hint = f": x.reshape(trials, time, {columns}) cuts one recording into trials" if len(header.shape) == 2 else ""
-        return f"{key} must have shape (trials, time, {columns}), got {header.shape}{hint}"
-    if 0 in header.shape:
-        axis = ("trials", "time bins", columns)[header.shape.index(0)]
-        return f"{key} has no {axis}, its shape is {header.shape}"
-    return ""
-
-
-def _misfit(key: str, header: Header, values: Header) -> str:
-    """Whether trials and bins differ from those of the values."""
-    if header.shape[:2] == values.shape[:2]:
-        return ""
-    return f"{key} must have {values.shape[0]} trials of {values.shape[1]} bins, got {header.shape}"
-
-
-def _narrow(key: str, header: Header, num_columns: int, columns: str) -> str:
-    return "" if header.shape[2] == num_columns else f"{key} has {header.shape[2]} {columns}, the data {num_columns}"
+    def _require_fit(self, key: str, like: str, width: int | None = None) -> None:
+        """Raise UserError unless an array has three axes, trials and bins of another, and that many columns."""
+        shape, columns, fault = self.headers[key].shape, self.columns, self.headers[key].fault
+        if fault:
+            raise UserError(f"{key} {fault}")
+        if len(shape) != 3:
+            hint = f": x.reshape(trials, time, {columns}) cuts one recording into trials" if len(shape) == 2 else ""
+            raise UserError(f"{key} must have shape (trials, time, {columns}), got {shape}{hint}")
+        if 0 in shape:
+            axis = ("trials", "time bins", columns)[shape.index(0)]
+            raise UserError(f"{key} has no {axis}, its shape is {shape}")
+        trials, bins = self.headers[like].shape[:2]
+        if shape[:2] != (trials, bins):
+            raise UserError(f"{key} must have {trials} trials of {bins} bins, got {shape}")
+        if width is not None and shape[2] != width:
+            raise UserError(f"{key} has {shape[2]} {columns}, the data {width}")
 
 
 def _trials_elsewhere(left: tuple[int, ...], right: tuple[int, ...]) -> str:
@@ -149,11 +103,6 @@ def _trials_elsewhere(left: tuple[int, ...], right: tuple[int, ...]) -> str:
     return f" (if axis {differing[0]} is that of trials, np.moveaxis(x, {differing[0]}, 0) makes it the first)"
 
 
-_MAX_NAMED = 8  # keys that are not read, in a line
-# Keys left out, with the reason, by the state of a file that was read: each cell of a sweep asks.
-_LEFT_OUT: dict[tuple, dict[tuple[str, ...], str]] = {}
-
-
 class SequenceFile(SequenceDataset):
     """What spike counts and series in a file have in common.
 
@@ -161,11 +110,12 @@ class SequenceFile(SequenceDataset):
     bin_seconds: for the axes of pictures.
     """
 
-    plain: ClassVar[tuple[str, str]]  # keys of the two splits
     columns: ClassVar[str]  # what the last axis is, in words
-    held_out_keys: ClassVar[tuple[tuple[str, str], ...]] = ()  # keys of (held-in, held-out) neurons of the two splits
+    # Each the keys of the two splits: one of the values, or two of held-in and held-out neurons.
+    layouts: ClassVar[tuple[Parts, ...]]
 
-    def __init__(self, path: str, num_held_out: int | None, bin_seconds: float) -> None:
+    @checked
+    def __init__(self, path: str, num_held_out: NonNegativeInt | None, bin_seconds: PositiveFloat) -> None:
         self._path, self._num_held_out, self.bin_seconds = Path(path).expanduser(), num_held_out, bin_seconds
 
     @property
@@ -203,7 +153,7 @@ class SequenceFile(SequenceDataset):
         self.prepare()
         layout, path = self._layout(), self._path
         (num_train, num_bins, width), (num_valid, *_) = layout.shape(0), layout.shape(1)
-        keys = [key for keys in layout.parts for key in keys]
+        keys = list(chain(*layout.parts))
         held_out = f" ({self.num_held_out} held out)" if self.num_held_out else ""
         notes = dict.fromkeys(layout.headers[key].note for key in keys if layout.headers[key].note)
         lines = [
@@ -232,21 +182,16 @@ class SequenceFile(SequenceDataset):
         extras: tuple[dict, dict] = ({}, {})
         for name, pair in layout.extras.items():
             try:
-                read = [self._extra(key) for key in pair]
+                extras[0][name], extras[1][name] = (torch.from_numpy(self._extra(key)) for key in pair)
             except UserError as error:
-                if name not in OPTIONAL:
+                if name not in _OPTIONAL:
                     raise
                 left_out[pair] = str(error).removeprefix(f"{self._path}: ")
-                continue
-            for split, values in zip(extras, read):
-                split[name] = values
-        splits = []
-        for keys, known in zip(layout.parts, extras):
-            values = np.concatenate([self._values(key) for key in keys], axis=2)
-            splits.append(Split(self._stored(values), extras=known))
-        self._check_train(splits[0])
+        train, test = (
+            Split(torch.from_numpy(self._values(keys)), extras=known) for keys, known in zip(layout.parts, extras)
+        )
         _LEFT_OUT[state] = left_out
-        return Data(*splits)
+        return Data(train, test)
 
     def _state(self) -> tuple:
         return (self.name, *file_state(self._path))
@@ -257,24 +202,32 @@ class SequenceFile(SequenceDataset):
     def _read(self, key: str) -> np.ndarray:
         return read_array(self._path, key)
 
-    def _values(self, key: str) -> np.ndarray:
-        raise NotImplementedError
-
-    def _stored(self, values: np.ndarray) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _check_train(self, train: Split) -> None:
-        """Whatever training needs of its split beyond sound values."""
-
-    def _extra(self, key: str) -> torch.Tensor:
+    def _real(self, key: str) -> np.ndarray:
         values = self._read(key)
         check_numbers(self._path, key, values)
+        return values.astype(np.float32)
+
+    def _values(self, keys: tuple[str, ...]) -> np.ndarray:
+        """Of one split (trials, T, N), as stored; held-in neurons first."""
+        return np.concatenate([self._real(key) for key in keys], axis=2)
+
+    def _extra(self, key: str) -> np.ndarray:
+        values = self._real(key)
         if self.kind == COUNTS and key.endswith("_rates") and (values < 0).any():
             raise UserError(f"{self._path}: {key} must be expected counts per bin, found {values.min()}")
-        return torch.from_numpy(values.astype(np.float32))
+        return values
 
     def _layout(self) -> Layout:
-        return layout_of(self._path, self._file_headers(), self.columns, self.plain, self.held_out_keys)
+        headers = self._file_headers()
+        present = [keys for keys in self.layouts if keys[0][0] in headers]
+        try:
+            if not present:
+                found = ", ".join(sorted(headers)) or "none"
+                known = " or ".join(", ".join(chain(*keys)) for keys in self.layouts)
+                raise UserError(f"no key '{self.layouts[0][0][0]}', found {found}; expected {known}")
+            return Layout(headers, self.columns, present[0])
+        except UserError as error:
+            raise UserError(f"{self._path}: {error}") from None
 
 
 class Spikes(SequenceFile):
@@ -293,8 +246,10 @@ class Spikes(SequenceFile):
     name = "spikes"
     kind = COUNTS
     columns = "neurons"
-    plain = ("train_spikes", "valid_spikes")
-    held_out_keys = (("train_spikes_heldin", "train_spikes_heldout"), ("eval_spikes_heldin", "eval_spikes_heldout"))
+    layouts = (
+        (("train_spikes",), ("valid_spikes",)),
+        (("train_spikes_heldin", "train_spikes_heldout"), ("eval_spikes_heldin", "eval_spikes_heldout")),
+    )
 
     @checked
     def __init__(
@@ -335,18 +290,14 @@ class Spikes(SequenceFile):
     def _read(self, key: str) -> np.ndarray:
         return self._binned()[0][key] if self._is_nwb else super()._read(key)
 
-    def _values(self, key: str) -> np.ndarray:
-        return as_counts(self._path, key, self._read(key))
-
-    def _stored(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(smallest_counts(values))
-
-    def _check_train(self, train: Split) -> None:
-        silent = (train.values.amax((0, 1)) == 0).nonzero()[:, 0].tolist()
-        if silent:
+    def _values(self, keys: tuple[str, ...]) -> np.ndarray:
+        values = np.concatenate([as_counts(self._path, key, self._read(key)) for key in keys], axis=2)
+        silent = np.flatnonzero(~values.any((0, 1)))
+        if len(silent) and keys[0].startswith("train_"):
             named = ", ".join(map(str, silent[:5])) + (", ..." if len(silent) > 5 else "")
             neurons = "neuron" if len(silent) == 1 else "neurons"
             raise UserError(f"{self._path}: no spike in any training trial of {neurons} {named}: leave them out")
+        return smallest_counts(values)
 
 
 class Series(SequenceFile):
@@ -358,16 +309,4 @@ class Series(SequenceFile):
     name = "series"
     kind = SERIES
     columns = "dimensions"
-    plain = ("train_series", "valid_series")
-
-    @checked
-    def __init__(self, path: str, num_held_out: NonNegativeInt | None, bin_seconds: PositiveFloat) -> None:
-        super().__init__(path, num_held_out, bin_seconds)
-
-    def _values(self, key: str) -> np.ndarray:
-        values = self._read(key)
-        check_numbers(self._path, key, values)
-        return values.astype(np.float32)
-
-    def _stored(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values)
+    layouts = ((("train_series",), ("valid_series",)),)

@@ -8,24 +8,20 @@ import warnings
 import zipfile
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import is_refusal, lock_on
 from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.data.dataset import Binarisation, Binarise, Data
-from lpc_runner.data.files import intact, load_images, save_images
-from lpc_runner.data.folder import square
-from lpc_runner.data.images import ImageDataset, image_split
+from lpc_runner.data.files import find_kept, intact, kept_by_content, require_content
+from lpc_runner.data.images import ImageDataset, decode_all, image_split, square
 
 log = logging.getLogger(__name__)
 
-Arrays2 = tuple[np.ndarray, np.ndarray | None]  # images uint8 (N, C, H, W), labels (N,) where they exist
 _CELEBA_CHUNK = 1000  # images decoded at a time: 12 MB
 
 
@@ -37,6 +33,7 @@ class TorchvisionImages(ImageDataset):
     subfolder: ClassVar[str]  # below data_dir: where files are put by hand
     by_hand: ClassVar[str]  # which files those are, archives as published
     source: ClassVar[str]
+    torchvision_name: ClassVar[str]
     version: ClassVar[int] = 1  # of the preprocessing: raise it when it changes, for runs then see other data
 
     @checked
@@ -74,7 +71,7 @@ class TorchvisionImages(ImageDataset):
                     log.info("%s: downloading to %s", self.name, self._folder)
                     self._download()
         except Exception as error:  # networks, disks, archives and gdown raise errors of many kinds
-            raise UserError(f"{self.name}: not fetched ({_reason(error)}); {self._remedy()}") from error
+            raise UserError(f"{self.name}: not fetched ({one_line(error)}); {self._remedy()}") from error
         if not self._complete():
             raise UserError(f"{self.name}: still incomplete after the download; {self._remedy()}")
 
@@ -83,10 +80,10 @@ class TorchvisionImages(ImageDataset):
         if not self._complete():
             raise UserError(f"{self.name}: missing or damaged in {self._folder}; {self._remedy()}")
         try:
-            splits = self._read()
+            splits = [self._read(split) for split in ("train", "test")]
         except Exception as error:  # a parser may raise anything on a damaged file
             what = "cannot be read" if is_refusal(error) else "damaged"
-            fault = f"{what} in {self._folder} ({_reason(error)})"
+            fault = f"{what} in {self._folder} ({one_line(error)})"
             raise UserError(f"{self.name}: {fault}; {self._remedy()}") from error
         for (images, _), expected in zip(splits, self.num_examples):
             if images.shape != (expected, *self.example_shape):
@@ -106,6 +103,12 @@ class TorchvisionImages(ImageDataset):
     def _complete(self) -> bool:
         return all(intact(path, md5) for path, md5 in self._files())
 
+    def _torchvision(self) -> Any:
+        """The class of this set in torchvision."""
+        from torchvision import datasets
+
+        return getattr(datasets, self.torchvision_name)
+
     @abstractmethod
     def _files(self) -> list[tuple[Path, str | None]]:
         """The files that `_read` needs, with torchvision's MD5 where it has one."""
@@ -115,8 +118,8 @@ class TorchvisionImages(ImageDataset):
         """Fetch and verify; files already there with the right checksum need no network."""
 
     @abstractmethod
-    def _read(self) -> tuple[Arrays2, Arrays2]:
-        """Train and test arrays."""
+    def _read(self, split: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images uint8 (N, C, H, W) of `train` or `test`, labels (N,) where they exist."""
 
 
 class MNIST(TorchvisionImages):
@@ -128,22 +131,14 @@ class MNIST(TorchvisionImages):
     subfolder = "MNIST/raw"
     by_hand = "the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"
     source = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-    torchvision_name: ClassVar[str] = "MNIST"
-
-    def _torchvision_class(self):
-        from torchvision import datasets
-
-        return getattr(datasets, self.torchvision_name)
+    torchvision_name = "MNIST"
 
     def _files(self) -> list[tuple[Path, str | None]]:
-        return [(self._folder / archive.removesuffix(".gz"), None) for archive, _ in self._archives()]
-
-    def _archives(self) -> list[tuple[str, str]]:
-        return self._torchvision_class().resources
+        return [(self._folder / archive.removesuffix(".gz"), None) for archive, _ in self._torchvision().resources]
 
     def _damaged(self) -> list[Path]:
         """Unpacked files that differ from their verified archive: torchvision has no checksum for these."""
-        pairs = [(self._folder / archive, md5) for archive, md5 in self._archives()]
+        pairs = [(self._folder / archive, md5) for archive, md5 in self._torchvision().resources]
         return [gz.with_suffix("") for gz, md5 in pairs if intact(gz, md5) and not _unpacked(gz)]
 
     def _complete(self) -> bool:
@@ -152,12 +147,11 @@ class MNIST(TorchvisionImages):
     def _download(self) -> None:
         for path in self._damaged():
             path.unlink(missing_ok=True)  # torchvision unpacks again only what is not there
-        self._torchvision_class()(self._data_dir, download=True)
+        self._torchvision()(self._data_dir, download=True)
 
-    def _read(self) -> tuple[Arrays2, Arrays2]:
-        train, test = (self._torchvision_class()(self._data_dir, train=train) for train in (True, False))
-        as_arrays = lambda part: (part.data.numpy()[:, None], part.targets.numpy())
-        return as_arrays(train), as_arrays(test)
+    def _read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        part = self._torchvision()(self._data_dir, train=split == "train")
+        return part.data.numpy()[:, None], part.targets.numpy()
 
 
 class FashionMNIST(MNIST):
@@ -181,11 +175,10 @@ class SVHN(TorchvisionImages):
     subfolder = "svhn"
     by_hand = "train_32x32.mat and test_32x32.mat"
     source = "http://ufldl.stanford.edu/housenumbers/"
+    torchvision_name = "SVHN"
 
     def _files(self) -> list[tuple[Path, str | None]]:
-        from torchvision.datasets import SVHN as Source
-
-        entries = [Source.split_list[split] for split in ("train", "test")]
+        entries = [self._torchvision().split_list[split] for split in ("train", "test")]
         return [(self._folder / file, md5) for _, file, md5 in entries]
 
     def _download(self) -> None:
@@ -194,11 +187,9 @@ class SVHN(TorchvisionImages):
         for path, md5 in self._files():
             download_url(self.source + path.name, self._folder, path.name, md5)
 
-    def _read(self) -> tuple[Arrays2, Arrays2]:
-        from torchvision.datasets import SVHN as Source
-
-        train, test = (Source(self._folder, split=split) for split in ("train", "test"))
-        return (train.data, train.labels), (test.data, test.labels)
+    def _read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        part = self._torchvision()(self._folder, split=split)
+        return part.data, part.labels
 
 
 class CIFAR10(TorchvisionImages):
@@ -210,28 +201,25 @@ class CIFAR10(TorchvisionImages):
     subfolder = "."
     by_hand = "cifar-10-python.tar.gz"
     source = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    torchvision_name = "CIFAR10"
 
     def _files(self) -> list[tuple[Path, str | None]]:
-        from torchvision.datasets import CIFAR10 as Source
-
-        files = [*Source.train_list, *Source.test_list, (Source.meta["filename"], Source.meta["md5"])]
-        return [(self._folder / Source.base_folder / file, md5) for file, md5 in files]
+        source = self._torchvision()
+        files = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+        return [(self._folder / source.base_folder / file, md5) for file, md5 in files]
 
     def _download(self) -> None:
-        from torchvision.datasets import CIFAR10 as Source
         from torchvision.datasets.utils import download_and_extract_archive
 
-        download_and_extract_archive(Source.url, self._folder, filename=Source.filename, md5=Source.tgz_md5)
+        source = self._torchvision()
+        download_and_extract_archive(source.url, self._folder, filename=source.filename, md5=source.tgz_md5)
 
-    def _read(self) -> tuple[Arrays2, Arrays2]:
-        from torchvision.datasets import CIFAR10 as Source
-
+    def _read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         with warnings.catch_warnings():
             # The published pickles describe their dtype as NumPy did in 2009; NumPy 2.4 warns about it.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align")
-            train, test = (Source(self._folder, train=train) for train in (True, False))
-        as_arrays = lambda part: (part.data.transpose(0, 3, 1, 2), np.array(part.targets))
-        return as_arrays(train), as_arrays(test)
+            part = self._torchvision()(self._folder, train=split == "train")
+        return part.data.transpose(0, 3, 1, 2), np.array(part.targets)
 
 
 class CelebA64(TorchvisionImages):
@@ -251,33 +239,29 @@ class CelebA64(TorchvisionImages):
     source = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
     crop: ClassVar[int] = 148
     partitions: ClassVar[dict[str, str]] = {"train": "0", "test": "2"}  # in list_eval_partition.txt
+    torchvision_name = "CelebA"
 
     def _files(self) -> list[tuple[Path, str | None]]:
-        return [(self._cached(split), None) for split in self.partitions]
+        return [(self._decoded(split), None) for split in self.partitions]
 
-    def _cached(self, split: str) -> Path:
-        stem = f"{split}-v{self.version}"
-        return min(self._folder.glob(f"{stem}-*.npy"), default=self._folder / f"{stem}.npy")
+    def _decoded(self, split: str) -> Path:
+        return find_kept(self._folder, f"{split}-v{self.version}", ".npy")
 
     def _download(self) -> None:
-        from torchvision.datasets import CelebA as Source
-        from torchvision.datasets.utils import check_integrity, download_file_from_google_drive
+        from torchvision.datasets.utils import download_file_from_google_drive
 
-        needed = [entry for entry in Source.file_list if entry[2] in self.archives]
-        for file_id, md5, file in needed:
-            if not check_integrity(self._folder / file, md5):
-                _require_gdown()
+        for file_id, md5, file in self._torchvision().file_list:
+            if file in self.archives and not intact(self._folder / file, md5):
                 download_file_from_google_drive(file_id, self._folder, file, md5)
         lines = (self._folder / self.archives[1]).read_text(encoding="utf-8").splitlines()
         partition = dict(line.split() for line in lines)
         with zipfile.ZipFile(self._folder / self.archives[0]) as archive:
             for split, code in self.partitions.items():
                 members = [f"img_align_celeba/{file}" for file, number in partition.items() if number == code]
-                chunks = self._decoded(archive, members)
-                save_images(self._folder, f"{split}-v{self.version}", len(members), chunks)
+                self._decode(archive, members, split)
 
-    def _decoded(self, archive: zipfile.ZipFile, members: list[str]) -> Iterator[np.ndarray]:
-        """Chunks uint8 (n, 3, 64, 64) in the order of `members`; threads, because JPEG decoding dominates."""
+    def _decode(self, archive: zipfile.ZipFile, members: list[str], split: str) -> None:
+        """Write the images in the order of `members`, one chunk of them in memory at a time."""
         from PIL import Image
 
         def decode(member: str) -> np.ndarray:
@@ -285,14 +269,17 @@ class CelebA64(TorchvisionImages):
                 face = square(image.convert("RGB"), self.crop, self.example_shape[1])
             return np.asarray(face).transpose(2, 0, 1)
 
-        with ThreadPoolExecutor() as pool:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(members), *self.example_shape)}
+        with kept_by_content(self._folder, f"{split}-v{self.version}", ".npy") as file:
+            np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(members), _CELEBA_CHUNK):
                 log.info("celeba64: decoded %d of %d", start, len(members))
-                yield np.stack(list(pool.map(decode, members[start : start + _CELEBA_CHUNK])))
+                chunk = members[start : start + _CELEBA_CHUNK]
+                file.write(decode_all(decode, chunk, np.empty((len(chunk), *self.example_shape), np.uint8)).data)
 
-    def _read(self) -> tuple[Arrays2, Arrays2]:
-        train, test = (load_images(self._cached(split)) for split in self.partitions)
-        return (train, None), (test, None)
+    def _read(self, split: str) -> tuple[np.ndarray, None]:
+        require_content(self._decoded(split))
+        return np.load(self._decoded(split), allow_pickle=False), None
 
 
 def _unpacked(archive: Path) -> bool:
@@ -300,14 +287,3 @@ def _unpacked(archive: Path) -> bool:
     path = archive.with_suffix("")
     expected = int.from_bytes(archive.read_bytes()[-8:-4], "little")
     return path.is_file() and zlib.crc32(path.read_bytes()) == expected
-
-
-def _require_gdown() -> None:
-    try:
-        import gdown  # noqa: F401  # pyright: ignore[reportMissingImports]  # of an extra
-    except ModuleNotFoundError:
-        raise UserError("Google Drive needs gdown: pip install 'lpc-runner[celeba]'") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
