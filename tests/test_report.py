@@ -448,6 +448,25 @@ def test_the_terminal_shows_at_most_100_columns(disk, capsys):
     assert any("1,234 ± 0  113.29" in line for line in lines)
 
 
+def test_the_terminal_shows_the_claims_that_were_measured_and_counts_the_others(disk, capsys):
+    disk.run("alone", LPC, 0, metrics={"fd_random_conv": 2.0})
+    main([str(disk.study)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"the paper's claims: 0 holds; 0 does not hold; 0 within chance; {len(paper.CLAIMS)} not measured." in text
+    assert not any(claim.text.split()[0] + " " + claim.text.split()[1] in text for claim in paper.CLAIMS)
+    report = (disk.study / "report" / "report.md").read_text()
+    assert report.index(": runs") < report.index("the paper's claims") and paper.CLAIMS[0].text in report
+    for objective, fd in (("reverse", 3.0), ("jeffreys", 2.0), ("prior", 4.0)):
+        for seed in (0, 1):
+            disk.run(
+                f"{objective}{seed}", LPC | {"objective": objective}, seed, metrics={"fd_random_conv": fd + seed / 9}
+            )
+    main([str(disk.study)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[-1:] == ["holds"] for line in lines)
+    assert not any(line.endswith("not measured") for line in lines)
+
+
 def test_starting_needs_neither_torch_nor_matplotlib():
     code = "import sys, lpc_runner.report; print({'torch', 'matplotlib', 'hydra', 'wandb'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

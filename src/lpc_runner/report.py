@@ -64,8 +64,10 @@ def study_tables(study: Study) -> list[Table]:
     answers = study_answers(study)
     for dataset in study.datasets:
         groups = study.of(dataset)
+        claims = claims_table(dataset, groups, answers)
+        are_asked = claims is not None and claims.num_main
         tables += [
-            claims_table(dataset, groups, answers),
+            claims if are_asked else None,
             cost_table(dataset, groups),
             divergence_table(dataset, groups),
             *(quality_table(dataset, groups, setting) for setting in settings_of(groups)),
@@ -78,6 +80,7 @@ def study_tables(study: Study) -> list[Table]:
         ]
         for setting in curve_settings(groups):
             tables += [budget_table(dataset, groups, setting, budget) for budget in BUDGETS]
+        tables.append(None if are_asked else claims)
     return [table for table in tables if table is not None]
 
 
@@ -116,13 +119,16 @@ def print_report(study: Study, tables: Sequence[Table], paths: Sequence[Path]) -
     console.width = max(NARROW, min(WIDTH, console.width)) if console.is_terminal else WIDTH
     console.print(Text(f"{study.name}: {len(study.runs)} runs, {count_statuses(study.runs)}", style="bold"))
     for table in tables:
+        if table.num_main == 0:
+            console.print(Text(f"{table.title}: {table.notes[0]}", style="dim"))
+            continue
         console.print(_grid(table, console.width))
         for note in table.notes:
             console.print(Text(note, style="dim"))
         console.print()
     for line in [*state_notes(study), *(f"warning: {line}" for line in study.warnings)]:
         console.print(Text(line), soft_wrap=True)
-    console.print("Every column is in report.md, every run in report.csv.")
+    console.print("Every column and row is in report.md, every run in report.csv.")
     for path in paths:
         console.print(Text(str(path)), soft_wrap=True)
 
@@ -131,7 +137,8 @@ def _grid(table: Table, width: int) -> Grid:
     """The columns that fit: names are wrapped first, then columns on the right left out."""
     kept = [index for index, name in enumerate(table.columns) if name not in table.hidden]
     headers = [name.removesuffix(f"_{table.extractor}").replace(" ", "\n") for name in table.columns]
-    widths = [_widest([headers[index], *(row[index] for row in table.rows)]) for index in kept]
+    rows = table.rows[: table.num_main]
+    widths = [_widest([headers[index], *(row[index] for row in rows)]) for index in kept]
     while len(kept) > 2 and MIN_LABEL + sum(widths[1:]) + GAP * len(kept) > width:
         kept.pop()
         widths.pop()
@@ -142,7 +149,7 @@ def _grid(table: Table, width: int) -> Grid:
     for index, size in zip(kept, widths):
         header = "\n" * (height - headers[index].count("\n")) + headers[index]
         grid.add_column(Text(header), justify="right" if index else "left", width=size)
-    for row in table.rows:
+    for row in rows:
         grid.add_row(*(Text(row[index]) for index in kept))
     return grid
 

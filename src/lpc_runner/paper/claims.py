@@ -94,7 +94,7 @@ def main_settings(groups: Sequence[Group]) -> list[Setting]:
 
 
 def claims_table(dataset: str, groups: Sequence[Group], answers: Sequence[Answer]) -> Table | None:
-    """One row per claim, extractor and cell, what was measured first; None without an answer."""
+    """One row per claim, extractor and cell; what was measured first, and alone on a terminal. None without an answer."""
     own = [answer for answer in answers if answer.dataset == dataset]
     if not own:
         return None
@@ -118,7 +118,8 @@ def claims_table(dataset: str, groups: Sequence[Group], answers: Sequence[Answer
     if dataset not in paper.DATASETS:
         notes.append(f"The paper has no {dataset}: the same questions, asked of these runs.")
     columns = ["claim", "source", "features", "answer", "numbers"]
-    return Table(f"{dataset}: the paper's claims", columns, rows, notes, frozenset({"source", "numbers"}))
+    title, hidden = f"{dataset}: the paper's claims", frozenset({"source", "numbers"})
+    return Table(title, columns, rows, notes, hidden, num_main=len(own) - counts[UNMEASURED])
 
 
 def _as_in_paper(group: Group) -> bool:

@@ -33,7 +33,8 @@ DIVERGED = "† no seed finished: the last finite states of diverged runs."
 class Table:
     """Text in rows and columns, the first of which names the row.
 
-    On a terminal `hidden` columns are left out, and `extractor`, which the title says, off the ends of names.
+    On a terminal `hidden` columns are left out, and `extractor`, which the title says, off the ends of names; and rows
+    after the first `num_main`, None for none.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     hidden: frozenset[str] = frozenset()
     extractor: str = ""
+    num_main: int | None = None
 
     @property
     def prose(self) -> set[int]:
