@@ -94,7 +94,7 @@ def main_settings(groups: Sequence[Group]) -> list[Setting]:
 
 
 def claims_table(dataset: str, groups: Sequence[Group], answers: Sequence[Answer]) -> Table | None:
-    """One row per claim, extractor and cell; what was measured first, and alone on a terminal. None without an answer."""
+    """One row per claim, extractor and cell; what was measured first, alone on a terminal. None without an answer."""
     own = [answer for answer in answers if answer.dataset == dataset]
     if not own:
         return None
