@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.errors import UserError, mask_logs
 from lpc_runner.base.surroundings import (
+    environment,
     error_text,
     main_process,
     one_line_errors,
@@ -139,10 +140,9 @@ def _hydra(single: tuple[DictConfig, Any] | None = None) -> None:
     from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
     from lpc_runner.config.sources import variants_read
 
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
+    full_error = {"HYDRA_FULL_ERROR": "1"}  # else Hydra prints the error itself and exits
     try:
-        with words_for_workers(sys.argv), variants_read():
+        with environment(full_error), words_for_workers(sys.argv), variants_read():
             if single is not None:
                 _run_single(*single)
             else:
@@ -154,10 +154,6 @@ def _hydra(single: tuple[DictConfig, Any] | None = None) -> None:
     except Exception as error:  # not of a job: a worker was killed, or a logger's level is invalid
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"Hydra or the launcher failed; the same command goes on with what is left ({said})") from error
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _run_single(composition: DictConfig, loader: Any) -> None:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import plain_name, write_atomically
+from lpc_runner.base.surroundings import environment
 from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, resolved, starts_workers_here
 from lpc_runner.runner.plan import Planned, plan
 
@@ -40,8 +41,8 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
     Without it a job composes its configuration again from conf/, which may have been edited meanwhile.
     """
     if len(cells) == 1:
-        os.environ.pop(_PLAN, None)  # of a sweep whose job started this command
-        yield
+        with environment({_PLAN: None}):  # of a sweep whose job started this command
+            yield
         return
     content = f"[{','.join(map(cell_text, cells))}]"
     folder = Path(cells[0].cfg.output_dir).absolute() / ".sweeps"
@@ -49,11 +50,8 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
-    os.environ[_PLAN] = str(path)
-    try:
+    with environment({_PLAN: str(path)}):
         yield
-    finally:
-        os.environ.pop(_PLAN, None)
 
 
 def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
@@ -77,12 +75,8 @@ def proposing(output_dir: str) -> Iterator[Path]:
     """Jobs started within it belong to a searching sweeper; they write their cells into the folder that it yields."""
     above = Path(output_dir).absolute() / ".sweeps"
     above.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="proposed-", dir=above) as folder:
-        os.environ[_FOLDER] = folder
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop(_FOLDER, None)
+    with tempfile.TemporaryDirectory(prefix="proposed-", dir=above) as folder, environment({_FOLDER: folder}):
+        yield Path(folder)
 
 
 def is_proposed() -> bool:
