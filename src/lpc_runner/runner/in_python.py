@@ -56,7 +56,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     run, has no checkpoint, or an override does not fit.
     """
     directory = RunDirectory.open(run_dir)
-    cfg = _read_config(directory.path / "config.yaml")
+    cfg = _read_config(directory)
     # How the chain was computed in training does not matter here, perhaps on a machine without a GPU.
     cfg.device, cfg.engine, cfg.precision = device, "auto", "fp32"
     choices = dict(directory.description()["choices"])
@@ -92,17 +92,11 @@ def _facts(directory: RunDirectory) -> dict[str, Any] | None:
     return facts | {"data_shape": tuple(counts[:-2])} if all(isinstance(count, int) for count in counts) else None
 
 
-def _read_config(path: Path) -> DictConfig:
+def _read_config(directory: RunDirectory) -> DictConfig:
     try:
-        cfg = OmegaConf.load(path)
-    except (FileNotFoundError, ValueError, YAMLError, OmegaConfBaseException):
-        cfg = None
-    except OSError as error:
-        if error.errno is not None:  # the system's refusal; OmegaConf's own means content that is no mapping
-            raise
-        cfg = None
-    if not isinstance(cfg, DictConfig) or not cfg:
-        raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
+        cfg = DictConfig(directory.settings())
+    except OmegaConfBaseException as error:
+        raise directory.damaged("config.yaml", str(error).splitlines()[0]) from None
     defaults = DictConfig(OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml"))
     for key in CHANGES_NO_RESULT:  # a setting that the run is older than
         if key not in cfg and key in defaults:

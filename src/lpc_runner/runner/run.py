@@ -29,7 +29,7 @@ from lpc_runner.store.environment import describe_environment, warn_of_another_d
 from lpc_runner.store.log import MetricLog, final_numbers, rows_of
 from lpc_runner.store.runs import RunDirectory, checkpoint_files
 from lpc_runner.tracking.progress import Progress
-from lpc_runner.tracking.tracker import Sink, Tracker
+from lpc_runner.tracking.tracker import Sink, Tracker, facts_of_run
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.trainer import Counters, Interrupted, Outcome
 
@@ -243,20 +243,9 @@ def _open_tracker(planned: Planned) -> Tracker:
 
 
 def _open_sink(planned: Planned, resume_step: int) -> Sink:
-    directory, cell = planned.directory, planned.cell
-    studies = directory.studies()
-    nested = as_dict(cell.cfg, resolve=True)
-    facts = {
-        "run_id": directory.name[-64:],
-        "name": directory.name,
-        "group": studies[0],
-        "config": {**flat_keys(cell), "config": nested},
-        "folder": directory.path,
-        "resume_step": resume_step,
-        "more_tags": tuple(studies[1:]),
-    }
+    told = facts_of_run(planned.directory, as_dict(planned.cell.cfg, resolve=True)) | {"resume_step": resume_step}
     tracker = planned.experiment.tracker
-    return tracker(**accepted(tracker.func, facts))
+    return tracker(**accepted(tracker.func, told))
 
 
 def _report_again(planned: Planned, result: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ _LOCKED = ("result.json", "run.json", "config.yaml", "trajectories.npz", "checkp
 _WRITTEN_AGAIN = {
     "result.json": "the run's command measures again, from its last checkpoint",
     "run.json": "the run's command writes it again",
+    "config.yaml": "the run's command writes it again",
 }
 _START_AGAIN = "move the folder away, and its command starts it again"
 _LONGEST_LINK = 4096  # bytes, the longest path
@@ -187,6 +188,19 @@ class RunDirectory:
         if description is None:
             raise UserError(f"{self.path} has no run.json; the command that made the run writes it again")
         return description
+
+    def settings(self) -> dict[str, Any]:
+        """config.yaml. Raises UserError if it is missing or damaged."""
+        import yaml
+
+        path = self.path / "config.yaml"
+        try:
+            content = yaml.safe_load(path.read_bytes())
+        except (FileNotFoundError, ValueError, yaml.YAMLError):
+            content = None
+        if not isinstance(content, dict) or not content:
+            raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
+        return content
 
     def studies(self) -> list[str]:
         """The studies that use this run, the first of them first; none before it is described."""

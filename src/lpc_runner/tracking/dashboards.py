@@ -11,9 +11,10 @@ from typing import Any
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import SYMBOLS
+from lpc_runner.store.log import rows_of
 from lpc_runner.store.runs import DONE
-from lpc_runner.tracking.uploads import Place, place_of, rows_of, runs_of, settings_of
-from lpc_runner.tracking.wandb_service import one_line, online, read_mapping
+from lpc_runner.tracking.uploads import place_of, runs_of
+from lpc_runner.tracking.wandb_service import Place, one_line, online, read_mapping
 
 # Spread over orders of magnitude in a sweep.
 LOGARITHMIC = ("step_size", "learning_rate", "scale")
@@ -72,7 +73,7 @@ def study_facts(study: Path) -> StudyFacts:
         if result is not None and result["status"] in DONE:
             num_done += 1
             final |= dict.fromkeys(f"final/{name}" for name in result["metrics"])
-    trackers = [settings_of(run)["tracker"] for run in runs]
+    trackers = [run.settings()["tracker"] for run in runs]
     if not logged and not final:
         raise UserError(f"{study}: its runs have recorded nothing yet")
     name = Path(study).resolve().name
