@@ -141,7 +141,7 @@ def run(words: Sequence[str]) -> CompletedRun | list[CompletedRun]:
         raise UserError("lpc_runner.run works in one process: several ranks are `torchrun -m lpc_runner ...`")
     words = [str(word) for word in words]
     try:
-        args, _ = parse_arguments(words)
+        args = parse_arguments(words)
     except SystemExit:
         raise UserError("--version shows something and runs nothing: it is the command's") from None
     refuse_flags(args)
