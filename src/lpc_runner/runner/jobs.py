@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,7 +25,8 @@ from omegaconf import DictConfig
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import plain_name, write_atomically
 from lpc_runner.base.surroundings import environment
-from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, resolved, starts_workers_here
+from lpc_runner.config.compose import Cell, choices_of, resolved, starts_workers_here
+from lpc_runner.config.options import as_dict
 from lpc_runner.runner.plan import Planned, plan
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
         with environment({_PLAN: None}):  # of a sweep whose job started this command
             yield
         return
-    content = f"[{','.join(map(cell_text, cells))}]"
+    content = json.dumps([_record(cell) for cell in cells], indent=1)
     folder = Path(cells[0].cfg.output_dir).absolute() / ".sweeps"
     path = folder / f"plan-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if write:
@@ -60,14 +62,22 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
     if path is None:
         return resolved(cfg, choices_of(hydra_cfg), list(hydra_cfg.overrides.task))
     try:
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
         # Not by their number: shuffle() gives Hydra another order than it gave the plan.
         given = list(hydra_cfg.overrides.task)
-        return cell_from(json.dumps(next(cell for cell in cells if cell["overrides"] == given)))
+        return _cell_of(next(record for record in records if record["overrides"] == given))
     except (FileNotFoundError, ValueError, LookupError, TypeError, StopIteration):
         raise UserError(
             f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
         ) from None
+
+
+def _record(cell: Cell) -> dict[str, Any]:
+    return {"overrides": cell.overrides, "choices": cell.choices, "cfg": as_dict(cell.cfg, resolve=True)}
+
+
+def _cell_of(record: dict[str, Any]) -> Cell:
+    return Cell(DictConfig(record["cfg"]), record["choices"], tuple(record["overrides"]))
 
 
 @contextmanager
@@ -86,12 +96,13 @@ def is_proposed() -> bool:
 
 def note_proposed(cell: Cell, number: int) -> None:
     """Write the cell of the sweep's job `number`, from 0, for the command, which reports all runs at the end."""
-    write_atomically(Path(os.environ[_FOLDER]) / f"{number:06d}.json", cell_text(cell))
+    write_atomically(Path(os.environ[_FOLDER]) / f"{number:06d}.json", json.dumps(_record(cell)))
 
 
 def proposed_runs(folder: Path) -> list[Planned]:
     """Every run that was proposed and planned, once, in the order of proposal."""
-    runs = [plan(cell_from(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    runs = [plan(_cell_of(record)) for record in records]
     return list({run.directory.name: run for run in runs}.values())
 
 
