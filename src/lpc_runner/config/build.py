@@ -198,10 +198,7 @@ def _require_methods(parts: dict[str, Any], choices: dict[str, str]) -> None:
     for group, protocol in protocols.items():
         part = parts[group].func if group in GIVEN_LATER else parts[group]
         if lacking := missing(part, protocol):
-            raise UserError(
-                f"{group}={choices[group]} has no {' and no '.join(lacking)}, "
-                f"which {protocol.__module__}.{protocol.__name__} asks for"
-            )
+            raise UserError(f"{group}={choices[group]} has {lacking}")
 
 
 def _require_acceptance(sampler: Any, choices: dict[str, str]) -> None:

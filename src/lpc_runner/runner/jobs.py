@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,6 @@ def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
         yield
 
 
-def lease_folder() -> Path:
-    """The folder of this user's slots, on this machine: each host has GPUs of its own."""
-    return Path(tempfile.gettempdir()) / f"lpc_runner-gpus-{os.getuid()}"
-
-
 def visible_gpus(count: int) -> list[str]:
     """Names of this process's GPUs 0 .. count - 1, each the same for all processes of the machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -135,25 +130,26 @@ def visible_gpus(count: int) -> list[str]:
 
 @contextmanager
 def gpu_slot(names: list[str], slots_per_gpu: int, folder: Path | None = None) -> Iterator[int]:
-    """Hold one slot; yields the GPU's index in `names`, the emptiest one's first. Waits until a slot is free."""
-    folder = folder or lease_folder()
+    """Hold one slot; yields the GPU's index in `names`, the emptiest one's first. Waits until a slot is free.
+
+    folder: of the slots, by default one of this user on this machine: each host has GPUs of its own.
+    """
+    folder = folder or Path(tempfile.gettempdir()) / f"lpc_runner-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    while (lock := _first_free(names, slots_per_gpu, folder)) is None:
+    while (slot := _first_free(names, slots_per_gpu, folder)) is None:
         time.sleep(INTERVAL)
-    index, held = lock
+    index, lock = slot
     try:
         yield index
     finally:
-        held.release()
+        lock.release()
 
 
 def _first_free(names: list[str], slots_per_gpu: int, folder: Path) -> tuple[int, FileLock] | None:
     for slot in range(slots_per_gpu):  # a second run on a GPU only when every GPU has one
         for index, name in enumerate(names):
             lock = FileLock(folder / f"{name}-{slot}.lock")
-            try:
+            with suppress(Timeout):
                 lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            return index, lock
+                return index, lock
     return None
