@@ -87,9 +87,10 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
 
 def _facts(directory: RunDirectory) -> dict[str, Any] | None:
     """What run.json keeps of the data, which need not be there; None where it lacks something: the data are asked."""
-    facts = {name: directory.description().get(name) for name in ("data_shape", "num_train", "num_held_out")}
-    counts = [*facts["data_shape"], facts["num_train"], facts["num_held_out"]] if facts["data_shape"] else [None]
-    return facts | {"data_shape": tuple(counts[:-2])} if all(isinstance(count, int) for count in counts) else None
+    shape, *counts = (directory.description().get(name) for name in ("data_shape", "num_train", "num_held_out"))
+    if not shape or not all(isinstance(count, int) for count in (*shape, *counts)):
+        return None
+    return {"data_shape": tuple(shape), "num_train": counts[0], "num_held_out": counts[1]}
 
 
 def _read_config(directory: RunDirectory) -> DictConfig:

@@ -60,16 +60,15 @@ def execute(planned: Planned) -> dict[str, Any]:
             planned.ranks.agree(False)  # rank 0 has measured
         return {}
     with directory.locked():
-        planned.ranks.agree(directory.state() == "done")
+        done = directory.result() if directory.state() == "done" else None
+        planned.ranks.agree(done is not None)
         directory.require_hash(planned.digest)
-        if directory.state() == "done":
+        if done is not None:
             _describe(planned)
             again = int(planned.cell.cfg.rerun) + 1
             logger.info("already done: %s (rerun=%d makes it once more, beside it)", directory.path, again)
-            result = directory.result()
-            assert result is not None  # as its state says
-            _report_again(planned, result)
-            return result
+            _report_again(planned, done)
+            return done
         set_up_torch(experiment)
         try:
             _describe(planned)
