@@ -27,6 +27,7 @@ from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.runner.plan import build_learner, check_plan, unfinished
 from lpc_runner.runner.run import execute
 from lpc_runner.store.checkpoints import load_checkpoint
+from lpc_runner.store.environment import settings_of
 from lpc_runner.store.runs import CHANGES_NO_RESULT, RunDirectory
 from lpc_runner.training.trainer import Interrupted
 
@@ -95,7 +96,7 @@ def _facts(directory: RunDirectory) -> dict[str, Any] | None:
 
 def _read_config(directory: RunDirectory) -> DictConfig:
     try:
-        cfg = DictConfig(directory.settings())
+        cfg = DictConfig(settings_of(directory))
     except OmegaConfBaseException as error:
         raise directory.damaged("config.yaml", str(error).splitlines()[0]) from None
     defaults = DictConfig(OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml"))

@@ -184,19 +184,6 @@ class RunDirectory:
             raise UserError(f"{self.path} has no run.json; the command that made the run writes it again")
         return description
 
-    def settings(self) -> dict[str, Any]:
-        """config.yaml. Raises UserError if it is missing or damaged."""
-        import yaml
-
-        path = self.path / "config.yaml"
-        try:
-            content = yaml.safe_load(path.read_bytes())
-        except (FileNotFoundError, ValueError, yaml.YAMLError):
-            content = None
-        if not isinstance(content, dict) or not content:
-            raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
-        return content
-
     def studies(self) -> list[str]:
         """The studies that use this run, the first of them first; none before it is described."""
         return (self._read("run.json") or {}).get("studies", [])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import SYMBOLS
+from lpc_runner.store.environment import settings_of
 from lpc_runner.store.log import final_numbers, rows_of
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.uploads import place_of, runs_of
@@ -74,7 +75,7 @@ def study_facts(study: Path) -> StudyFacts:
         if result is not None and result["status"] in DONE:
             num_done += 1
             final |= dict.fromkeys(final_numbers(result))
-    trackers = [run.settings()["tracker"] for run in runs]
+    trackers = [settings_of(run)["tracker"] for run in runs]
     if not logged and not final:
         raise UserError(f"{study}: its runs have recorded nothing yet")
     name = Path(study).resolve().name

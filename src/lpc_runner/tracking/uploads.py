@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import sha256_of
+from lpc_runner.store.environment import settings_of
 from lpc_runner.store.log import Row, final_numbers, rows_of
 from lpc_runner.store.runs import DONE, RunDirectory, follow
 from lpc_runner.tracking.tracker import facts_of_run
@@ -112,7 +113,7 @@ def _publish_run(run: RunDirectory, entity: str | None, project: str | None) -> 
     if result is None or result["status"] not in DONE:
         return f"left out: {result['status'] if result else 'not finished'}"
     api = wandb.Api()
-    config = run.settings()
+    config = settings_of(run)
     place = place_of(config["tracker"], entity, project, api.settings["base_url"], api.default_entity)
     told = facts_of_run(run, config)
     studies = run.studies()
