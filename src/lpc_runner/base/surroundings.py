@@ -11,7 +11,7 @@ import select
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -173,7 +173,7 @@ def wait_passively(shared: bool = False) -> bool:
 
 
 @contextmanager
-def environment(variables: dict[str, str | None]) -> Iterator[None]:
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
     """Within it these environment variables have these values, None: are not set; afterwards what they had before."""
     before = {name: os.environ.get(name) for name in variables}
     try:
@@ -183,7 +183,7 @@ def environment(variables: dict[str, str | None]) -> Iterator[None]:
         _set(before)
 
 
-def _set(variables: dict[str, str | None]) -> None:
+def _set(variables: Mapping[str, str | None]) -> None:
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)

@@ -199,10 +199,9 @@ class WandbTracker(Sink):
     def _open(self, what: dict[str, Any]) -> None:
         import wandb
 
+        what = {**what, "mode": self.mode}
         settings = wandb.Settings(**self.settings)
-        self._run = wandb.init(
-            dir=os.environ["WANDB_DIR"], mode=self.mode, reinit="create_new", settings=settings, **what
-        )
+        self._run = wandb.init(dir=os.environ["WANDB_DIR"], reinit="create_new", settings=settings, **what)
         self._first = self._run.starting_step  # not `step`: the service may not have heard yet where to go on
         if self.mode == "offline":
             self._first = max(self._first, self._repeated)
