@@ -166,7 +166,7 @@ def cells_of(*arguments: str):
     from lpc_runner.config.compose import compose_command
     from lpc_runner.config.words import parse_arguments
 
-    return compose_command(parse_arguments(list(arguments))[0]).cells
+    return compose_command(parse_arguments(list(arguments))).cells
 
 
 def cell_of(*overrides: str):

@@ -168,7 +168,7 @@ def test_the_plan_says_what_the_dataset_chose_and_nothing_that_the_command_did()
     from lpc_runner.config.words import parse_arguments
 
     words = "dataset=lorenz,lds,mnist model=lfads trainer.batch_size=80 method=vae check=true -m"
-    assert compose_command(parse_arguments(words.split())[0]).chosen == tuple(
+    assert compose_command(parse_arguments(words.split())).chosen == tuple(
         f"dataset={name} also chose tuned=sequences, metrics=sequences, trainer.num_prior_batches=0"
         for name in ("lorenz", "lds")
     )

@@ -86,6 +86,13 @@ def test_work_that_began_a_moment_ago_counts(monkeypatch):
         assert any(load_average() >= 2 for _ in range(200) if time.sleep(0.02) is None)
 
 
+def test_runs_of_the_command_s_own_process_are_not_taken_for_work_beside_it(command, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lpc_runner.main.wait_passively", lambda shared=False: asked.append(shared))
+    assert command(*TINY, "check=true").code == command("-m", "seed=0,1", *TINY, "check=true").code == 0
+    assert asked and not any(asked)
+
+
 def test_where_torch_is_loaded_already_the_environment_is_the_caller_s(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)

@@ -240,7 +240,7 @@ VALUES = {
 
 def test_lines_every_ten_seconds_with_the_speed_of_this_session(clock, caplog):
     caplog.set_level(logging.INFO, "lpc_runner")
-    with Progress(start=900, console=Console(file=io.StringIO())) as progress:
+    with Progress(console=Console(file=io.StringIO())) as progress:
         clock.hand += 60  # compilation: not part of the speed
         progress.update(901, 1000, {"eval/fd_random_conv": 3.25})
         for done in range(902, 1001):
@@ -261,7 +261,7 @@ def test_a_terminal_shows_bar_counters_and_values_within_80_columns(clock):
     handler = logging.StreamHandler(sys.stderr)
     logging.getLogger("lpc_runner").addHandler(handler)
     try:
-        with Progress(start=123_000, console=console) as progress:
+        with Progress(console=console) as progress:
             for done in range(123_001, 123_005):
                 clock.hand += 4.0
                 progress.update(done, 200_000, VALUES | {"eval/fid": 39.64})

@@ -14,7 +14,8 @@ from wandb_server import KEY, forget_wandb, make_run, running_server
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.tracking import uploads
-from lpc_runner.tracking.uploads import Place, place_of, publish
+from lpc_runner.tracking.uploads import place_of, publish
+from lpc_runner.tracking.wandb_service import Place
 
 CLOCKS = ("time/", "_timestamp", "_runtime", "_wandb")
 

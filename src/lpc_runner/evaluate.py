@@ -61,10 +61,7 @@ def evaluate(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Path:
 
 
 def _require_data(run: Any) -> None:
-    """Raises UserError (one line) if the data are not there, or are not of the shape that the model knows.
-
-    run: a `loading.LoadedRun`.
-    """
+    """Raises UserError (one line) if the data are not there, or are not of the shape that the `LoadedRun` knows."""
     dataset = run.experiment.dataset
     try:
         dataset.prepare()

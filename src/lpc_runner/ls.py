@@ -18,6 +18,7 @@ from rich.table import Table
 from lpc_runner.base.errors import UserError
 from lpc_runner.main import one_line_errors
 from lpc_runner.store.runs import RunDirectory, follow, last_row
+from lpc_runner.tracking.progress import show_duration
 
 _NARROW = 60  # columns below which a table is no help: every run takes lines of its own
 _METRICS = ("fid", "fd_", "elbo", "log_likelihood", "r2")  # shown, in this order; --json has all
@@ -46,8 +47,7 @@ def list_runs(folder: Path | str) -> list[Listed]:
     root = folder / "runs" if (folder / "runs").is_dir() else folder
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder; runs lie in outputs/ unless output_dir says otherwise")
-    paths = [follow(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    paths = [path for path in paths if path.is_dir()]
+    paths = [follow(path) for path in sorted(root.glob("[!.]*"))]
     paths = [path for path in paths if (path / "run.json").exists() or (path / ".owner").exists()]
     if not paths:
         raise UserError(f"{folder} holds no runs; runs lie in outputs/ unless output_dir says otherwise")
@@ -56,8 +56,7 @@ def list_runs(folder: Path | str) -> list[Listed]:
 
 def _look(path: Path) -> Listed:
     run = RunDirectory(path.resolve())
-    session = run.last_session()
-    row = last_row(run.path / "metrics.jsonl")
+    session, row = run.last_session(), last_row(run.path / "metrics.jsonl")
     listed = Listed(
         name=run.name,
         state="interrupted",
@@ -115,13 +114,8 @@ def _age(path: Path) -> float | None:
     return time.time() - max(times) if times else None
 
 
-def _ago(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
+def _ago(run: Listed) -> str:
+    return "" if run.age is None else show_duration(max(0, run.age))
 
 
 def _numbers(run: Listed) -> list[str]:
@@ -140,14 +134,14 @@ def _table(runs: list[Listed]) -> Table:
         numbers = "  ".join(_numbers(run))
         epoch = "" if run.epoch is None else f"{run.epoch:.1f}"
         state = f"[{colours.get(run.state, 'red')}]{run.state}[/]"
-        table.add_row(run.name, state, epoch, numbers, _ago(run.age), run.host or "", run.todo.replace("[", "\\["))
+        table.add_row(run.name, state, epoch, numbers, _ago(run), run.host or "", run.todo.replace("[", "\\["))
     return table
 
 
 def _lines(run: Listed) -> list[str]:
     """What the table says of a run, where there is no room for a table."""
     epoch = "" if run.epoch is None else f"epoch {run.epoch:.1f}"
-    facts = [run.state, epoch, *_numbers(run), _ago(run.age), run.host]
+    facts = [run.state, epoch, *_numbers(run), _ago(run), run.host]
     return [run.name, "  " + ", ".join(filter(None, facts)), *([f"  {run.todo}"] if run.todo else [])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import logging
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpc_runner.base.errors import UserError, mask_logs
 from lpc_runner.base.surroundings import (
+    environment,
     error_text,
     main_process,
     one_line_errors,
@@ -59,24 +61,24 @@ def main() -> None:
 
 def _run() -> None:
     """Compose and check every cell, then have them run."""
-    from lpc_runner.config.compose import compose_command, starts_workers_here
+    from lpc_runner.config.compose import compose_command, runs_in_this_process, starts_workers_here
     from lpc_runner.config.words import parse_arguments, refuse_flags
 
     with _connected() as ranks:
-        # Hydra parses the words again, by an argparse that takes flags before or after the overrides, not between them.
-        args, sys.argv[1:] = parse_arguments(sys.argv[1:])
+        args = parse_arguments(sys.argv[1:])
         refuse_flags(args)
         looking = args.help or args.hydra_help or args.shell_completion or args.info is not None
         with _first(ranks):
             if not looking:
                 composed = compose_command(args)  # all, so that a mistake in the last is found before the first runs
                 if composed.method_word is not None:
-                    sys.argv.insert(1, composed.method_word)  # for the records, and for Hydra with --cfg
+                    sys.argv.insert(1, composed.method_word)  # for the records
+                    args.overrides.insert(0, composed.method_word)  # for --cfg
         if looking or args.cfg:
-            _hydra()
+            _hydra(args)
             return
         cells = composed.cells
-        wait_passively(shared=not composed.launcher.endswith(".BasicLauncher"))
+        wait_passively(shared=not runs_in_this_process(composed.launcher))
         from lpc_runner.runner.jobs import frozen, proposed_runs, proposing
         from lpc_runner.runner.plan import check_plan, unfinished
         from lpc_runner.runner.screen import print_plan, print_results
@@ -89,7 +91,7 @@ def _run() -> None:
         if ranks and not ranks.is_main:
             if not cells[0].cfg.check:
                 with frozen(cells, write=False):
-                    _hydra(composed.single)
+                    _hydra(args, composed.single)
             return
         if cells[0].cfg.check:
             print_plan(planned, composed.chosen)
@@ -100,7 +102,7 @@ def _run() -> None:
             return
         sweep = proposing(cells[0].cfg.output_dir) if searches else frozen(cells)
         with sweep as folder, _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
-            _hydra(composed.single)
+            _hydra(args, composed.single)
             if folder is not None:
                 planned = proposed_runs(folder)
         print_results(planned)
@@ -129,24 +131,26 @@ def _first(ranks: Any) -> AbstractContextManager[None]:
     return ranks.main_first() if ranks else nullcontext()
 
 
-def _hydra(single: tuple[DictConfig, Any] | None = None) -> None:
+def _hydra(args: argparse.Namespace, single: tuple[DictConfig, Any] | None = None) -> None:
     """Hand over to Hydra, which calls `job` for every cell.
 
-    single: the composition of a single run. Without it Hydra reads the command line again, and composes what it says.
+    single: the composition of a single run. Without it Hydra composes what the command line says, as `hydra.main` has
+    it, which would parse the words again, by an argparse that takes no flags between the overrides.
     """
-    import hydra
+    from hydra import version
+    from hydra._internal.utils import _run_hydra, get_args_parser
 
     from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
     from lpc_runner.config.sources import variants_read
 
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
+    full_error = {"HYDRA_FULL_ERROR": "1"}  # else Hydra prints the error itself and exits
     try:
-        with words_for_workers(sys.argv), variants_read():
+        with environment(full_error), words_for_workers(sys.argv), variants_read():
             if single is not None:
                 _run_single(*single)
             else:
-                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(job)()
+                version.setbase("1.3")
+                _run_hydra(args, get_args_parser(), job, str(CONF_DIR), CONFIG_NAME)
     except UserError:
         raise
     except KeyboardInterrupt:  # while jobs run elsewhere, or between two of them
@@ -154,10 +158,6 @@ def _hydra(single: tuple[DictConfig, Any] | None = None) -> None:
     except Exception as error:  # not of a job: a worker was killed, or a logger's level is invalid
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"Hydra or the launcher failed; the same command goes on with what is left ({said})") from error
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _run_single(composition: DictConfig, loader: Any) -> None:

@@ -157,7 +157,7 @@ def check_tracker(tracker: type, **settings: Any) -> None:
 
 def _require(part: Any, protocol: type) -> None:
     lacking = missing(part, protocol)
-    assert not lacking, f"no {' and no '.join(lacking)}, which {protocol.__module__}.{protocol.__name__} asks for"
+    assert not lacking, lacking
 
 
 def _close(one: Tensor, other: Tensor, what: str, rtol: float = 1e-4) -> None:

@@ -174,6 +174,7 @@ def declared(part: Any, protocol: type, name: str) -> Any:
     return default.__get__(part, protocol) if hasattr(default, "__get__") else default
 
 
-def missing(part: Any, protocol: type) -> list[str]:
-    """Methods that the protocol has no default for and `part`, an object or a class, does not offer."""
-    return sorted(name for name in protocol.__abstractmethods__ if not hasattr(part, name))
+def missing(part: Any, protocol: type) -> str:
+    """Methods that the protocol has no default for and `part`, an object or a class, lacks, in words; '' if none."""
+    names = sorted(name for name in protocol.__abstractmethods__ if not hasattr(part, name))
+    return f"no {' and no '.join(names)}, which {protocol.__module__}.{protocol.__name__} asks for" if names else ""

@@ -11,7 +11,7 @@ import select
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -172,6 +172,25 @@ def wait_passively(shared: bool = False) -> bool:
     return True
 
 
+@contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Within it these environment variables have these values, None: are not set; afterwards what they had before."""
+    before = {name: os.environ.get(name) for name in variables}
+    try:
+        _set(variables)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 # What a command tells the workers that a launcher starts for it.
 _WORDS, _PROCESS = "LPC_RUNNER_COMMAND", "LPC_RUNNER_MAIN"
 
@@ -179,12 +198,9 @@ _WORDS, _PROCESS = "LPC_RUNNER_COMMAND", "LPC_RUNNER_MAIN"
 @contextmanager
 def words_for_workers(words: list[str]) -> Iterator[None]:
     """The runs within it, and the workers started for them, know the command's words and its process."""
-    os.environ |= {_WORDS: json.dumps([masked(word) for word in words]), _PROCESS: str(os.getpid())}
-    try:
+    said = json.dumps([masked(word) for word in words])
+    with environment({_WORDS: said, _PROCESS: str(os.getpid())}):
         yield
-    finally:
-        for name in (_WORDS, _PROCESS):
-            os.environ.pop(name, None)
 
 
 def command_words() -> list[str]:

@@ -133,7 +133,12 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
                 f"{group.replace('.', '/')}={name} expects {' or '.join(user.data_kinds)}, "
                 f"dataset={choices['dataset']} holds {dataset.kind}: {_fitting(group.split('.')[0], dataset.kind)}"
             )
-    facts = facts if facts is not None else _facts(dataset)
+    if facts is None:
+        facts = {
+            "data_shape": tuple(dataset.shape),
+            "num_train": dataset.num_train,
+            "num_held_out": dataset.num_held_out,
+        }
     of_run = {"updates_per_epoch": facts["num_train"] // parts["trainer"].batch_size}
     of_run = accepted(parts["step_size"].func, of_run)
     step_size = _call_for_key("step_size", parts["step_size"], **of_run)
@@ -166,17 +171,7 @@ def build(cfg: DictConfig, choices: dict[str, str], facts: dict[str, Any] | None
             f"objective={choices['objective']} needs a factorised q: model.encoder={model.encoder} has none{remedy}"
         )
     experiment = Experiment(
-        dataset=dataset,
-        model=model,
-        sampler=sampler,
-        step_size=step_size,
-        preconditioning=parts["preconditioning"],
-        objective=objective,
-        optimizer=parts["optimizer"],
-        trainer=parts["trainer"],
-        traces=parts["traces"],
-        metrics=parts["metrics"],
-        tracker=parts["tracker"],
+        **(parts | {"model": model, "sampler": sampler, "step_size": step_size}),
         facts=facts,
         seed=values["seed"],
         device=device,
@@ -203,10 +198,7 @@ def _require_methods(parts: dict[str, Any], choices: dict[str, str]) -> None:
     for group, protocol in protocols.items():
         part = parts[group].func if group in GIVEN_LATER else parts[group]
         if lacking := missing(part, protocol):
-            raise UserError(
-                f"{group}={choices[group]} has no {' and no '.join(lacking)}, "
-                f"which {protocol.__module__}.{protocol.__name__} asks for"
-            )
+            raise UserError(f"{group}={choices[group]} has {lacking}")
 
 
 def _require_acceptance(sampler: Any, choices: dict[str, str]) -> None:
@@ -244,12 +236,6 @@ def _fitting(group: str, kind: str) -> str:
         if all(kind in getattr(_locate(part["_target_"], group), "data_kinds", [kind]) for part in parts):
             fitting.append(option)
     return f"{group}={', '.join(fitting)} would fit"
-
-
-def _facts(dataset: Any) -> dict[str, Any]:
-    """What a model's constructor may ask to know of the data. Raises UserError if they are missing."""
-    shape = tuple(dataset.shape)
-    return {"data_shape": shape, "num_train": dataset.num_train, "num_held_out": dataset.num_held_out}
 
 
 def instantiate(node: dict[str, Any], path: str, known: list[str]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -78,36 +77,26 @@ class Cell:
     overrides: tuple[str, ...]
 
 
-def cell_text(cell: Cell) -> str:
-    """A cell as JSON."""
-    cfg = as_dict(cell.cfg, resolve=True)
-    return json.dumps({"overrides": cell.overrides, "choices": cell.choices, "cfg": cfg}, indent=1)
-
-
-def cell_from(text: str) -> Cell:
-    """The cell that `cell_text` wrote."""
-    cell = json.loads(text)
-    return Cell(DictConfig(cell["cfg"]), cell["choices"], tuple(cell["overrides"]))
-
-
 def compose_command(args: argparse.Namespace) -> Composed:
     """All cells of a command, one unless it is a sweep. Raises UserError (one line) if any does not compose."""
     folder = None if args.config_dir is None else Path(args.config_dir).absolute()
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir: {folder} is not a folder")
-    with _initialised(folder), _errors_with_key():
-        once = functools.cache(_compose_raw)  # a single run's first composition is its only one
-        cells, launcher, sweeper = _expand(args, once)
-        composed, words = _compose_all(cells, [CONF_DIR, *([folder] if folder else [])], once)
-        if folder is not None:
-            for cell in composed:
-                require_own_names(folder, cell.choices)
-        chosen = map(_chosen_by_dataset, _of_each_dataset(composed)) if composed[0].cfg.check else ()
-        word = words[0] if len(words) == 1 else None
-        single = None
-        if launcher == NO_LAUNCHER:
-            single = once(*_with(word, cells[0])), _loader()
-        return Composed(composed, launcher, sweeper, tuple(filter(None, chosen)), word, single)
+    try:
+        with _initialised(folder):
+            once = functools.cache(_compose_raw)  # a single run's first composition is its only one
+            words, launcher, sweeper = _expand(args, once)
+            cells, method_word = _compose_all(words, [CONF_DIR, *([folder] if folder else [])], once)
+            if folder is not None:
+                for cell in cells:
+                    require_own_names(folder, cell.choices)
+            chosen = _chosen_by_datasets(cells) if cells[0].cfg.check else ()
+            single = None
+            if launcher == NO_LAUNCHER:
+                single = once(*_with(method_word, words[0])), _loader()
+            return Composed(cells, launcher, sweeper, chosen, method_word, single)
+    except OmegaConfBaseException as error:  # when a value is read
+        raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
 
 
 def _loader() -> Any:
@@ -115,24 +104,22 @@ def _loader() -> Any:
     return GlobalHydra.instance().config_loader()
 
 
-def _of_each_dataset(cells: list[Cell]) -> list[list[Cell]]:
-    names = dict.fromkeys(cell.choices["dataset"] for cell in cells)
-    return [[cell for cell in cells if cell.choices["dataset"] == name] for name in names]
-
-
-def _chosen_by_dataset(cells: list[Cell]) -> str:
-    """Options and values of other groups that some of a dataset's cells have from its file alone; empty if none."""
-    option = cells[0].choices["dataset"]
-    file = _loader().repository.load_config(f"dataset/{option}")
-    groups = {item.group.strip("/"): item.value for item in file.defaults_list if item.is_override()}
-    words = {key: value for key, value in groups.items() if any(cell.choices.get(key) == value for cell in cells)}
-    content = as_dict(file.config) if "dataset" in file.config else {}
-    for key, value in _leaves({name: node for name, node in content.items() if name != "dataset"}):
-        if any(OmegaConf.select(cell.cfg, key) == value for cell in cells):
-            words[key] = value
+def _chosen_by_datasets(cells: list[Cell]) -> tuple[str, ...]:
+    """Of each dataset, the options and values of other groups that some of its cells have from its file alone."""
     named = {override.key_or_group for cell in cells for override in parsed(cell.overrides)}
-    said = ", ".join(f"{key}={value}" for key, value in words.items() if key not in named)
-    return f"dataset={option} also chose {said}" if said else ""
+    lines = []
+    for option in dict.fromkeys(cell.choices["dataset"] for cell in cells):
+        of_it = [cell for cell in cells if cell.choices["dataset"] == option]
+        file = _loader().repository.load_config(f"dataset/{option}")
+        groups = {item.group.strip("/"): item.value for item in file.defaults_list if item.is_override()}
+        words = {key: value for key, value in groups.items() if any(cell.choices.get(key) == value for cell in of_it)}
+        content = as_dict(file.config) if "dataset" in file.config else {}
+        for key, value in _leaves({name: node for name, node in content.items() if name != "dataset"}):
+            if any(OmegaConf.select(cell.cfg, key) == value for cell in of_it):
+                words[key] = value
+        if said := ", ".join(f"{key}={value}" for key, value in words.items() if key not in named):
+            lines.append(f"dataset={option} also chose {said}")
+    return tuple(lines)
 
 
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -162,15 +149,6 @@ def _initialised(own: Path | None = None) -> Iterator[None]:
         base.version_base, instance.hydra = before[0], before[2]
         runtime.set("name", before[1])
         GlobalHydra.set_instance(instance)
-
-
-@contextmanager
-def _errors_with_key() -> Iterator[None]:
-    """An error of OmegaConf when a value is read, as one line with its key."""
-    try:
-        yield
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
 
 
 def _expand(args: argparse.Namespace, once: Composing) -> tuple[list[list[str]], str, str | None]:
@@ -233,15 +211,14 @@ def _require_launcher(launcher: DictConfig) -> None:
         raise UserError("hydra/launcher=slurm: there is no srun here: start it where SLURM's commands are")
 
 
-def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -> tuple[list[Cell], list[str | None]]:
-    """Every cell, and the word on its method that its dataset adds where its own words say nothing of it.
+def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -> tuple[list[Cell], str | None]:
+    """Every cell; and of a single one, the word on its method that its dataset adds where its own say nothing of it.
 
-    Those that differ in plain values alone take the composition of the first of them.
-
-    Hydra composes some forty files for each cell, a sixth of a second: half a minute for a sweep of 200 seeds.
+    Cells that differ in plain values alone take the composition of the first of them: Hydra composes some forty files
+    for each, a sixth of a second, half a minute for a sweep of 200 seeds.
     """
-    known: dict[tuple[str, ...], tuple[DictConfig, dict[str, str], str | None]] = {}
-    composed, chosen = [], []
+    known: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
+    composed, word = [], None
     for overrides in cells:
         read = parsed(overrides)
         values = {o.key_or_group: o.value() for o in read if _is_plain(o, folders)}
@@ -252,18 +229,16 @@ def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -
         if key not in known:
             full = once(*overrides)
             suited = OmegaConf.select(full, "tuned.method")
-            word = None
             if suited is not None and not _METHOD_WORDS & {o.key_or_group for o in read}:
                 word = f"method={suited}"
                 full = once(*_with(word, overrides))
             cfg = OmegaConf.masked_copy(full, [str(name) for name in full if name != "hydra"])
-            known[key] = cfg, choices_of(full.hydra), word
-        cfg, choices = copy.deepcopy(known[key][0]), dict(known[key][1])
+            known[key] = cfg, choices_of(full.hydra)
+        cfg, choices = copy.deepcopy(known[key])
         for name, value in values.items():
             OmegaConf.update(cfg, name, value, merge=True)
         composed.append(resolved(cfg, choices, overrides))
-        chosen.append(known[key][2])
-    return composed, chosen
+    return composed, word if len(cells) == 1 else None
 
 
 def _with(word: str | None, overrides: list[str]) -> list[str]:
@@ -317,15 +292,8 @@ def _explain(error: Exception) -> str:
         group, options = option[2], ", ".join(option[3].split())
         return f"{group}={option[1].removeprefix(group + '/')}: no such option; there are: {options}"
     if key := re.search(r"Could not (?:override|append to config).*?'([^']+)'", text):
-        return unknown_key(key[1].lstrip("+").split("=")[0], known_keys())
-    if group := re.search(r"Could not override '(.+?)'\.\s*No match in the defaults list", text):
-        return unknown_key(group[1], known_keys())
+        return unknown_key(key[1].lstrip("+").split("=")[0], list(dotted(as_dict(compose(CONFIG_NAME)))))
     return _first_sentence(error)
-
-
-def known_keys() -> list[str]:
-    """Every key of the configuration as it stands without overrides, in dotted form."""
-    return list(dotted(as_dict(compose(CONFIG_NAME))))
 
 
 def _first_sentence(error: Exception) -> str:

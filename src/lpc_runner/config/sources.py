@@ -34,7 +34,10 @@ KEY = "variants"
 
 
 def file_of(folder: Path, group: str, option: str) -> Path | None:
-    """The file of a group that has this option below `variants:`; None if there is none."""
+    """The file of a group that has this option, one of its own or one with it below `variants:`; None if none has."""
+    own = folder / group / f"{option}.yaml"
+    if own.is_file():
+        return own
     if group in OF_SEVERAL:
         entry = re.compile(rf"^\s+['\"]?{re.escape(option)}['\"]?\s*:", re.M)
         for path in sorted((folder / group).glob("*.yaml")):
@@ -42,11 +45,6 @@ def file_of(folder: Path, group: str, option: str) -> Path | None:
             if entry.search(path.read_text(encoding="utf-8", errors="replace")) and option in _variants(path):
                 return path
     return None
-
-
-def has_option(folder: Path, group: str, option: str) -> bool:
-    """Whether a folder of groups has this option, as a file or as a variant."""
-    return (folder / group / f"{option}.yaml").is_file() or file_of(folder, group, option) is not None
 
 
 def _variants(path: Path) -> dict[str, Any]:
@@ -90,10 +88,9 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
     def variant(self, config_path: str) -> Path | None:
         """The file that this path is a variant in; None for what has a file of its own, or none at all."""
-        if super().is_config(config_path):
-            return None
         group, _, option = self._normalize_file_name(config_path).removesuffix(".yaml").rpartition("/")
-        return file_of(Path(self.path), group, option)
+        path = file_of(Path(self.path), group, option)
+        return None if path is None or path.stem == option else path
 
 
 def _variant(base: str, name: str, section: dict[str, Any], own_study: bool) -> dict[str, Any]:
@@ -140,8 +137,8 @@ SourcesRegistry.instance().register(OwnFiles)
 def require_own_names(folder: Path, choices: dict[str, str]) -> None:
     """Raises UserError for an option chosen that stands in a user's folder and in conf/, where it is taken from."""
     for group, option in choices.items():
-        path = file_of(folder, group, option) or folder / group / f"{option}.yaml"
-        if path.is_file() and has_option(CONF_DIR, group, option):
+        path = file_of(folder, group, option)
+        if path is not None and file_of(CONF_DIR, group, option) is not None:
             raise UserError(f"{path}: {group}={option} is an option of the package, which is taken: rename the file")
 
 

@@ -20,15 +20,8 @@ from lpc_runner.base.errors import UserError
 _KEY = r"(~|\+{0,2})[\w$][\w$.@:/-]*"
 
 
-class _Word(str):
-    """A word of the command line, to be told from an equal one by identity."""
-
-
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's own command line, flags in any place, and the same words with overrides before flags.
-
-    Raises UserError (one line) for an unknown flag.
-    """
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Hydra's own command line, flags in any place. Raises UserError (one line) for an unknown flag."""
 
     def refuse(message: str) -> NoReturn:
         dashed = [word for word in argv if re.match(r"--[\w./]+=", word) and word.partition("=")[0] in message]
@@ -37,11 +30,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     parser = get_args_parser()
     parser.error = refuse
-    words = [_Word(word) for word in argv]
-    args = parser.parse_intermixed_args(words)
-    overrides = {id(word) for word in args.overrides}  # a flag may have taken an equal word for its value
-    args.overrides = [str(word) for word in args.overrides]
-    return args, [*args.overrides, *(str(word) for word in words if id(word) not in overrides)]
+    return parser.parse_intermixed_args(argv)
 
 
 def refuse_flags(args: argparse.Namespace) -> None:

@@ -221,7 +221,7 @@ class LikelihoodEvaluator(HeldOut):
             parts, length = [kept["rows"]], len(kept["rows"])
             mine = mine[-(-length // EXAMPLES) :]
             _log.info("%s: %d of %d examples were done before", name, length, total)
-        with Progress(length, silent=not self.ranks.is_main or key is None, unit=f"{name} example") as progress:
+        with Progress(silent=not self.ranks.is_main or key is None, unit=f"{name} example") as progress:
             for number in mine:
                 parts.append(compute(number, chunks[number]).cpu())
                 length += len(chunks[number])

@@ -27,6 +27,7 @@ from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.runner.plan import build_learner, check_plan, unfinished
 from lpc_runner.runner.run import execute
 from lpc_runner.store.checkpoints import load_checkpoint
+from lpc_runner.store.environment import settings_of
 from lpc_runner.store.runs import CHANGES_NO_RESULT, RunDirectory
 from lpc_runner.training.trainer import Interrupted
 
@@ -56,7 +57,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
     run, has no checkpoint, or an override does not fit.
     """
     directory = RunDirectory.open(run_dir)
-    cfg = _read_config(directory.path / "config.yaml")
+    cfg = _read_config(directory)
     # How the chain was computed in training does not matter here, perhaps on a machine without a GPU.
     cfg.device, cfg.engine, cfg.precision = device, "auto", "fp32"
     choices = dict(directory.description()["choices"])
@@ -87,22 +88,17 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
 
 def _facts(directory: RunDirectory) -> dict[str, Any] | None:
     """What run.json keeps of the data, which need not be there; None where it lacks something: the data are asked."""
-    facts = {name: directory.description().get(name) for name in ("data_shape", "num_train", "num_held_out")}
-    counts = [*facts["data_shape"], facts["num_train"], facts["num_held_out"]] if facts["data_shape"] else [None]
-    return facts | {"data_shape": tuple(counts[:-2])} if all(isinstance(count, int) for count in counts) else None
+    shape, *counts = (directory.description().get(name) for name in ("data_shape", "num_train", "num_held_out"))
+    if not shape or not all(isinstance(count, int) for count in (*shape, *counts)):
+        return None
+    return {"data_shape": tuple(shape), "num_train": counts[0], "num_held_out": counts[1]}
 
 
-def _read_config(path: Path) -> DictConfig:
+def _read_config(directory: RunDirectory) -> DictConfig:
     try:
-        cfg = OmegaConf.load(path)
-    except (FileNotFoundError, ValueError, YAMLError, OmegaConfBaseException):
-        cfg = None
-    except OSError as error:
-        if error.errno is not None:  # the system's refusal; OmegaConf's own means content that is no mapping
-            raise
-        cfg = None
-    if not isinstance(cfg, DictConfig) or not cfg:
-        raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
+        cfg = DictConfig(settings_of(directory))
+    except OmegaConfBaseException as error:
+        raise directory.damaged("config.yaml", str(error).splitlines()[0]) from None
     defaults = DictConfig(OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml"))
     for key in CHANGES_NO_RESULT:  # a setting that the run is older than
         if key not in cfg and key in defaults:
@@ -147,7 +143,7 @@ def run(words: Sequence[str]) -> CompletedRun | list[CompletedRun]:
         raise UserError("lpc_runner.run works in one process: several ranks are `torchrun -m lpc_runner ...`")
     words = [str(word) for word in words]
     try:
-        args, _ = parse_arguments(words)
+        args = parse_arguments(words)
     except SystemExit:
         raise UserError("--version shows something and runs nothing: it is the command's") from None
     refuse_flags(args)

@@ -14,8 +14,9 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,7 +24,9 @@ from omegaconf import DictConfig
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import plain_name, write_atomically
-from lpc_runner.config.compose import Cell, cell_from, cell_text, choices_of, resolved, starts_workers_here
+from lpc_runner.base.surroundings import environment
+from lpc_runner.config.compose import Cell, choices_of, resolved, starts_workers_here
+from lpc_runner.config.options import as_dict
 from lpc_runner.runner.plan import Planned, plan
 
 logger = logging.getLogger(__name__)
@@ -40,20 +43,17 @@ def frozen(cells: list[Cell], write: bool = True) -> Iterator[None]:
     Without it a job composes its configuration again from conf/, which may have been edited meanwhile.
     """
     if len(cells) == 1:
-        os.environ.pop(_PLAN, None)  # of a sweep whose job started this command
-        yield
+        with environment({_PLAN: None}):  # of a sweep whose job started this command
+            yield
         return
-    content = f"[{','.join(map(cell_text, cells))}]"
+    content = json.dumps([_record(cell) for cell in cells], indent=1)
     folder = Path(cells[0].cfg.output_dir).absolute() / ".sweeps"
     path = folder / f"plan-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
-    os.environ[_PLAN] = str(path)
-    try:
+    with environment({_PLAN: str(path)}):
         yield
-    finally:
-        os.environ.pop(_PLAN, None)
 
 
 def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
@@ -62,14 +62,22 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
     if path is None:
         return resolved(cfg, choices_of(hydra_cfg), list(hydra_cfg.overrides.task))
     try:
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
         # Not by their number: shuffle() gives Hydra another order than it gave the plan.
         given = list(hydra_cfg.overrides.task)
-        return cell_from(json.dumps(next(cell for cell in cells if cell["overrides"] == given)))
+        return _cell_of(next(record for record in records if record["overrides"] == given))
     except (FileNotFoundError, ValueError, LookupError, TypeError, StopIteration):
         raise UserError(
             f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
         ) from None
+
+
+def _record(cell: Cell) -> dict[str, Any]:
+    return {"overrides": cell.overrides, "choices": cell.choices, "cfg": as_dict(cell.cfg, resolve=True)}
+
+
+def _cell_of(record: dict[str, Any]) -> Cell:
+    return Cell(DictConfig(record["cfg"]), record["choices"], tuple(record["overrides"]))
 
 
 @contextmanager
@@ -77,12 +85,8 @@ def proposing(output_dir: str) -> Iterator[Path]:
     """Jobs started within it belong to a searching sweeper; they write their cells into the folder that it yields."""
     above = Path(output_dir).absolute() / ".sweeps"
     above.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="proposed-", dir=above) as folder:
-        os.environ[_FOLDER] = folder
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop(_FOLDER, None)
+    with tempfile.TemporaryDirectory(prefix="proposed-", dir=above) as folder, environment({_FOLDER: folder}):
+        yield Path(folder)
 
 
 def is_proposed() -> bool:
@@ -92,12 +96,13 @@ def is_proposed() -> bool:
 
 def note_proposed(cell: Cell, number: int) -> None:
     """Write the cell of the sweep's job `number`, from 0, for the command, which reports all runs at the end."""
-    write_atomically(Path(os.environ[_FOLDER]) / f"{number:06d}.json", cell_text(cell))
+    write_atomically(Path(os.environ[_FOLDER]) / f"{number:06d}.json", json.dumps(_record(cell)))
 
 
 def proposed_runs(folder: Path) -> list[Planned]:
     """Every run that was proposed and planned, once, in the order of proposal."""
-    runs = [plan(cell_from(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    runs = [plan(_cell_of(record)) for record in records]
     return list({run.directory.name: run for run in runs}.values())
 
 
@@ -116,11 +121,6 @@ def leased(planned: Planned, hydra_cfg: DictConfig) -> Iterator[None]:
         yield
 
 
-def lease_folder() -> Path:
-    """The folder of this user's slots, on this machine: each host has GPUs of its own."""
-    return Path(tempfile.gettempdir()) / f"lpc_runner-gpus-{os.getuid()}"
-
-
 def visible_gpus(count: int) -> list[str]:
     """Names of this process's GPUs 0 .. count - 1, each the same for all processes of the machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -130,25 +130,26 @@ def visible_gpus(count: int) -> list[str]:
 
 @contextmanager
 def gpu_slot(names: list[str], slots_per_gpu: int, folder: Path | None = None) -> Iterator[int]:
-    """Hold one slot; yields the GPU's index in `names`, the emptiest one's first. Waits until a slot is free."""
-    folder = folder or lease_folder()
+    """Hold one slot; yields the GPU's index in `names`, the emptiest one's first. Waits until a slot is free.
+
+    folder: of the slots, by default one of this user on this machine: each host has GPUs of its own.
+    """
+    folder = folder or Path(tempfile.gettempdir()) / f"lpc_runner-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    while (lock := _first_free(names, slots_per_gpu, folder)) is None:
+    while (slot := _first_free(names, slots_per_gpu, folder)) is None:
         time.sleep(INTERVAL)
-    index, held = lock
+    index, lock = slot
     try:
         yield index
     finally:
-        held.release()
+        lock.release()
 
 
 def _first_free(names: list[str], slots_per_gpu: int, folder: Path) -> tuple[int, FileLock] | None:
     for slot in range(slots_per_gpu):  # a second run on a GPU only when every GPU has one
         for index, name in enumerate(names):
             lock = FileLock(folder / f"{name}-{slot}.lock")
-            try:
+            with suppress(Timeout):
                 lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            return index, lock
+                return index, lock
     return None

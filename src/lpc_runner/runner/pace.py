@@ -19,9 +19,19 @@ from lpc_runner.runner.plan import Planned, build_learner
 from lpc_runner.runner.run import set_up_torch
 from lpc_runner.store.log import MetricLog
 
-_TIMED_STEPS = (2, 6)  # lengths of the chains that are timed; longer ones cost in proportion
-_TIMED_PERIODS, _MAX_PERIOD = (1, 2), 20  # a thinned chain is timed over whole periods of theta_every steps
+# Chains of one and of two periods are timed, longer ones cost in proportion; of a thinned chain, whole periods of
+# theta_every steps.
+_MIN_PERIOD, _MAX_PERIOD = 3, 20
 _SLOWING = ("model", "objective", "sampler", "preconditioning", "optimizer")
+
+
+def total_updates(run: Planned) -> int:
+    """Updates of the whole run."""
+    return run.experiment.trainer.total_updates(_updates_per_epoch(run))
+
+
+def _updates_per_epoch(run: Planned) -> int:
+    return run.experiment.dataset.num_train // run.experiment.trainer.batch_size
 
 
 class Pace:
@@ -46,16 +56,16 @@ class Pace:
 
     def seconds_left(self, run: Planned) -> float:
         """0 for a run that is done; measuring and start-up come on top."""
-        trainer, state = run.experiment.trainer, run.directory.state()
-        total = trainer.total_updates(run.experiment.dataset.num_train // trainer.batch_size)
+        total, state = total_updates(run), run.directory.state()
         if state == "done":
             return 0.0
         update, milliseconds = _last_logged(run) if state == "resume" else (0, None)
         if milliseconds is None:
             fixed, per_step = self._timed(run)
-            sampler, per_epoch = run.experiment.sampler, run.experiment.dataset.num_train // trainer.batch_size
+            sampler = run.experiment.sampler
             longer = declared(sampler, Sampler, "first_steps")
-            more = 0 if longer is None else (longer - sampler.num_steps) * min(1.0, per_epoch / total)  # a mean
+            first_epoch = min(1.0, _updates_per_epoch(run) / total)
+            more = 0 if longer is None else (longer - sampler.num_steps) * first_epoch  # a mean over all updates
             milliseconds = 1e3 * (fixed + per_step * (sampler.num_steps + more))
         return max(0, total - update) * milliseconds / 1e3
 
@@ -94,23 +104,21 @@ def _time_updates(run: Planned) -> tuple[float, float]:
     shape = (experiment.trainer.batch_size, *experiment.dataset.shape)
     x = torch.ones(shape, device=experiment.device)  # a pixel's white, a spike: within every likelihood's range
     batch = Batch(x, torch.arange(len(x), device=experiment.device) % max(1, experiment.dataset.num_train))
-    period = min(experiment.sampler.theta_every, _MAX_PERIOD)
-    lengths = [*_TIMED_STEPS] if period == 1 else [period * count for count in _TIMED_PERIODS]
-    if experiment.sampler.num_steps == 0:
-        lengths = [0]
-    seconds = {}
-    for length in lengths:
+
+    def seconds_of(num_steps: int) -> float:
         shortened = copy.copy(experiment)
         shortened.sampler = copy.copy(experiment.sampler)
-        if length > 0:
-            shortened.sampler.num_steps = length
+        shortened.sampler.num_steps = num_steps
         learner = build_learner(shortened, num_train=experiment.dataset.num_train)
-        seconds[length] = min(_once(learner, batch, experiment, update) for update in range(3))
-    if lengths == [0]:
-        return seconds[0], 0.0
-    short, long = lengths
-    per_step = max(0.0, (seconds[long] - seconds[short]) / (long - short))
-    return max(0.0, seconds[short] - short * per_step), per_step
+        return min(_once(learner, batch, experiment, update) for update in range(3))
+
+    if experiment.sampler.num_steps == 0:
+        return seconds_of(0), 0.0
+    every = experiment.sampler.theta_every
+    period = min(every, _MAX_PERIOD) if every > 1 else _MIN_PERIOD
+    short, long = seconds_of(period), seconds_of(2 * period)
+    per_step = max(0.0, (long - short) / period)
+    return max(0.0, short - period * per_step), per_step
 
 
 def _once(learner: Any, batch: Batch, experiment: Any, update: int) -> float:

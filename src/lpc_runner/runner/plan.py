@@ -89,11 +89,11 @@ def check_plan(cells: list[Cell], ranks: Ranks = SINGLE, proposed: bool = False)
 
     proposed: by a sweeper, which will propose others.
     """
-    planned = []
+    planned: dict[str, Planned] = {}
     for cell in cells:
         try:
             run = plan(cell, ranks)
-            planned.append(run)
+            planned.setdefault(run.directory.name, run)
             require_metric(run, proposed)
             if (proposed or len(cells) > 1) and (
                 reason := declared(run.experiment.tracker.func, Sink, "refuses_sweeps")()
@@ -106,8 +106,7 @@ def check_plan(cells: list[Cell], ranks: Ranks = SINGLE, proposed: bool = False)
         except UserError as error:
             where = f" (in the cell {' '.join(cell.overrides)})" if len(cells) > 1 else ""
             raise UserError(f"{error}{where}") from None
-    names = [run.directory.name for run in planned]
-    return [run for number, run in enumerate(planned) if run.directory.name not in names[:number]]
+    return list(planned.values())
 
 
 def unfinished(planned: list[Planned]) -> list[str]:

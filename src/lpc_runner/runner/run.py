@@ -27,9 +27,9 @@ from lpc_runner.runner.plan import Planned, build_learner, feature_cache
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.environment import describe_environment, warn_of_another_device, warn_of_other_code
 from lpc_runner.store.log import MetricLog, final_numbers, rows_of
-from lpc_runner.store.runs import RunDirectory, checkpoint_files
+from lpc_runner.store.runs import RunDirectory
 from lpc_runner.tracking.progress import Progress
-from lpc_runner.tracking.tracker import Sink, Tracker
+from lpc_runner.tracking.tracker import Sink, Tracker, facts_of_run
 from lpc_runner.training.learner import Learner
 from lpc_runner.training.trainer import Counters, Interrupted, Outcome
 
@@ -60,39 +60,33 @@ def execute(planned: Planned) -> dict[str, Any]:
             planned.ranks.agree(False)  # rank 0 has measured
         return {}
     with directory.locked():
-        planned.ranks.agree(directory.state() == "done")
+        done = directory.result() if directory.state() == "done" else None
+        planned.ranks.agree(done is not None)
         directory.require_hash(planned.digest)
-        if directory.state() == "done":
+        if done is not None:
             _describe(planned)
             again = int(planned.cell.cfg.rerun) + 1
             logger.info("already done: %s (rerun=%d makes it once more, beside it)", directory.path, again)
-            result = directory.result()
-            assert result is not None  # as its state says
-            _report_again(planned, result)
-            return result
+            _report_again(planned, done)
+            return done
         set_up_torch(experiment)
         try:
             _describe(planned)
             result = _train_and_measure(planned)
             directory.write("result.json", result)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
-            reason = masked(reason)
+            reason = masked(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))
             with suppress(OSError):  # a full disk may have no room for this record either
                 directory.write("result.json", {"status": "failed", "metrics": {}, "error": reason})
             if isinstance(error, torch.OutOfMemoryError):
-                raise _out_of_memory(planned, reason) from error
+                cfg = planned.cell.cfg
+                raise UserError(
+                    f"{directory.name}: {experiment.device} is out of memory: a smaller trainer.batch_size "
+                    f"({cfg.trainer.batch_size}) or runs_per_gpu ({cfg.runs_per_gpu}) takes less ({reason})"
+                ) from error
             raise
         planned.ranks.agree(True)
         return result
-
-
-def _out_of_memory(planned: Planned, reason: str) -> UserError:
-    cfg = planned.cell.cfg
-    return UserError(
-        f"{planned.directory.name}: {planned.experiment.device} is out of memory: a smaller trainer.batch_size "
-        f"({cfg.trainer.batch_size}) or runs_per_gpu ({cfg.runs_per_gpu}) takes less ({reason})"
-    )
 
 
 def _train_and_measure(planned: Planned) -> dict[str, Any]:
@@ -111,7 +105,10 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
         if weights is None:
             raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
         learner.start_from(weights, str(source.path))
-    evaluator = _evaluator_of(planned, data)
+    with planned.ranks.main_first():  # rank 0 computes and keeps references that the other ranks then read
+        cache = feature_cache(planned.cell.cfg)
+        setup = Setup(experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks)
+        evaluator = experiment.metrics.evaluator(setup)
     tracker = _open_tracker(planned) if is_main else Tracker(None)
     status = "failed"
     try:
@@ -172,15 +169,6 @@ def batches_of(planned: Planned, data: Data) -> Batches:
     return Batches(data.train, experiment.dataset, size, experiment.seed, experiment.device, rows)
 
 
-def _evaluator_of(planned: Planned, data: Data) -> Evaluator:
-    """The evaluator with its references; rank 0 computes and keeps what the other ranks then read."""
-    experiment = planned.experiment
-    with planned.ranks.main_first():
-        cache = feature_cache(planned.cell.cfg)
-        setup = Setup(experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks)
-        return experiment.metrics.evaluator(setup)
-
-
 def _final(evaluator: Evaluator, learner: Learner, outcome: Outcome, device: str) -> dict[str, Any]:
     metrics, facts = evaluator.final(learner)
     counters = outcome.counters
@@ -222,7 +210,7 @@ def _describe(planned: Planned) -> None:
     directory.link_into(Path(cell.cfg.output_dir), cell.cfg.study)
     if directory.state() != "done":
         warn_of_other_code(directory.last_session())
-        if checkpoint_files(directory.checkpoints):
+        if directory.checkpoint_files():
             warn_of_another_device(directory.last_session(), planned.experiment.device)
         failed = directory.result()
         session = {
@@ -237,26 +225,15 @@ def _describe(planned: Planned) -> None:
 
 
 def _open_tracker(planned: Planned) -> Tracker:
-    restored = load_checkpoint(planned.directory.checkpoints)
-    sink = _open_sink(planned, restored["counters"]["update"] if restored else 0)
-    return Tracker(MetricLog(planned.directory.path / "metrics.jsonl"), [sink])
+    directory = planned.directory
+    resume_step = next((file.update for file in directory.checkpoint_files() if file.is_whole()), 0)
+    return Tracker(MetricLog(directory.path / "metrics.jsonl"), [_open_sink(planned, resume_step)])
 
 
 def _open_sink(planned: Planned, resume_step: int) -> Sink:
-    directory, cell = planned.directory, planned.cell
-    studies = directory.studies()
-    nested = as_dict(cell.cfg, resolve=True)
-    facts = {
-        "run_id": directory.name[-64:],
-        "name": directory.name,
-        "group": studies[0],
-        "config": {**flat_keys(cell), "config": nested},
-        "folder": directory.path,
-        "resume_step": resume_step,
-        "more_tags": tuple(studies[1:]),
-    }
+    told = facts_of_run(planned.directory, as_dict(planned.cell.cfg, resolve=True)) | {"resume_step": resume_step}
     tracker = planned.experiment.tracker
-    return tracker(**accepted(tracker.func, facts))
+    return tracker(**accepted(tracker.func, told))
 
 
 def _report_again(planned: Planned, result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lpc_runner.base.presentation import QUALITY
-from lpc_runner.runner.pace import Pace
+from lpc_runner.runner.pace import Pace, total_updates
 from lpc_runner.runner.plan import Planned
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.progress import show_duration
@@ -31,7 +31,7 @@ def print_plan(planned: list[Planned], chosen: Sequence[str] = ()) -> None:
     for run, seconds in zip(planned, left):
         cell = " ".join(item for item in run.cell.overrides if item not in shared)
         for line in filter(None, (cell, run.directory.name)):
-            facts = f"{run.directory.state():<6}{_updates(run):>10,}{show_duration(seconds):>16}"
+            facts = f"{run.directory.state():<6}{total_updates(run):>10,}{show_duration(seconds):>16}"
             first = line is cell or not cell
             console.print(f"{facts if first else '':<32}   {line}", highlight=False, soft_wrap=True)
     states = [run.directory.state() for run in planned]
@@ -51,12 +51,6 @@ def print_plan(planned: list[Planned], chosen: Sequence[str] = ()) -> None:
     )
     if caution := pace.caution():
         console.print(caution, soft_wrap=True)
-
-
-def _updates(run: Planned) -> int:
-    """Updates of the whole run."""
-    trainer = run.experiment.trainer
-    return trainer.total_updates(run.experiment.dataset.num_train // trainer.batch_size)
 
 
 def print_results(planned: list[Planned]) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import is_refusal, write_atomically, write_cache
 from lpc_runner.base.tensors import hash_of_tensors
-from lpc_runner.store.runs import checkpoint_files, lost
+from lpc_runner.store.runs import START_AGAIN, checkpoint_files
 
 logger = logging.getLogger(__name__)
 KEPT = 2
@@ -49,11 +50,8 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
             return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         logger.warning("checkpoint %s is damaged (after update %d): falling back to the one before", path, update)
     if files:
-        raise lost(f"all {len(files)} checkpoints in {folder} are damaged")
+        raise UserError(f"all {len(files)} checkpoints in {folder} are damaged; restore it, or {START_AGAIN}")
     return None
-
-
-_log = logging.getLogger(__name__)
 
 
 def write_sealed(path: Path, tensors: dict[str, Tensor], key: str) -> None:
@@ -74,7 +72,7 @@ def read_sealed(path: Path, key: str, what: str) -> dict[str, Tensor] | None:
             raise ValueError("its hash does not fit its content")
     except Exception as error:  # zip, header and shape errors alike mean: compute it again
         state = "cannot be read" if is_refusal(error) else "is damaged"
-        _log.warning("%s %s (%s); computing %s again", path, state, type(error).__name__, what)
+        logger.warning("%s %s (%s); computing %s again", path, state, type(error).__name__, what)
         return None
     return tensors
 

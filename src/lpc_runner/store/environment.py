@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, device, host."""
+"""What a run was made with: settings, versions, commit, device, host."""
 
 from __future__ import annotations
 
@@ -9,19 +9,38 @@ import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import yaml
 
 from lpc_runner import __version__
+from lpc_runner.base.errors import UserError
+from lpc_runner.store.runs import RunDirectory
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 _REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
 _PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "wandb", "torch-fidelity", "scikit-learn")
 
 
+def settings_of(run: RunDirectory) -> dict[str, Any]:
+    """config.yaml of a run. Raises UserError if it is missing or damaged."""
+    path = run.path / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
+    return content
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Facts to keep beside a result; nothing secret: no environment variables."""
+    import torch
+
     on_cuda = device.type == "cuda"
     return {
         "lpc_runner": __version__,

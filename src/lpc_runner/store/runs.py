@@ -69,8 +69,9 @@ _LOCKED = ("result.json", "run.json", "config.yaml", "trajectories.npz", "checkp
 _WRITTEN_AGAIN = {
     "result.json": "the run's command measures again, from its last checkpoint",
     "run.json": "the run's command writes it again",
+    "config.yaml": "the run's command writes it again",
 }
-_START_AGAIN = "move the folder away, and its command starts it again"
+START_AGAIN = "move the folder away, and its command starts it again"
 _LONGEST_LINK = 4096  # bytes, the longest path
 _TAIL = 65536  # bytes of a log that are read from its end
 
@@ -120,11 +121,6 @@ def last_row(path: Path) -> dict[str, Any]:
         return row if isinstance(row, dict) else {}
     except (OSError, ValueError, LookupError):
         return {}
-
-
-def lost(what: str) -> UserError:
-    """The error for a run that has lost something for good: starting it again must be the user's decision."""
-    return UserError(f"{what}; restore it, or {_START_AGAIN}")
 
 
 class Occupied(UserError):
@@ -198,7 +194,7 @@ class RunDirectory:
         if description is not None and description["hash"] != digest:
             raise UserError(
                 f"{self.path} belongs to another configuration (hash {description['hash'][:10]} in run.json, "
-                f"{digest[:10]} of this run): renamed or edited; {_START_AGAIN}"
+                f"{digest[:10]} of this run): renamed or edited; {START_AGAIN}"
             )
 
     def _read(self, name: str) -> dict[str, Any] | None:

@@ -6,19 +6,23 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import SYMBOLS
+from lpc_runner.store.environment import settings_of
+from lpc_runner.store.log import final_numbers, rows_of
 from lpc_runner.store.runs import DONE
-from lpc_runner.tracking.uploads import Place, place_of, rows_of, runs_of, settings_of
-from lpc_runner.tracking.wandb_service import one_line, online, read_mapping
+from lpc_runner.tracking.uploads import place_of, runs_of
+from lpc_runner.tracking.wandb_service import Place, one_line, online, read_mapping
 
 # Spread over orders of magnitude in a sweep.
-LOGARITHMIC = ("step_size", "learning_rate", "scale")
+_LOGARITHMIC = ("step_size", "learning_rate", "scale")
 # Where several settings vary, curves are grouped by the first of these; a seed makes repetitions, never groups.
 _GROUP_ORDER = ("beta", "objective", "preconditioning", "sampler", "num_steps", "step_size", "learning_rate")
+_COUNTS = ("eval/num_samples", "train/gradient_evaluations")  # have no curve
+_COLUMNS = 24  # that W&B divides the width into
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class StudyFacts:
     @property
     def group_key(self) -> str | None:
         """The setting that curves are grouped by; None: only seeds differ, or there is a single run."""
-        rest = [key for key in self.varying if key not in _GROUP_ORDER]
-        return next((key for key in (*_GROUP_ORDER, *rest) if key in self.varying), None)
+        return next((key for key in (*_GROUP_ORDER, *self.varying) if key in self.varying), None)
 
     @property
     def distances(self) -> list[str]:
@@ -71,7 +74,7 @@ def study_facts(study: Path) -> StudyFacts:
             pictures |= dict.fromkeys(row.pictures)
         if result is not None and result["status"] in DONE:
             num_done += 1
-            final |= dict.fromkeys(f"final/{name}" for name in result["metrics"])
+            final |= dict.fromkeys(final_numbers(result))
     trackers = [settings_of(run)["tracker"] for run in runs]
     if not logged and not final:
         raise UserError(f"{study}: its runs have recorded nothing yet")
@@ -79,13 +82,7 @@ def study_facts(study: Path) -> StudyFacts:
     return StudyFacts(name, len(runs), num_done, settings, sorted(logged), sorted(final), list(pictures), trackers)
 
 
-_COLUMNS = 3  # panels side by side, each 8 of W&B's 24 columns wide
-_WIDTH, _HEIGHT = 8, 6
-_NO_ENTITY = "entity"  # stands in a specification that is not saved, where no account says which
-
-
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A titled group of panels; `text` explains it in the report."""
 
     title: str
@@ -93,8 +90,7 @@ class Section:
     panels: list[Any]
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """What came of it: the specification's file, the addresses in W&B, and why there are none if so."""
 
     path: Path
@@ -111,35 +107,133 @@ def save_dashboard(
     """
     facts = study_facts(study)
     path = output or Path(study) / "dashboard.json"
-    _require_package()
-    before = read_mapping(path, "the dashboard is saved as a new one then")
+    try:
+        import wandb
+        import wandb_workspaces  # noqa: F401
+    except ImportError:
+        raise UserError("dashboards need the package wandb-workspaces: pip install 'lpc-runner[dashboards]'") from None
+    saved = read_mapping(path, "the dashboard is saved as a new one then").get("saved", {})
     with ExitStack() as stack:
         try:
             stack.enter_context(online("saving a dashboard"))
         except UserError as error:
-            place = _place(facts, entity, project, server="", default=_NO_ENTITY)
-            workspace, report = build_workspace(facts, place), build_report(facts, place)
-            _write(path, place, workspace, report, before.get("saved", {}))
+            place = _place(facts, entity, project, server="", default="entity")  # no account says which
+            _write(path, place, build_workspace(facts, place), build_report(facts, place), saved)
             return Saved(path, [], one_line(error))
-        return _save_online(facts, path, entity, project, before.get("saved", {}))
+        api = wandb.Api()
+        place = _place(facts, entity, project, api.settings["base_url"], api.default_entity)
+        # The project is there once a run is; a report refuses one that is not.
+        if place.project not in {existing.name for existing in api.projects(place.entity)}:
+            api.create_project(place.project, place.entity)
+        workspace, report = build_workspace(facts, place), build_report(facts, place, resolved=True)
+        ids = saved.setdefault(place.key, {"name": "", "id": "", "report": ""})
+        workspace._internal_name, workspace._internal_id, report.id = ids["name"], ids["id"], ids["report"]
+        try:
+            workspace.save()
+            ids |= {"name": workspace._internal_name, "id": workspace._internal_id}
+            report.save()
+            ids["report"] = report.id
+        except (ValueError, OSError) as error:
+            raise UserError(f"saving a dashboard: {one_line(error)}") from error
+        finally:  # also after half of it: saving again must replace what there is
+            _write(path, place, workspace, report, saved)
+        return Saved(path, [workspace.url, report.url], None)
 
 
 def build_sections(facts: StudyFacts) -> list[Section]:
     """Every panel of a study; a section without panels is left out."""
-    grouped = f", grouped by {_label(facts.group_key)}" if facts.group_key else ""
-    measured = [key for key in facts.logged if key.startswith("eval/") and key != "eval/num_samples"]
-    training = [key for key in facts.logged if key.startswith("train/") and key != "train/gradient_evaluations"]
-    chain = [key for key in facts.logged if key.startswith("chain/")]
+    import wandb_workspaces.reports.v2 as wr
+
+    varying, group_key = facts.varying, facts.group_key
+    group = wr.Config(group_key) if group_key else None
+    mean = "mean" if group else None
+
+    def curves(kind: str) -> list[Any]:
+        return [
+            wr.LinePlot(
+                title=key,
+                x="Step",
+                y=[key],
+                title_x="updates",
+                title_y=key.partition("/")[2],
+                groupby=group,
+                groupby_aggfunc=mean,
+                groupby_rangefunc="minmax" if group else None,
+                max_runs_to_show=facts.num_runs,
+            )
+            for key in facts.logged
+            if key.startswith(kind) and key not in _COUNTS
+        ]
+
+    bars = [
+        wr.BarPlot(
+            title=key.removeprefix("final/"),
+            metrics=[key],
+            groupby=group,
+            groupby_aggfunc=mean,
+            groupby_rangefunc="stddev" if group else None,
+            max_bars_to_show=facts.num_runs,
+        )
+        for key in facts.final
+    ]
+    final_text, scatters = "Every final metric, mean and standard deviation over runs of a group.", []
+    if "step_size" in varying:
+        color = wr.Config("beta") if "beta" in varying else None
+        coloured = ", coloured by β" if color else ""
+        final_text = (
+            f"Fréchet distance against the step size γ on a logarithmic axis{coloured}; below it every final metric."
+        )
+        step_size = wr.Config("step_size")
+        scatters = [
+            wr.ScatterPlot(
+                title=f"{key.removeprefix('final/')} against γ",
+                x=step_size,
+                y=wr.SummaryMetric(key),
+                z=color,
+                log_x=True,
+            )
+            for key in facts.distances
+        ]
+    sweep = []
+    if varying and facts.final:
+        column = wr.ParallelCoordinatesPlotColumn
+        settings = [
+            column(wr.Config(key), display_name=_label(key), log=key in _LOGARITHMIC or None) for key in varying
+        ]
+        metrics = [column(wr.SummaryMetric(key)) for key in facts.distances or facts.final[:1]]
+        sweep = [wr.ParallelCoordinatesPlot(columns=settings + metrics, title="settings and Fréchet distance")]
+    browser = wr.MediaBrowser
+    pictures = [browser(title=key, media_keys=[key], grid_x_axis="step", grid_y_axis="run") for key in facts.pictures]
+    what_varies = ", ".join(map(_label, varying))
+    grouped = f", grouped by {_label(group_key)}" if group_key else ""
     sections = [
-        Section("Final metrics", _final_text(facts), _final_panels(facts)),
-        Section("Sweep", f"Settings that vary ({_varying(facts)}), and what they lead to.", _sweep_panels(facts)),
-        Section("Sample quality during training", f"Against updates{grouped}.", _curves(facts, measured)),
-        Section("Training", f"Means over a batch, against updates{grouped}.", _curves(facts, training)),
-        Section("Chain", f"Along the chains of a batch, against updates{grouped}.", _curves(facts, chain)),
-        Section("Pictures", "Grids by run and update: always of the same draws from the prior.", _pictures(facts)),
-        Section("Runs", "Settings and results in which the runs differ.", _comparer()),
+        Section("Final metrics", final_text, _placed([*scatters, *bars])),
+        Section("Sweep", f"Settings that vary ({what_varies}), and what they lead to.", _placed(sweep, _COLUMNS)),
+        Section("Sample quality during training", f"Against updates{grouped}.", _placed(curves("eval/"))),
+        Section("Training", f"Means over a batch, against updates{grouped}.", _placed(curves("train/"))),
+        Section("Chain", f"Along the chains of a batch, against updates{grouped}.", _placed(curves("chain/"))),
+        Section(
+            "Pictures",
+            "Grids by run and update: always of the same draws from the prior.",
+            _placed(pictures, _COLUMNS, height=12),
+        ),
+        Section(
+            "Runs",
+            "Settings and results in which the runs differ.",
+            _placed([wr.RunComparer(diff_only="split")], _COLUMNS, height=12),
+        ),
     ]
     return [section for section in sections if section.panels]
+
+
+def _placed(panels: list[Any], width: int = 8, height: int = 6) -> list[Any]:
+    """The panels side by side, row by row."""
+    import wandb_workspaces.reports.v2 as wr
+
+    for number, panel in enumerate(panels):
+        row, column = divmod(number, _COLUMNS // width)
+        panel.layout = wr.Layout(width * column, height * row, width, height)
+    return panels
 
 
 def build_workspace(facts: StudyFacts, place: Place) -> Any:
@@ -151,7 +245,7 @@ def build_workspace(facts: StudyFacts, place: Place) -> Any:
         project=place.project,
         name=facts.name,
         sections=[ws.Section(name=part.title, panels=part.panels, is_open=True) for part in build_sections(facts)],
-        settings=ws.WorkspaceSettings(max_runs=max(facts.num_runs, 1)),
+        settings=ws.WorkspaceSettings(max_runs=facts.num_runs),
         runset_settings=ws.RunsetSettings(filters=_filter(facts)),
     )
 
@@ -177,105 +271,8 @@ def _filter(facts: StudyFacts) -> Any:
     return expr.Or(expr.Metric("Group") == facts.name, expr.Metric("Tags").isin([facts.name]))
 
 
-def _final_panels(facts: StudyFacts) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
-    panels: list[Any] = []
-    if "step_size" in facts.varying:
-        color = wr.Config("beta") if "beta" in facts.varying else None
-        panels += [
-            wr.ScatterPlot(
-                title=f"{key.removeprefix('final/')} against γ",
-                x=wr.Config("step_size"),
-                y=wr.SummaryMetric(key),
-                z=color,
-                log_x=True,
-            )
-            for key in facts.distances
-        ]
-    group = wr.Config(facts.group_key) if facts.group_key else None
-    panels += [
-        wr.BarPlot(
-            title=key.removeprefix("final/"),
-            metrics=[key],
-            groupby=group,
-            groupby_aggfunc="mean" if group else None,
-            groupby_rangefunc="stddev" if group else None,
-            max_bars_to_show=max(facts.num_runs, 1),
-        )
-        for key in facts.final
-    ]
-    return _placed(panels)
-
-
-def _sweep_panels(facts: StudyFacts) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
-    if not facts.varying or not facts.final:
-        return []
-    column = wr.ParallelCoordinatesPlotColumn
-    columns = [
-        column(wr.Config(key), display_name=_label(key), log=key in LOGARITHMIC or None) for key in facts.varying
-    ]
-    columns += [column(wr.SummaryMetric(key)) for key in facts.distances or facts.final[:1]]
-    panel = wr.ParallelCoordinatesPlot(columns=columns, title="settings and Fréchet distance")
-    panel.layout = wr.Layout(0, 0, 3 * _WIDTH, _HEIGHT)
-    return [panel]
-
-
-def _curves(facts: StudyFacts, keys: list[str]) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
-    group = wr.Config(facts.group_key) if facts.group_key else None
-    return _placed(
-        [
-            wr.LinePlot(
-                title=key,
-                x="Step",
-                y=[key],
-                title_x="updates",
-                title_y=key.partition("/")[2],
-                groupby=group,
-                groupby_aggfunc="mean" if group else None,
-                groupby_rangefunc="minmax" if group else None,
-                max_runs_to_show=max(facts.num_runs, 1),
-            )
-            for key in keys
-        ]
-    )
-
-
-def _pictures(facts: StudyFacts) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
-    browser = wr.MediaBrowser
-    panels = [browser(title=key, media_keys=[key], grid_x_axis="step", grid_y_axis="run") for key in facts.pictures]
-    for number, panel in enumerate(panels):
-        panel.layout = wr.Layout(0, 2 * _HEIGHT * number, 3 * _WIDTH, 2 * _HEIGHT)
-    return panels
-
-
-def _comparer() -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
-    return [wr.RunComparer(diff_only="split", layout=wr.Layout(0, 0, 3 * _WIDTH, 2 * _HEIGHT))]
-
-
-def _placed(panels: list[Any]) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
-    for number, panel in enumerate(panels):
-        row, column = divmod(number, _COLUMNS)
-        panel.layout = wr.Layout(_WIDTH * column, _HEIGHT * row, _WIDTH, _HEIGHT)
-    return panels
-
-
-def _label(key: str | None) -> str:
-    return SYMBOLS.get(key, key) if key else ""
-
-
-def _varying(facts: StudyFacts) -> str:
-    return ", ".join(map(_label, facts.varying))
+def _label(key: str) -> str:
+    return SYMBOLS.get(key, key)
 
 
 def _settings_text(facts: StudyFacts) -> str:
@@ -288,44 +285,12 @@ def _settings_text(facts: StudyFacts) -> str:
     return f"What differs: {'; '.join(parts)}." if parts else ""
 
 
-def _final_text(facts: StudyFacts) -> str:
-    if "step_size" in facts.varying:
-        colors = ", coloured by β" if "beta" in facts.varying else ""
-        return f"Fréchet distance against the step size γ on a logarithmic axis{colors}; below it every final metric."
-    return "Every final metric, mean and standard deviation over runs of a group."
-
-
 def _place(facts: StudyFacts, entity: str | None, project: str | None, server: str, default: str | None) -> Place:
     places = {place_of(tracker, entity, project, server, default) for tracker in facts.trackers}
     if len(places) > 1:
         named = ", ".join(sorted(f"{place.entity}/{place.project}" for place in places))
         raise UserError(f"the runs of {facts.name} are in several W&B projects ({named}): give --entity and --project")
     return places.pop()
-
-
-def _save_online(
-    facts: StudyFacts, path: Path, entity: str | None, project: str | None, saved: dict[str, dict[str, str]]
-) -> Saved:
-    import wandb
-
-    api = wandb.Api()
-    place = _place(facts, entity, project, api.settings["base_url"], api.default_entity)
-    # The project is there once a run is; a report refuses one that is not.
-    if place.project not in {existing.name for existing in api.projects(place.entity)}:
-        api.create_project(place.project, place.entity)
-    workspace, report = build_workspace(facts, place), build_report(facts, place, resolved=True)
-    ids = saved.get(place.key, {"name": "", "id": "", "report": ""})
-    workspace._internal_name, workspace._internal_id, report.id = ids["name"], ids["id"], ids["report"]
-    try:
-        workspace.save()
-        ids = {"name": workspace._internal_name, "id": workspace._internal_id, "report": report.id}
-        report.save()
-        ids["report"] = report.id
-    except (ValueError, OSError) as error:
-        raise UserError(f"saving a dashboard: {one_line(error)}") from error
-    finally:  # also after half of it: saving again must replace what there is
-        _write(path, place, workspace, report, saved | {place.key: ids})
-    return Saved(path, [workspace.url, report.url], None)
 
 
 def _write(path: Path, place: Place, workspace: Any, report: Any, saved: dict[str, dict[str, str]]) -> None:
@@ -340,10 +305,3 @@ def _write(path: Path, place: Place, workspace: Any, report: Any, saved: dict[st
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _require_package() -> None:
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ImportError:
-        raise UserError("dashboards need the package wandb-workspaces: pip install 'lpc-runner[dashboards]'") from None

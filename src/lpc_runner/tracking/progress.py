@@ -23,98 +23,72 @@ _SHOWN = {
     "train/sigma": "σ",
 }
 _DISTANCES = ("eval/fid", "eval/fd_")
-_REDRAW = 0.1  # seconds; an update may take less than drawing does
+_INTERVAL = 10.0  # seconds between two log lines
+_REDRAW = 0.1  # seconds; an update may take less than drawing the bar does
 
 
 class Progress:
     """Context manager around a training loop; `update` once per update is cheap.
 
-    `start` is the number of updates done before this session: speed and ETA are this session's. A terminal
-    gets a bar, anything else a log line every `interval` seconds, `silent=True` nothing at all. unit: what is counted.
+    A terminal gets a bar, anything else a log line every ten seconds, `silent=True` nothing at all. Speed and ETA are
+    this session's. unit: what is counted.
     """
 
-    def __init__(
-        self,
-        start: int = 0,
-        *,
-        silent: bool = False,
-        interval: float = 10.0,
-        console: Console | None = None,
-        unit: str = "update",
-    ) -> None:
+    def __init__(self, *, silent: bool = False, console: Console | None = None, unit: str = "update") -> None:
         self._console = console or Console(stderr=True)
-        self._silent = silent
-        self._interval, self._unit = interval, unit
-        self._start = start
-        self._done = start
-        self._total: int | None = None
+        self._silent, self._unit = silent, unit
         self._values: dict[str, float] = {}
+        self._first: tuple[float, int] | None = None  # when the first update of this session ended, and its number
         self._bar: _Bar | None = None
         self._streams: list[tuple[logging.StreamHandler, Any]] = []
 
     def __enter__(self) -> Progress:
-        self._first: tuple[float, int] | None = None
         self._spoken = time.monotonic()
         if not self._silent and self._console.is_terminal:
             outside = (sys.stdout, sys.stderr)
             self._bar = _Bar(self._console)
             self._bar.start()
-            self._task = self._bar.add_task("", total=None, completed=self._start, line="starting", values="")
             self._lift_handlers(outside)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
-            self._show()
             self._bar.stop()
-            self._bar = None
         for handler, stream in self._streams:
             handler.setStream(stream)
-        self._streams = []
 
     def update(self, done: int, total: int, values: Mapping[str, float]) -> None:
         """`done` of `total` updates, counted over all sessions; `values` by log key, `epoch` among them."""
         if self._silent:
             return
         now = time.monotonic()
-        self._done, self._total = done, total
         self._values.update(values)
         if self._first is None:
             # The first update of a session pays for compilation and loading: the clock starts after it.
             self._first = (now, done)
-        if now - self._spoken < (self._interval if self._bar is None else _REDRAW) and done != total:
+        if now - self._spoken < (_INTERVAL if self._bar is None else _REDRAW) and done != total:
             return
         self._spoken = now
-        if self._bar is not None:
-            self._show()
+        line, shown = self._line(now, done, total), self._shown()
+        if self._bar is None:
+            _logger.info("%s", "  ".join(filter(None, [line, shown])))
         else:
-            _logger.info("%s", "  ".join(filter(None, [self._line(), self._shown()])))
+            self._bar.update(self._bar.task, total=total, completed=done, line=line, values=shown)
 
-    def seconds_per_update(self) -> float | None:
-        """Mean of this session, evaluations included; None before the second update."""
-        if self._first is None or self._done <= self._first[1]:
-            return None
-        return (time.monotonic() - self._first[0]) / (self._done - self._first[1])
-
-    def _line(self) -> str:
-        speed = self.seconds_per_update()
+    def _line(self, now: float, done: int, total: int) -> str:
+        began, first = self._first or (now, done)
         epoch = f"epoch {self._values['epoch']:.2f}  " if "epoch" in self._values else ""
         pace = f"-- ms/{self._unit}  ETA --"
-        if speed is not None and self._total is not None:
-            pace = f"{1000 * speed:.3g} ms/{self._unit}  ETA {_clock(speed * (self._total - self._done))}"
-        return f"{epoch}{self._unit} {self._done}/{self._total}  {pace}"
+        if done > first:
+            speed = (now - began) / (done - first)  # evaluations included
+            pace = f"{1000 * speed:.3g} ms/{self._unit}  ETA {_clock(speed * (total - done))}"
+        return f"{epoch}{self._unit} {done}/{total}  {pace}"
 
     def _shown(self) -> str:
         parts = [f"{label} {self._values[key]:.4g}" for key, label in _SHOWN.items() if key in self._values]
         distances = [key for key in self._values if key.startswith(_DISTANCES)]
         parts += [f"{key.removeprefix('eval/')} {self._values[key]:.4g}" for key in distances]
         return "  ".join(parts)
-
-    def _show(self) -> None:
-        if self._bar is not None and self._total is not None:
-            self._bar.update(
-                self._task, total=self._total, completed=self._done, line=self._line(), values=self._shown()
-            )
 
     def _lift_handlers(self, outside: tuple[Any, Any]) -> None:
         """Log lines go above the bar: handlers hold the streams that rich has just replaced by its own."""
@@ -131,6 +105,7 @@ class _Bar(RichProgress):
         super().__init__(
             BarColumn(bar_width=16), TextColumn("{task.fields[line]}"), console=console, refresh_per_second=4
         )
+        self.task = self.add_task("", total=None, line="starting", values="")
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bar's row, then the values."""

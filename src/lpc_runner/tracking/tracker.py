@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lpc_runner.base.schema import declared
 from lpc_runner.store.log import MetricLog
+from lpc_runner.store.runs import RunDirectory
 
 Status = Literal["finished", "diverged", "failed", "interrupted"]
 
@@ -52,6 +53,20 @@ class Sink(ABC):
         """The run has ended; nothing follows."""
 
 
+def facts_of_run(run: RunDirectory, config: dict[str, Any]) -> dict[str, Any]:
+    """What a sink is told of a run besides `resume_step`; config: the run's settings."""
+    description = run.description()
+    first, *others = description["studies"]
+    return {
+        "run_id": run.name[-64:],
+        "name": run.name,
+        "group": first,
+        "config": {**description["keys"], "config": config},
+        "folder": run.path,
+        "more_tags": tuple(others),
+    }
+
+
 class Tracker:
     """Writes every row to `metrics` (None: a rank other than 0 keeps no log), then to each sink."""
 
@@ -77,24 +92,22 @@ class Tracker:
     def close(self, status: Status) -> None:
         """End every sink, broken ones too: they may still save what they hold."""
         self._each("close", status)
-        for sink in self._broken:
-            try:
-                declared(sink, Sink, "close")(status)
-            except Exception as error:
-                _logger.debug("closing %s: %s", type(sink).__name__, error)
-        self._sinks, self._broken = [], []
+        self._sinks = []
         if self.metrics is not None:
             self.metrics.close()
 
     def _each(self, method: str, *values: Any) -> None:
-        for sink in list(self._sinks):
+        for sink in self._sinks:
+            is_broken = sink in self._broken
+            if is_broken and method != "close":
+                continue
             try:
                 declared(sink, Sink, method)(*values)
             except Exception as error:  # whatever a sink raises, training goes on
-                self._sinks.remove(sink)
                 self._broken.append(sink)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                _logger.warning(
+                _logger.log(
+                    logging.DEBUG if is_broken else logging.WARNING,
                     "%s failed and is off for the rest of this run (metrics.jsonl goes on): %s",
                     type(sink).__name__,
                     reason[:300],

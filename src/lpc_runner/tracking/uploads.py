@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import sha256_of
+from lpc_runner.store.environment import settings_of
 from lpc_runner.store.log import Row, final_numbers, rows_of
 from lpc_runner.store.runs import DONE, RunDirectory, follow
+from lpc_runner.tracking.tracker import facts_of_run
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
 from lpc_runner.tracking.wandb_service import (
-    destination,
+    Place,
     note_published,
     one_line,
     online,
@@ -25,19 +27,6 @@ from lpc_runner.tracking.wandb_service import (
 
 _PATIENCE = 15  # seconds until a server must show what it has taken
 _PAUSE = 1.0
-
-
-@dataclass(frozen=True)
-class Place:
-    """A project on a W&B server."""
-
-    server: str
-    entity: str
-    project: str
-
-    @property
-    def key(self) -> str:
-        return destination(self.server, self.entity, self.project)
 
 
 class _Replay(WandbTracker):
@@ -66,7 +55,7 @@ class _Replay(WandbTracker):
         """Stop without waiting for uploads, which the next try makes up for."""
         self._run = None
         tear_down()
-        self._folders.restore()
+        self._folders.close()
 
     def _say_unfinished(self, seconds: float) -> None:
         raise UserError(f"W&B did not take all of {self._directory.name} within {seconds:.0f} s: run this again")
@@ -93,33 +82,12 @@ def publish(study: Path, entity: str | None = None, project: str | None = None) 
 
 def runs_of(study: Path) -> list[RunDirectory]:
     """The runs that outputs/<study> links to, or the one that `study` is. Raises UserError if there is none."""
-    study = Path(study)
-    if (follow(study) / "run.json").is_file():
-        return [RunDirectory.open(study)]
-    entries = sorted(study.glob("[!.]*"))
-    folders = [path for path in entries if (follow(path) / "run.json").is_file()]
-    if not folders:
+    folder = follow(Path(study))
+    entries = [folder] if (folder / "run.json").is_file() else sorted(folder.glob("[!.]*"))
+    runs = [RunDirectory.open(path) for path in entries if (follow(path) / "run.json").is_file()]
+    if not runs:
         raise UserError(f"{study} holds no runs: give outputs/<study> or outputs/<study>/<run>")
-    return [RunDirectory.open(path) for path in folders]
-
-
-def picture_file(name: str, update: int, path: Path) -> str:
-    """Where W&B keeps the picture that a row at `update` names: by the SHA-256 of its content."""
-    return f"media/images/{name}_{update}_{sha256_of(path)[:20]}.png"
-
-
-def settings_of(run: RunDirectory) -> dict[str, Any]:
-    """config.yaml of a run. Raises UserError if it is missing or damaged."""
-    import yaml
-
-    path = run.path / "config.yaml"
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except (FileNotFoundError, ValueError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is missing or damaged; without it, the run's own command writes it anew")
-    return content
+    return runs
 
 
 def place_of(
@@ -147,74 +115,49 @@ def _publish_run(run: RunDirectory, entity: str | None, project: str | None) -> 
     api = wandb.Api()
     config = settings_of(run)
     place = place_of(config["tracker"], entity, project, api.settings["base_url"], api.default_entity)
-    description = run.description()
-    mark = read_published(run.path).get(place.key)
-    new_studies = set(description["studies"]) - set(mark["studies"] if mark else ())
-    if mark is not None and mark["complete"] and not new_studies:
+    told = facts_of_run(run, config)
+    studies = run.studies()
+    mark = read_published(run.path).get(place.key, {"run_id": told["run_id"], "studies": [], "complete": False})
+    is_new = bool(set(studies) - set(mark["studies"]))
+    if mark["complete"] and not is_new:
         return "already there"
-    run_id = mark["run_id"] if mark else run.name[-64:]
     rows = rows_of(run)
-    path = f"{place.entity}/{place.project}/{run_id}"
-    if mark is not None and not new_studies and _is_complete(path, rows, result, patience=0):
-        note_published(run.path, place.key, run_id, description["studies"], complete=True)
-        return "already there"
-    sent = _replay(run, run_id, place, rows, config, result)
-    if not _is_complete(path, rows, result, patience=_PATIENCE):
-        raise UserError(f"W&B does not show all of {run.name} yet: run this again, nothing is sent twice")
-    note_published(run.path, place.key, run_id, description["studies"], complete=True)
-    pictures = sum(len(row.pictures) for row in rows.values())
-    return f"published: {sent} of {len(rows)} rows were missing, {pictures} pictures"
-
-
-def _replay(
-    run: RunDirectory,
-    run_id: str,
-    place: Place,
-    rows: dict[int, Row],
-    config: dict[str, Any],
-    result: dict[str, Any],
-) -> int:
-    description = run.description()
-    studies = description["studies"]
-    sink = _Replay(
-        "online",
-        place.project,
-        place.entity,
-        list(config["tracker"].get("tags") or []),
-        run_id=run_id,
-        name=run.name,
-        group=studies[0],
-        config={**description["keys"], "config": config},
-        folder=run.path,
-        more_tags=tuple(studies[1:]),
-    )
-    try:
-        sent = sum(sink.row(update, row) for update, row in rows.items())
-        sink.summary(final_numbers(result))
-        sink.close(result["status"])
-    except BaseException:
-        sink.abandon()
-        raise
-    return sent
+    path = f"{place.entity}/{place.project}/{mark['run_id']}"
+    done = "already there"
+    if is_new or not _is_complete(path, rows, result, patience=0):
+        tags = list(config["tracker"].get("tags") or [])
+        sink = _Replay("online", place.project, place.entity, tags, **told | {"run_id": mark["run_id"]})
+        try:
+            sent = sum(sink.row(update, row) for update, row in rows.items())
+            sink.summary(final_numbers(result))
+            sink.close(result["status"])
+        except BaseException:
+            sink.abandon()
+            raise
+        if not _is_complete(path, rows, result, patience=_PATIENCE):
+            raise UserError(f"W&B does not show all of {run.name} yet: run this again, nothing is sent twice")
+        pictures = sum(len(row.pictures) for row in rows.values())
+        done = f"published: {sent} of {len(rows)} rows were missing, {pictures} pictures"
+    note_published(run.path, place, mark["run_id"], studies, complete=True)
+    return done
 
 
 def _is_complete(path: str, rows: dict[int, Row], result: dict[str, Any], patience: float) -> bool:
     """Whether the server shows the last row, the ending and every picture, asked anew for `patience` seconds."""
-    deadline = time.monotonic() + patience
-    while not (complete := _shows_all(path, rows, result)) and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
-    return complete
-
-
-def _shows_all(path: str, rows: dict[int, Row], result: dict[str, Any]) -> bool:
     import wandb.errors
 
-    try:
-        shown = wandb.Api().run(path)
-    except (wandb.errors.CommError, ValueError):
-        return False
-    ended = shown.summary.get("status") == result["status"]
-    if not ended or shown.lastHistoryStep < max(rows, default=-1):
-        return False
-    wanted = {picture_file(name, update, file) for update, row in rows.items() for name, file in row.pictures.items()}
-    return not wanted or wanted <= {file.name for file in shown.files(list(wanted))}
+    wanted = {
+        f"media/images/{name}_{update}_{sha256_of(picture)[:20]}.png"
+        for update, row in rows.items()
+        for name, picture in row.pictures.items()
+    }
+    deadline = time.monotonic() + patience
+    while True:
+        with suppress(wandb.errors.CommError, ValueError):
+            shown = wandb.Api().run(path)
+            ended = shown.summary.get("status") == result["status"] and shown.lastHistoryStep >= max(rows, default=-1)
+            if ended and (not wanted or wanted <= {file.name for file in shown.files(list(wanted))}):
+                return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_PAUSE)

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,8 +15,8 @@ from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.store.runs import DONE, last_row
 from lpc_runner.tracking.tracker import Sink, Status
 from lpc_runner.tracking.wandb_service import (
-    LocalFolders,
-    destination,
+    Place,
+    local_folders,
     note_published,
     one_line,
     reachable_mode,
@@ -98,16 +99,13 @@ class WandbTracker(Sink):
         if not under_agent():  # which has chosen these three itself
             what |= {"id": run_id, "resume": "allow", "project": project, "entity": entity}
         self._repeated = self._logged_before()
-        self._folders = LocalFolders(folder)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(local_folders(folder))
             self._start(what)
-        except BaseException:
-            self._folders.restore()
-            raise
-        if self._run is None:
-            self._folders.restore()
-        elif resume_step:
-            self._run.summary["resumed_at"] = resume_step
+            if self._run is not None:
+                self._folders = stack.pop_all()
+                if resume_step:
+                    self._run.summary["resumed_at"] = resume_step
 
     def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
         """One row at W&B step `update`; raises whatever wandb raises: `Tracker` shields the training loop."""
@@ -144,7 +142,7 @@ class WandbTracker(Sink):
         finally:
             if suspect:  # a dead service or one that waits for a network would trip or block W&B's exit hook
                 tear_down()
-            self._folders.restore()
+            self._folders.close()
 
     def _say_unfinished(self, seconds: float) -> None:
         _logger.warning(
@@ -167,22 +165,26 @@ class WandbTracker(Sink):
         # A run killed after its last checkpoint repeats updates whose rows W&B already has, bit for bit.
         return self._run is not None and update >= self._first
 
-    def _start(self, what: dict[str, Any]) -> None:
-        asked, reason = self.mode, ""
+    def _start(self, what: dict[str, Any], reason: str = "") -> None:
+        asked = self.mode
         try:
             start_service()
             if asked in ("auto", "online"):
                 self.mode, reason = reachable_mode(asked)
-            self._open(what)
+            if self.mode != "disabled":
+                self._open(what)
         except Exception as error:  # errors of pydantic, asyncio and the system come through W&B
             reason = one_line(error)
-            if asked == "online":
-                tear_down()
-                raise UserError(f"tracker.mode=online: {reason} (or tracker.mode=auto, offline)") from error
-            if asked != "auto":
-                self._give_up(reason)
+            if asked == "offline":
+                self.mode = "disabled"
+                _logger.warning("W&B is off for this run (metrics.jsonl goes on): %s", reason)
                 return
-            self._fall_back(what)
+            tear_down()
+            if asked == "online":
+                raise UserError(f"tracker.mode=online: {reason} (or tracker.mode=auto, offline)") from error
+            self.mode = os.environ["WANDB_MODE"] = "offline"  # the jobs that follow need not wait for the network
+            self._start(what, reason)
+            return
         if self.mode == "offline" and self.folder is not None:
             why = f" ({reason})" if reason else ""
             # All sessions of this run: W&B keeps one folder for each, and its command uploads those it is given.
@@ -190,35 +192,16 @@ class WandbTracker(Sink):
             _logger.info("W&B offline%s: upload with `wandb sync %s`", why, sessions)
         elif self.mode == "online":
             # The id is an agent's choice in a sweep: without this note, publishing the run would double it.
-            place = destination(self._run.settings.base_url, self._run.entity, self._run.project)
+            place = Place(self._run.settings.base_url, self._run.entity, self._run.project)
             note_published(self._directory, place, self._run.id, self._studies, complete=False)
             _logger.info("W&B: %s", self._run.url)
-
-    def _fall_back(self, what: dict[str, Any]) -> None:
-        tear_down()
-        self.mode = os.environ["WANDB_MODE"] = "offline"  # the jobs that follow need not wait for the network
-        try:
-            start_service()
-            self._open(what)
-        except Exception as error:
-            self._give_up(one_line(error))
-
-    def _give_up(self, reason: str) -> None:
-        self.mode = "disabled"
-        _logger.warning("W&B is off for this run (metrics.jsonl goes on): %s", reason)
 
     def _open(self, what: dict[str, Any]) -> None:
         import wandb
 
-        if self.mode == "disabled":
-            return
         what = {**what, "mode": self.mode}
-        self._run = wandb.init(
-            dir=os.environ["WANDB_DIR"],
-            reinit="create_new",
-            settings=wandb.Settings(**self.settings),
-            **what,
-        )
+        settings = wandb.Settings(**self.settings)
+        self._run = wandb.init(dir=os.environ["WANDB_DIR"], reinit="create_new", settings=settings, **what)
         self._first = self._run.starting_step  # not `step`: the service may not have heard yet where to go on
         if self.mode == "offline":
             self._first = max(self._first, self._repeated)

@@ -10,16 +10,18 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import write_atomically
+from lpc_runner.base.surroundings import environment
 
 _logger = logging.getLogger("lpc_runner")
 
-MODES = ("online", "offline", "disabled")
+_MODES = ("online", "offline", "disabled")
 _OLD_NAMES = {"dryrun": "offline", "run": "online"}
 _TEARDOWN_SECONDS = 5
 _KEY = re.compile(r"\b(?:[0-9a-f]{40}|wandb_v\d+_\w+)\b")
@@ -32,8 +34,8 @@ def requested_mode(mode: str) -> str:
         os.environ.pop("WANDB_MODE", None)  # W&B refuses to start when it is set to nothing
         return mode
     chosen = _OLD_NAMES.get(variable, variable)
-    if chosen not in MODES:
-        raise UserError(f"WANDB_MODE must be one of {', '.join(MODES)}, got {variable!r}")
+    if chosen not in _MODES:
+        raise UserError(f"WANDB_MODE must be one of {', '.join(_MODES)}, got {variable!r}")
     return chosen
 
 
@@ -91,30 +93,16 @@ def one_line(error: BaseException) -> str:
     return _KEY.sub("***", text.replace(key, "***") if key else text)[:300]
 
 
-class LocalFolders:
-    """W&B's folders in the environment, all below `folder`, until `restore` puts back what was there."""
-
-    def __init__(self, folder: Path) -> None:
-        root = Path(folder).absolute()
-        self._before: dict[str, str | None] = {}
-        places = {
-            "WANDB_DIR": root,  # W&B itself adds /wandb
-            "WANDB_DATA_DIR": root / "wandb" / "data",
-            "WANDB_CACHE_DIR": root / "wandb" / "cache",
-        }
-        for name, place in places.items():
-            place.mkdir(parents=True, exist_ok=True)
-            self._before[name] = os.environ.get(name)
-            os.environ[name] = str(place)
-
-    def restore(self) -> None:
-        """Once; later calls do nothing."""
-        for name, value in self._before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._before = {}
+@contextmanager
+def local_folders(folder: Path) -> Iterator[None]:
+    """Within it, W&B's folders in the environment lie below `folder`."""
+    root = Path(folder).absolute()
+    # W&B itself adds /wandb to the first.
+    places = {"WANDB_DIR": root, "WANDB_DATA_DIR": root / "wandb/data", "WANDB_CACHE_DIR": root / "wandb/cache"}
+    for place in places.values():
+        place.mkdir(parents=True, exist_ok=True)
+    with environment({name: str(place) for name, place in places.items()}):
+        yield
 
 
 @contextmanager
@@ -126,22 +114,19 @@ def online(purpose: str) -> Iterator[None]:
     mode = requested_mode("online")
     if mode != "online":
         raise UserError(f"{purpose} needs W&B online, but WANDB_MODE={mode}: unset it")
-    with TemporaryDirectory(prefix="lpc_runner") as folder:
-        folders = LocalFolders(Path(folder))
+    with TemporaryDirectory(prefix="lpc_runner") as folder, local_folders(Path(folder)):
+        started = False
         try:
-            try:
-                start_service()
-                reachable_mode("online")
-            except Exception as error:  # of many kinds: pydantic's, the system's, W&B's
-                raise UserError(f"{purpose}: {one_line(error)}") from error
+            start_service()
+            reachable_mode("online")
+            started = True
             yield
         except Exception as error:
-            if not type(error).__module__.startswith("wandb"):
-                raise
+            if started and not type(error).__module__.startswith("wandb"):
+                raise  # starting W&B raises errors of many kinds: pydantic's, the system's, W&B's
             raise UserError(f"{purpose}: {one_line(error)}") from error
         finally:
             tear_down()
-            folders.restore()
 
 
 @functools.cache  # a sweep asks for every cell
@@ -151,12 +136,21 @@ def require_online(purpose: str) -> None:
         pass
 
 
-PUBLISHED = "published.json"
+_PUBLISHED = "published.json"
 
 
-def destination(server: str, entity: str, project: str) -> str:
-    """The key of a W&B project in published.json."""
-    return f"{server.rstrip('/')}/{entity}/{project}"
+@dataclass(frozen=True)
+class Place:
+    """A project on a W&B server."""
+
+    server: str
+    entity: str
+    project: str
+
+    @property
+    def key(self) -> str:
+        """Its key in published.json."""
+        return f"{self.server.rstrip('/')}/{self.entity}/{self.project}"
 
 
 def read_mapping(path: Path, afterwards: str) -> dict[str, Any]:
@@ -170,11 +164,11 @@ def read_mapping(path: Path, afterwards: str) -> dict[str, Any]:
 
 
 def read_published(folder: Path) -> dict[str, dict[str, Any]]:
-    """By destination: `run_id` there, the `studies` that its group and tags name, `complete`. UserError if damaged."""
-    return read_mapping(Path(folder) / PUBLISHED, "W&B is asked what it holds before anything is sent")
+    """By place: `run_id` there, the `studies` that its group and tags name, `complete`. UserError if damaged."""
+    return read_mapping(Path(folder) / _PUBLISHED, "W&B is asked what it holds before anything is sent")
 
 
-def note_published(folder: Path, place: str, run_id: str, studies: Sequence[str], *, complete: bool) -> None:
+def note_published(folder: Path, place: Place, run_id: str, studies: Sequence[str], *, complete: bool) -> None:
     """Note that `place` has this run under `run_id`; complete: the server says it holds everything. OSError."""
-    marks = read_published(folder) | {place: {"run_id": run_id, "studies": list(studies), "complete": complete}}
-    write_atomically(Path(folder) / PUBLISHED, json.dumps(marks, indent=2) + "\n")
+    marks = read_published(folder) | {place.key: {"run_id": run_id, "studies": list(studies), "complete": complete}}
+    write_atomically(Path(folder) / _PUBLISHED, json.dumps(marks, indent=2) + "\n")
