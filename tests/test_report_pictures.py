@@ -369,3 +369,16 @@ def test_trajectories_of_what_is_no_image_have_no_picture_and_are_not_damaged(di
     np.savez(folder / "trajectories.npz", **arrays)
     warnings = []
     assert pictures(disk, warnings) == {} and warnings == []
+
+
+def test_words_of_a_label_that_lists_values_stay_whole(disk):
+    for levels in ([24, 16], [20, 12, 16]):
+        keys = LPC | {"model": "hierarchical", "hidden": f"[{levels[0]}, 512]", "levels": str(levels)}
+        disk.run(str(len(levels)), keys, 0)
+    groups = read_study(disk.study).groups
+    titles = short_labels(groups, lambda group: group.method)
+    assert sorted(titles) == [
+        "LPC jeffreys, hidden=[20, 512], levels=[20, 12, 16]",
+        "LPC jeffreys, hidden=[24, 512], levels=[24, 16]",
+    ]
+    assert "levels=[20, 12, 16]" in wrapped(titles[0], 24) + wrapped(titles[1], 24)

@@ -76,11 +76,16 @@ def axis_name(metric: str, setting: Setting | None) -> str:
     return name if setting is None else f"{name.replace(' (', chr(10) + '(')}\n{setting.extractor} features"
 
 
+def _pieces(text: str) -> list[str]:
+    """Text at its commas, those between brackets left alone: levels=[24, 16] is one word of a label."""
+    return re.split(r", (?![^\[]*\])", text)
+
+
 def wrapped(text: str, width: int) -> str:
     """Text in lines of at most `width`, its own line breaks kept; broken after commas where that is possible."""
     lines = []
     for part in text.splitlines():
-        pieces = [piece if len(piece) >= width else piece.replace(" ", HARD) for piece in part.split(", ")]
+        pieces = [piece if len(piece) >= width else piece.replace(" ", HARD) for piece in _pieces(part)]
         lines += textwrap.wrap(", ".join(pieces), width)
     return "\n".join(lines).replace(HARD, " ")
 
@@ -109,7 +114,7 @@ def plain(value: float) -> str:
 
 def short_labels(groups: Sequence[Group], name: Callable[[Group], str]) -> list[str]:
     """`name` of each group and those words of its label that not all of these groups share."""
-    words = [group.label.split(", ")[1:] for group in groups]
+    words = [_pieces(group.label)[1:] for group in groups]
     shared = set.intersection(*map(set, words)) if words else set()
     return [", ".join([name(group), *(w for w in own if w not in shared)]) for group, own in zip(groups, words)]
 
