@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from kalman import LinearGaussian, kalman_filter
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.data.simulated import (
@@ -20,6 +19,7 @@ from lpc_runner.data.simulated import (
     network_states,
     random_system,
 )
+from lpc_runner.evaluation.linear_gaussian import LinearGaussian, kalman_filter
 
 
 def lorenz(folder, **more):

@@ -277,6 +277,10 @@ class BlockGaussian(_AtOnce):
         log_ratio = 2 * (self._scales / prior.scale).log()
         return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - log_ratio)
 
+    def detach(self) -> BlockGaussian:
+        """The same distribution, cut from the encoder's graph."""
+        return BlockGaussian(self.mean.detach(), tuple(factor.detach() for factor in self.factors))
+
     def repeat(self, count: int) -> BlockGaussian:
         """q of `count` copies of the batch, one after another: (count B, d)."""
         return BlockGaussian(

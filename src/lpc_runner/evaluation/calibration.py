@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from lpc_runner.evaluation.evaluator import (
 from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
+from lpc_runner.inference.samplers import Info, State
 from lpc_runner.models.latent import LatentVariableModel
 
 KEPT_NUMBERS = 2**25  # of the states of chains that are kept at once; changes no number but by what couples a batch
@@ -161,15 +163,26 @@ class PosteriorEvaluator(HeldOut):
         return model.prior.scale * noise, q
 
     def _run(
-        self, trained: Trained, sampler: Any, x: Tensor, index: Tensor, copies: int, name: tuple[str, int]
+        self,
+        trained: Trained,
+        sampler: Any,
+        x: Tensor,
+        index: Tensor,
+        copies: int,
+        name: tuple[str, int],
+        steps: Collection[int],
     ) -> tuple[Chain, Tensor]:
-        """`copies` chains for each example, and the z of every step in the CPU's memory, (T, copies, B, d)."""
+        """`copies` chains for each example, and z after these steps, in the CPU's memory, (steps, copies, B, d)."""
         z, q = self._start(trained, x, index, copies, name)
         stream, number = name
         noise = ChainNoise(self.seed, number, tuple(z.shape), x.device, z.dtype, stream=f"{stream} noise")
         joint = partial(trained.model.log_joint, x.repeat(copies, *[1] * (x.ndim - 1)))
         states, centre = [], None if q is None else q.mean
-        keep = lambda state, info: states.append(state.z.detach().cpu().clone())
+
+        def keep(state: State, info: Info) -> None:
+            if state.t in steps:
+                states.append(state.z.detach().cpu().clone())
+
         chain = run_chain(joint, z, to_the_end(sampler), noise, centre=centre, q=q, on_step=keep)
         return chain, torch.stack(states).unflatten(1, (copies, len(x)))
 
@@ -203,9 +216,8 @@ class PosteriorEvaluator(HeldOut):
         name = ("calibration", number)
         if sampler.num_steps == 0:
             return self._start(trained, x, index, count, name)[0].view(count, len(x), -1).cpu()
-        _, states = self._run(trained, sampler, x, index, 1, name)
         steps = np.linspace(sampler.num_steps, 0, min(count, sampler.num_steps), endpoint=False).round()
-        return states[steps.astype(int) - 1, 0]
+        return self._run(trained, sampler, x, index, 1, name, set(steps.astype(int).tolist()))[1][:, 0]
 
     def _mixing(self, trained: Trained) -> dict[str, float]:
         """R-hat, effective samples per pass and bias of several long chains for each test example."""
@@ -213,10 +225,11 @@ class PosteriorEvaluator(HeldOut):
         sampler.num_steps = settings.num_chain_steps
         per_chain = max(settings.num_chain_steps, settings.num_reference_steps) * trained.model.latent_dim
         per_example = settings.num_chains * per_chain
+        every = range(1, sampler.num_steps + 1)
         r_hats, sizes, passes, acceptance, against = [], [], 0.0, [], []
         for number, index in enumerate(self.index.split(max(1, KEPT_NUMBERS // per_example))):
             x = self.examples(index)
-            chain, states = self._run(trained, sampler, x, index, settings.num_chains, ("mixing", number))
+            chain, states = self._run(trained, sampler, x, index, settings.num_chains, ("mixing", number), every)
             passes = chain.num_evaluations / (settings.num_chains * len(x))
             chains = states.transpose(0, 1).numpy()
             r_hats.append(r_hat(chains))

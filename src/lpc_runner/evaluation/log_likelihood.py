@@ -217,9 +217,9 @@ class LikelihoodEvaluator(HeldOut):
         path = None if key is None else self.cache_dir / f"likelihood-{key}-{self.ranks.rank}-{self.ranks.size}.npz"
         kept = read_sealed(path, "", "its examples") if path is not None and path.exists() else None
         parts, length = [], 0
-        if kept is not None:
-            parts, length = [kept["rows"]], len(kept["rows"])
-            mine = mine[-(-length // EXAMPLES) :]
+        done = 0 if kept is None else -(-len(kept["rows"]) // EXAMPLES)
+        if kept is not None and len(kept["rows"]) == sum(len(chunks[i]) for i in mine[:done]):
+            parts, length, mine = [kept["rows"]], len(kept["rows"]), mine[done:]
             _log.info("%s: %d of %d examples were done before", name, length, total)
         with Progress(silent=not self.ranks.is_main or key is None, unit=f"{name} example") as progress:
             for number in mine:
@@ -284,8 +284,9 @@ class LikelihoodEvaluator(HeldOut):
         if rows.shape[1] > 3:
             numbers["iwae"], numbers["elbo"] = (float(column.mean()) for column in rows[:, 3:].unbind(1))
         if math.isfinite(numbers["log_likelihood"]):  # else the parameters are not, and closed forms raise
-            exact = exact_log_evidence(trained.model, self.examples(self.index))
-            numbers |= {} if exact is None else {"log_evidence": float(exact.mean())}
+            parts = (exact_log_evidence(trained.model, self.examples(part)) for part in self.index.split(EXAMPLES))
+            exact = [part for part in parts if part is not None]
+            numbers |= {"log_evidence": float(torch.cat(exact).mean())} if exact else {}
         return numbers
 
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:

@@ -29,16 +29,22 @@ class Means(NamedTuple):
     inputs: Tensor | None = None
 
 
-def _mean(model: Any, states: Iterable[Tensor]) -> Means:
-    """What the model makes of each z, averaged."""
-    sums, count = [], 0
-    for z in states:
-        with torch.no_grad():
-            run = model.run(z)
-            parts = [model.decode(z), run.factors, *([] if run.inputs is None else [run.inputs])]
-        sums = [total + part for total, part in zip(sums, parts)] if sums else parts
-        count += 1
-    return Means(*(total / count for total in sums))
+class _Mean:
+    """The running mean of what the model makes of each z."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.count = model, 0
+        self.sums: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, z: Tensor) -> None:
+        run = self.model.run(z)
+        parts = [self.model.decode(z), run.factors, *([] if run.inputs is None else [run.inputs])]
+        self.sums = [total + part for total, part in zip(self.sums, parts)] if self.sums else parts
+        self.count += 1
+
+    def value(self) -> Means:
+        return Means(*(total / self.count for total in self.sums))
 
 
 def _joined(parts: Iterable[Means]) -> Means:
@@ -55,13 +61,14 @@ def _chunks(q: DiagonalGaussian) -> Iterator[tuple[int, DiagonalGaussian]]:
 @torch.no_grad()
 def posterior_means(model: Any, q: DiagonalGaussian, num_samples: int, seed: int) -> Means:
     """Means over num_samples draws z ~ q."""
-
-    def draws(number: int, q: DiagonalGaussian) -> Iterator[Tensor]:
-        source = generator(seed, "posterior", number, device=q.mean.device)
+    parts = []
+    for number, part in _chunks(q):
+        source, mean = generator(seed, "posterior", number, device=q.mean.device), _Mean(model)
         for _ in range(num_samples):
-            yield q.rsample(torch.randn(q.mean.shape, generator=source, device=q.mean.device, dtype=q.mean.dtype))
-
-    return _joined(_mean(model, draws(*chunk)) for chunk in _chunks(q))
+            shape, like = part.mean.shape, part.mean
+            mean.add(part.rsample(torch.randn(shape, generator=source, device=like.device, dtype=like.dtype)))
+        parts.append(mean.value())
+    return _joined(parts)
 
 
 def chain_means(model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, num_states: int, seed: int) -> Means:
@@ -69,20 +76,19 @@ def chain_means(model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, nu
 
     All T, whatever sampler.stop says.
     """
-    sampler = to_the_end(sampler)
+    sampler, parts = to_the_end(sampler), []
     num_chains = -(-num_states // sampler.num_steps)
-
-    def states(x: Tensor, number: int, q: DiagonalGaussian) -> Iterator[Tensor]:
-        for draw in range(number * num_chains, (number + 1) * num_chains):
-            source, kept = generator(seed, "posterior chain", draw, device=x.device), []
-            z = q.rsample(torch.randn(q.mean.shape, generator=source, device=x.device, dtype=x.dtype))
-            noise = ChainNoise(seed, draw, tuple(z.shape), x.device, x.dtype, stream="posterior chain noise")
-            keep = lambda state, info, kept=kept: kept.append(state.z.clone())
-            run_chain(partial(model.log_joint, x), z, sampler, noise, centre=q.mean, q=q, on_step=keep)
-            yield from kept
-
     with gradients_through_rnns():
-        return _joined(_mean(model, states(rows, *chunk)) for rows, chunk in zip(x.split(CHUNK), _chunks(start)))
+        for rows, (number, q) in zip(x.split(CHUNK), _chunks(start)):
+            mean = _Mean(model)
+            for draw in range(number * num_chains, (number + 1) * num_chains):
+                source = generator(seed, "posterior chain", draw, device=x.device)
+                z = q.rsample(torch.randn(q.mean.shape, generator=source, device=x.device, dtype=x.dtype))
+                noise = ChainNoise(seed, draw, tuple(z.shape), x.device, x.dtype, stream="posterior chain noise")
+                keep = lambda state, info, mean=mean: mean.add(state.z)
+                run_chain(partial(model.log_joint, rows), z, sampler, noise, centre=q.mean, q=q, on_step=keep)
+            parts.append(mean.value())
+    return _joined(parts)
 
 
 RIDGE = 1e-3  # penalty of the linear readouts, in units of the features' mean variance
