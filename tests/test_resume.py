@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -246,8 +247,12 @@ def test_nothing_but_damaged_checkpoints_is_the_users_decision(settings, monkeyp
     broken = interrupted(settings("broken", *EACH), monkeypatch, 7)
     for path in checkpoints(broken):
         _flip(path)
-    with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged; .* move the folder away"):
-        run(settings("broken", *EACH))
+    opened = []
+    with monkeypatch.context() as patch:
+        patch.setattr("lpc_runner.runner.run._open_sink", lambda *given: opened.append(given))
+        with pytest.raises(UserError, match=r"all 2 checkpoints in .* are damaged; .* move the folder away"):
+            run(settings("broken", *EACH))
+    assert not opened  # no tracker hears of it
     aside = broken.with_name("aside")
     broken.rename(aside)
     assert_same_run(run(settings("straight")), run(settings("broken", *EACH)))
@@ -362,6 +367,9 @@ def test_a_run_of_an_earlier_version_is_done(workplace):
     assert execute(planned) == before == result_of(only_run())
     loaded = lpc_runner.load(only_run())
     assert loaded.update == 6 and loaded.cfg.step_size.value == 0.1
+    config = only_run() / "config.yaml"
+    config.write_text(re.sub(r"^(step_size:\n(?:  .*\n)*?  value:) 0\.1$", r"\1 1e-1", config.read_text(), flags=re.M))
+    assert "value: 1e-1" in config.read_text() and lpc_runner.load(only_run()).cfg.step_size.value == 0.1
     assert sample(only_run(), 4).exists()
     measured = json.loads(evaluate(only_run(), ("num_threads=1",)).read_text())["metrics"]
     assert measured == pytest.approx(before["metrics"], rel=1e-3, abs=1e-3)

@@ -47,7 +47,7 @@ def list_runs(folder: Path | str) -> list[Listed]:
     root = folder / "runs" if (folder / "runs").is_dir() else folder
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder; runs lie in outputs/ unless output_dir says otherwise")
-    paths = [follow(path) for path in sorted(root.glob("[!.]*"))]
+    paths = [follow(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")]
     paths = [path for path in paths if (path / "run.json").exists() or (path / ".owner").exists()]
     if not paths:
         raise UserError(f"{folder} holds no runs; runs lie in outputs/ unless output_dir says otherwise")

@@ -84,6 +84,7 @@ def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
     return sorted(images), passed_over
 
 
+@once_per_state
 def _is_pointer(path: Path) -> bool:
     if path.stat().st_size > 1024:
         return False
@@ -129,6 +130,9 @@ def _largest_level(path: Path) -> int:
 
 def _of_each(question: Callable[[Path], _T], paths: list[Path]) -> list[_T]:
     """What `question` says of every file. Raises its first UserError, with the number of others."""
+    from PIL import Image
+
+    Image.init()  # formats register themselves once, and not while threads ask for them
     faults: list[UserError] = []
 
     def answer(path: Path) -> Any:

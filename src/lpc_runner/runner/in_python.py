@@ -95,8 +95,9 @@ def _facts(directory: RunDirectory) -> dict[str, Any] | None:
 
 
 def _read_config(directory: RunDirectory) -> DictConfig:
+    settings_of(directory)  # says if they are missing or damaged
     try:
-        cfg = DictConfig(settings_of(directory))
+        cfg = DictConfig(OmegaConf.load(directory.path / "config.yaml"))  # 1e-3 is a number, as on a command line
     except OmegaConfBaseException as error:
         raise directory.damaged("config.yaml", str(error).splitlines()[0]) from None
     defaults = DictConfig(OmegaConf.load(CONF_DIR / f"{CONFIG_NAME}.yaml"))

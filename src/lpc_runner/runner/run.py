@@ -225,9 +225,9 @@ def _describe(planned: Planned) -> None:
 
 
 def _open_tracker(planned: Planned) -> Tracker:
-    directory = planned.directory
-    resume_step = next((file.update for file in directory.checkpoint_files() if file.is_whole()), 0)
-    return Tracker(MetricLog(directory.path / "metrics.jsonl"), [_open_sink(planned, resume_step)])
+    restored = load_checkpoint(planned.directory.checkpoints)  # says before anything is opened if none is whole
+    sink = _open_sink(planned, restored["counters"]["update"] if restored else 0)
+    return Tracker(MetricLog(planned.directory.path / "metrics.jsonl"), [sink])
 
 
 def _open_sink(planned: Planned, resume_step: int) -> Sink:
