@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lpc_runner.evaluation.calibration import effective_sample_size, r_hat, rank_spread, uniformity
+from lpc_runner.evaluation.diagnostics import effective_sample_size, r_hat, rank_spread, uniformity
 
 # arviz-stats 0.8.0, ess(method="bulk") and rhat(method="rank"), of two chains of `ar1` rounded to .1.
 ARVIZ = {

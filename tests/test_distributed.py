@@ -38,12 +38,12 @@ from lpc_runner.base.ranks import Ranks
 from lpc_runner.data.dataset import Batches, Split
 from lpc_runner.data.images import ImageDataset
 from lpc_runner.evaluation.samples import sample_images, share_of
-from lpc_runner.inference.chain import require_shareable
 from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.objectives import WeightedKL
 from lpc_runner.inference.preconditioning import Adam as PerSample
 from lpc_runner.inference.preconditioning import Fisher, Identity, SharedAdam
 from lpc_runner.inference.samplers import MALA, Langevin
+from lpc_runner.inference.sharing import require_shareable
 from lpc_runner.inference.step_sizes import Adapted, Constant
 from lpc_runner.models.dense import MLP
 from lpc_runner.runner.plan import plan

@@ -21,12 +21,13 @@ from torch import Tensor
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.schema import accepted, declared, missing
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.chain import ChainNoise, require_shareable, run_chain
+from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.context import Context, Gradients
 from lpc_runner.inference.engine import Blocked
 from lpc_runner.inference.interfaces import Objective, Preconditioner, Sampler, StepSize
 from lpc_runner.inference.preconditioning import Identity
 from lpc_runner.inference.samplers import Langevin, NoSteps
+from lpc_runner.inference.sharing import require_shareable
 from lpc_runner.inference.step_sizes import Constant
 from lpc_runner.models.dense import MLP
 from lpc_runner.tracking.tracker import Sink

@@ -30,7 +30,6 @@ MOVED = {
     "lpc_runner.distributions": "lpc_runner.base.distributions",
     "lpc_runner.emissions": "lpc_runner.base.distributions",
     "lpc_runner.errors": "lpc_runner.base.errors",
-    "lpc_runner.evaluation.diagnostics": "lpc_runner.evaluation.calibration",
     "lpc_runner.evaluation.kalman": "lpc_runner.evaluation.linear_gaussian",
     "lpc_runner.evaluation.level_pictures": "lpc_runner.evaluation.samples",
     "lpc_runner.evaluation.references": "lpc_runner.evaluation.quality",

@@ -20,8 +20,8 @@ from lpc_runner.config.compose import Cell
 from lpc_runner.config.identity import run_hash, run_name
 from lpc_runner.evaluation.bounds import BY_BLOCK
 from lpc_runner.evaluation.evaluator import Metrics
-from lpc_runner.inference.chain import require_shareable
 from lpc_runner.inference.interfaces import Objective
+from lpc_runner.inference.sharing import require_shareable
 from lpc_runner.store.runs import DONE, RunDirectory
 from lpc_runner.tracking.tracker import Sink
 from lpc_runner.training.learner import Learner

@@ -14,10 +14,10 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.base.schema import PositiveFloat, at_least, checked, declared
 from lpc_runner.data.dataset import Batch
-from lpc_runner.inference.chain import over_ranks
 from lpc_runner.inference.context import STEP_BY_STEP, Context, PersistentStates
 from lpc_runner.inference.engine import Blocked, Eager
 from lpc_runner.inference.interfaces import Objective, Part, Sampler, parts_of
+from lpc_runner.inference.sharing import over_ranks
 from lpc_runner.models.latent import EncoderInterface, LatentVariableModel
 from lpc_runner.training.update import Combined, UpdateNoise, WholeUpdates, compute_gradients, step_encoder
 
