@@ -38,8 +38,8 @@ class Reals(Series):
         return values
 
 
-def ais(num_chains=4, num_temperatures=12):
-    return AnnealedImportance(num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=2, start="encoder")
+def ais(num_chains=4, num_temperatures=12, start="encoder"):
+    return AnnealedImportance(num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=2, start=start)
 
 
 def likelihood_metrics(**more):
@@ -147,6 +147,26 @@ def test_held_out_neurons_are_not_read_and_the_prior_serves_without_an_encoder(t
     assert facts["start"] == "prior" and "iwae" not in numbers
     assert {"log_likelihood", "bdmc_gap", "log_evidence"} <= numbers.keys()
     assert numbers["log_likelihood"] < numbers["log_evidence"] + 3
+
+
+def test_annealed_from_a_free_q_a_posterior_that_is_one_needs_no_temperatures(tmp_path):
+    """Independent z: log p(x, z) - log q(z) is log p(x) wherever z is, so that one chain and S = 1 give it; from the
+    prior, which is ten times wider, they are nats away. The fit's gradients are counted."""
+    torch.manual_seed(0)
+    model = Linear((2, 3), 2, 1.0, Gaussian("learned", 0.1, 0.9), 0.3).double()
+    with torch.no_grad():
+        model.decoder[0].weight.copy_(torch.eye(6, 2))
+        x = model.likelihood.sample(model.predict(torch.randn(10, 2).double()), torch.Generator().manual_seed(1))
+    trained = SimpleNamespace(model=model, encoder=None, sampler=SimpleNamespace(num_steps=0))
+    found = {}
+    for start in ("free", "prior"):
+        metrics = likelihood_metrics(ais=ais(1, 1, start), num_simulated=4)
+        found[start], facts = evaluator(Data(Split(x), Split(x)), tmp_path, metrics).final(trained)
+        assert facts["start"] == start and facts["gradient_evaluations"] == 10 + 4 * 2 + (start == "free") * 14 * 4_000
+    exact = found["free"]["log_evidence"]
+    assert found["free"]["log_likelihood"] == pytest.approx(exact, abs=0.01)
+    assert found["free"]["bdmc_gap"] == pytest.approx(0, abs=0.02)
+    assert abs(found["prior"]["log_likelihood"] - exact) > 10
 
 
 class Exact(Sampler):

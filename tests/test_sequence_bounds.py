@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import kalman
 import pytest
 import torch
@@ -11,12 +9,11 @@ from sequence_models import FactorModel, Guess
 from series import lds
 
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
-from lpc_runner.evaluation.bounds import fit_free_posterior, importance_bound
+from lpc_runner.evaluation.bounds import FreeFit, fit_free_posterior, importance_bound
 from lpc_runner.evaluation.linear_gaussian import log_likelihood
-from lpc_runner.evaluation.sequence_metrics import SequenceEvaluator
 from lpc_runner.models.dense import Linear
 
-FIT = {"num_steps": 600, "num_samples": 8, "learning_rate": 0.05}
+FIT = FreeFit(num_steps=600, num_samples=8, learning_rate=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +128,7 @@ class TestFreePosterior:
         model, x = correlated
         best = best_factorised(model, x)
         start = DiagonalGaussian(torch.zeros(8, 4).double(), torch.ones(8, 4).double())
-        found = fit_free_posterior(model, x, start, 0, **FIT)
+        found = fit_free_posterior(model, x, start, 0, FIT)
         assert torch.allclose(found.q.mean, best.mean, atol=0.03)
         assert torch.allclose(found.q.variance, best.variance, rtol=0.1)
         gained = exact_elbo(model, x, best) - exact_elbo(model, x, found.q)
@@ -141,7 +138,7 @@ class TestFreePosterior:
     def test_the_gaps_are_those_of_the_closed_form(self, correlated):
         model, x = correlated
         q = Guess(model).double().requires_grad_(False)(_batch(x))
-        found = fit_free_posterior(model, x, q, 0, **FIT)
+        found = fit_free_posterior(model, x, q, 0, FIT)
         free, encoder = (importance_bound(model, x, each, 5000, seed=0) for each in (found.q, q))
         best = best_factorised(model, x)
         # For a Gaussian posterior, log p(x) - max_q ELBO = (Σ log Λ_ii - log |Λ|) / 2 whatever x.
@@ -156,7 +153,7 @@ class TestFreePosterior:
     def test_drift_tells_a_fit_that_was_stopped_early(self, correlated):
         model, x = correlated
         start = DiagonalGaussian(torch.full((8, 4), 5.0).double(), torch.ones(8, 4).double())
-        found = fit_free_posterior(model, x, start, 0, num_steps=10, num_samples=4, learning_rate=0.02)
+        found = fit_free_posterior(model, x, start, 0, FreeFit(10, 4, 0.02))
         assert found.drift.min() > 0.1
 
     @pytest.mark.parametrize("linear_gaussian", [True, False])
@@ -172,27 +169,25 @@ class TestFreePosterior:
         monkeypatch.setattr("lpc_runner.evaluation.linear_gaussian.is_linear_gaussian", lambda model: linear_gaussian)
         ones = torch.ones(4, model.latent_dim, dtype=torch.float64)
         prior = DiagonalGaussian(0 * ones, ones)
-        evaluator = SequenceEvaluator.__new__(SequenceEvaluator)
-        evaluator.settings = SimpleNamespace(fit={"num_steps": 250, "num_samples": 8, "learning_rate": 0.02})
-        evaluator.seed = 0
+        fit = FreeFit(250, 8, 0.02)
         elbo = lambda q: importance_bound(model, x, q, 4000, 0).elbo
-        found = elbo(evaluator._free(model, x, None).q)
+        found = elbo(fit(model, x, None, 0).q)
         assert torch.allclose(found, best, atol=0.5 if linear_gaussian else 2)
         if not linear_gaussian:
-            assert (elbo(evaluator._free(model, x, prior).q) < best - 10).all()
+            assert (elbo(fit(model, x, prior, 0).q) < best - 10).all()
 
     def test_trials_do_not_disturb_one_another(self, correlated):
         model, x = correlated
         start = DiagonalGaussian(torch.zeros(8, 4).double(), torch.ones(8, 4).double())
         poisoned = x.clone()
         poisoned[1] = 1e3
-        one, other = (fit_free_posterior(model, each, start, 0, **FIT | {"num_steps": 20}) for each in (x, poisoned))
+        one, other = (fit_free_posterior(model, each, start, 0, FreeFit(20, 8, 0.05)) for each in (x, poisoned))
         assert torch.equal(one.q.mean[0], other.q.mean[0]) and not torch.equal(one.q.mean[1], other.q.mean[1])
 
     def test_the_model_gets_no_gradient(self, correlated):
         model, x = correlated
         model.requires_grad_(True)
         start = DiagonalGaussian(torch.zeros(8, 4).double(), torch.ones(8, 4).double())
-        fit_free_posterior(model, x, start, 0, num_steps=2, num_samples=2, learning_rate=0.02)
+        fit_free_posterior(model, x, start, 0, FreeFit(2, 2, 0.02))
         assert all(parameter.grad is None for parameter in model.parameters())
         model.requires_grad_(False)

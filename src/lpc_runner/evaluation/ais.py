@@ -25,7 +25,7 @@ from torch import Tensor
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
 from lpc_runner.base.schema import PositiveInt, checked
 from lpc_runner.base.tensors import generator
-from lpc_runner.evaluation.bounds import mean_weight
+from lpc_runner.evaluation.bounds import NUM_DRIFT_SAMPLES, FreeFit, mean_weight
 from lpc_runner.models.latent import LatentVariableModel
 
 # Results depend on these, so they are no settings. Chains of an example that share one draw of noise and run at once:
@@ -34,6 +34,7 @@ PILOTS = 4  # chains of an example that find its step sizes
 TARGET, RATE, FIRST_STEP = 0.65, 0.4, 0.5  # acceptance, change of log step per unit of it, the first step in units of q
 JITTER = 0.2  # each step is drawn from (1 - JITTER, 1 + JITTER) times its size, so that no orbit closes on itself
 SLOPE = 4.0  # of the sigmoid schedule
+FREE = FreeFit(num_steps=250, num_samples=8, learning_rate=0.02)  # of q where start=free
 
 
 def schedule(num_temperatures: int) -> list[float]:
@@ -164,7 +165,8 @@ class AnnealedImportance:
     """How log p(x) is estimated.
 
     num_chains: K. num_temperatures: S; 1 is importance sampling from q. num_leapfrog: L, passes per move. start: q is
-    the encoder's q(z|x), or the prior, which it is in any case where there is no encoder for new examples.
+    the encoder's q(z|x), or the prior, which it is too where there is no encoder for new examples, or a free
+    Gaussian for every example.
     """
 
     @checked
@@ -174,7 +176,7 @@ class AnnealedImportance:
         num_chains: PositiveInt,
         num_temperatures: PositiveInt,
         num_leapfrog: PositiveInt,
-        start: Literal["encoder", "prior"],
+        start: Literal["encoder", "free", "prior"],
     ) -> None:
         self.num_chains, self.num_temperatures, self.num_leapfrog = num_chains, num_temperatures, num_leapfrog
         self.start, self.temperatures = start, schedule(num_temperatures)
@@ -231,9 +233,12 @@ class AnnealedImportance:
         return torch.stack(states, 1)
 
     def num_moves(self, backward: bool) -> int:
-        """Moves of a group of chains that one call of `bounds` makes, and starts of them; L passes each at most."""
+        """Moves of a group of chains, L passes each, that are at least as much work as one call of `bounds`, and as a
+        fit of its q."""
         ways = 1 + len(self._groups()) * (2 if backward else 1)
-        return ways * self.num_temperatures
+        per_move = self.num_leapfrog * self._largest_group()
+        fit = math.ceil(2 * (FREE.num_steps * FREE.num_samples + NUM_DRIFT_SAMPLES) / per_move)
+        return ways * self.num_temperatures + (fit if self.start == "free" else 0)
 
     def passes_per_example(self, backward: bool) -> int:
         """Decoder gradients of one example that `bounds` costs."""
@@ -244,13 +249,16 @@ class AnnealedImportance:
         """The slowest of three moves of a full group on these examples, after one that pays for the first use."""
         path, source = Annealing(model, x, q, self.num_leapfrog), generator(0, "ais/timing", device=x.device)
         step = torch.full((len(x),), 1e-3, dtype=x.dtype, device=x.device)
-        point, seconds = path.point(path.normal(min(CHAINS, max(self.num_chains, PILOTS)), source)), []
+        point, seconds = path.point(path.normal(self._largest_group(), source)), []
         for _ in range(4):
             started = time.perf_counter()
             point, acceptance = path.transition(point, 0.5, step, source)
             float(acceptance.sum())  # waits for the device
             seconds.append(time.perf_counter() - started)
         return max(seconds[1:])
+
+    def _largest_group(self) -> int:
+        return min(CHAINS, max(self.num_chains, PILOTS))
 
     def _groups(self) -> list[int]:
         """Chains that are run at once, group by group."""

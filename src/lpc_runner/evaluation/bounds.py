@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.tensors import generator
 from lpc_runner.data.dataset import Batch, Dataset, Split
+from lpc_runner.evaluation import linear_gaussian
 from lpc_runner.models.latent import LatentVariableModel
 
 COLD = 10  # times the learning rate of a free q, in a first fit from the prior
@@ -64,7 +65,7 @@ def mean_weight(log_w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _LATE = 0.8  # the part of the steps after which convergence is asked about
-_NUM_DRIFT_SAMPLES = 200  # z per example of the two bounds whose difference is the drift
+NUM_DRIFT_SAMPLES = 200  # z per example of the two bounds whose difference is the drift
 _LOG_VARIANCE_RATE = 2.0  # learning rate of log variances, in units of that of the means
 
 
@@ -84,34 +85,48 @@ def prior_of(model: LatentVariableModel, num_examples: int) -> DiagonalGaussian:
     return DiagonalGaussian(zero, torch.full_like(zero, model.prior.scale**2))
 
 
-def require_pairs(free_samples: int) -> None:
-    """Raises ValueError (one line) for a number of draws that `fit_free_posterior` cannot make."""
-    if free_samples % 2:
-        raise ValueError(f"free_samples must be even, for they are drawn in antithetic pairs, got {free_samples}")
+@dataclass(frozen=True)
+class FreeFit:
+    """How a free q is found: num_steps of Adam, num_samples z per step and example, learning_rate of the mean.
+
+    Raises ValueError (one line) for an odd number of samples.
+    """
+
+    num_steps: int
+    num_samples: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        if self.num_samples % 2:
+            raise ValueError(f"free_samples must be even: they are drawn in antithetic pairs, got {self.num_samples}")
+
+    def __call__(
+        self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None, seed: int
+    ) -> FreePosterior:
+        """The best factorised q of every example: in closed form where there is one, else fitted."""
+        if linear_gaussian.is_linear_gaussian(model):
+            return FreePosterior(linear_gaussian.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
+        return fit_free_posterior(model, x, start, seed, self)
+
+    def passes_per_example(self, model: LatentVariableModel, started: bool) -> int:
+        """Decoder gradients that a fit costs one example; started: from a q of its own."""
+        return 0 if linear_gaussian.is_linear_gaussian(model) else self.num_steps * self.num_samples * (2 - started)
 
 
 def fit_free_posterior(
-    model: LatentVariableModel,
-    x: Tensor,
-    start: DiagonalGaussian | None,
-    seed: int,
-    *,
-    num_steps: int,
-    num_samples: int,
-    learning_rate: float,
+    model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None, seed: int, fit: FreeFit
 ) -> FreePosterior:
     """About max_q ELBO(q) over N(mean, diag(variance)) of every example of x (B, ...), from `start`: never above it.
 
-    Adam on mean and log variance with a cosine decay to 0; num_samples z per step (even: in antithetic pairs). The
-    gradient goes through z alone (Roeder et al. 2017): where q is the posterior it has no variance. Examples do not
-    interact, but every step visits all of them. Without a start, larger steps lead from the prior into the
-    neighbourhood first.
+    Adam on mean and log variance with a cosine decay to 0; z in antithetic pairs. The gradient goes through z alone
+    (Roeder et al. 2017): where q is the posterior it has no variance. Examples do not interact, but every step visits
+    all of them. Without a start, larger steps lead from the prior into the neighbourhood first.
     """
-    descend = partial(_descend, model, x, seed, num_steps, num_samples)
+    descend = partial(_descend, model, x, seed, fit.num_steps, fit.num_samples)
     if start is None:
-        _, start = descend(COLD * learning_rate, prior_of(model, len(x)))
-    late, fitted = descend(learning_rate, start)
-    bounds = [importance_bound(model, x, q, _NUM_DRIFT_SAMPLES, seed).elbo for q in (late, fitted)]
+        _, start = descend(COLD * fit.learning_rate, prior_of(model, len(x)))
+    late, fitted = descend(fit.learning_rate, start)
+    bounds = [importance_bound(model, x, q, NUM_DRIFT_SAMPLES, seed).elbo for q in (late, fitted)]
     return FreePosterior(fitted, bounds[1] - bounds[0])
 
 

@@ -18,7 +18,7 @@ from lpc_runner.base.ranks import SINGLE
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked, declared
 from lpc_runner.base.tensors import generator
 from lpc_runner.evaluation.ais import AnnealedImportance
-from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
+from lpc_runner.evaluation.bounds import FreeFit, importance_bound
 from lpc_runner.evaluation.diagnostics import effective_sample_size, r_hat, rank_spread, uniformity
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
@@ -34,7 +34,6 @@ from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
 from lpc_runner.inference.samplers import Info, State
-from lpc_runner.models.latent import LatentVariableModel
 
 KEPT_NUMBERS = 2**25  # of the states of chains that are kept at once; changes no number but by what couples a batch
 MIN_STATES = 20  # of a chain that is split in two and ranked
@@ -69,13 +68,12 @@ class PosteriorMetrics(Metrics):
         ais: AnnealedImportance,
         num_reference_steps: NonNegativeInt = 0,
     ) -> None:
-        require_pairs(free_samples)
         if 0 < num_reference_steps < MIN_STATES:
             raise ValueError(f"num_reference_steps must be 0 or at least {MIN_STATES}, got {num_reference_steps}")
         self.num_simulated, self.num_states, self.num_examples = num_simulated, num_states, num_examples
         self.num_chains, self.num_chain_steps, self.ais = num_chains, num_chain_steps, ais
         self.num_reference_steps = num_reference_steps
-        self.fit = {"num_steps": free_steps, "num_samples": free_samples, "learning_rate": free_learning_rate}
+        self.fit = FreeFit(free_steps, free_samples, free_learning_rate)
 
     def evaluator(self, setup: Setup) -> Evaluator:
         require_examples(setup, "posterior")
@@ -113,7 +111,7 @@ class PosteriorEvaluator(HeldOut):
     """Measures the run's sampler on simulated and on test examples."""
 
     def __init__(self, setup: Setup, settings: PosteriorMetrics) -> None:
-        super().__init__(replace(setup, ranks=SINGLE))
+        super().__init__(replace(setup, ranks=SINGLE), settings.ais)
         self.settings, self.index = settings, evenly_spaced(len(self.data.test), settings.num_examples)
         self.ranks_found: np.ndarray | None = None  # of the last measurement, for the picture
         self.num_values = settings.num_states + 1
@@ -150,7 +148,7 @@ class PosteriorEvaluator(HeldOut):
         sampler, model = trained.sampler, trained.model
         q = self.encoded(trained, x, index)
         if q is None and declared(getattr(sampler, "preconditioner", None), Preconditioner, "needs_encoder"):
-            q = self._free(model, x, None).q  # a table's rows are of training examples
+            q = self.settings.fit(model, x, None, self.seed).q  # a table's rows are of training examples
         q = None if q is None else q.repeat(copies)
         place = declared(sampler, Sampler, "start")
         place = declared(sampler, Sampler, "first_start") if place == "persistent" else place
@@ -263,7 +261,7 @@ class PosteriorEvaluator(HeldOut):
         the square one of their mean, from the mean of the long ones, over the variance of these; R-hat of the latter.
         """
         settings, x = self.settings, self.examples(index)
-        q = self.q(trained, x, index, settings.ais.start)
+        q = self.annealed_from(trained, x, index)
         source = generator(self.seed, "reference", number, device=x.device)
         counts = settings.num_chains, settings.num_reference_steps
         exact = settings.ais.posterior_chains(trained.model, x, q, *counts, source).numpy()
@@ -273,17 +271,14 @@ class PosteriorEvaluator(HeldOut):
 
     # Gaps ---------------------------------------------------------------------------------------------------
 
-    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> FreePosterior:
-        return fit_free_posterior(model, x, start, self.seed, **self.settings.fit)
-
     def _gaps(self, trained: Trained) -> dict[str, float]:
         """log p(x) - ELBO of a free q, and what the encoder's loses beside that (Cremer et al. 2018)."""
         model, rows = trained.model, []
         for number, index in enumerate(self.index.split(EXAMPLES)):
             x = self.examples(index)
             q = self.encoded(trained, x, index)
-            fitted = self._free(model, x, q)
-            begin = self.q(trained, x, index, self.settings.ais.start)
+            fitted = self.settings.fit(model, x, q, self.seed)
+            begin = self.annealed_from(trained, x, index)
             columns = [
                 self.settings.ais.bounds(model, x, begin, self.seed, f"gaps/{number}").lower,
                 importance_bound(model, x, fitted.q, NUM_BOUND_SAMPLES, self.seed).elbo,
@@ -305,9 +300,7 @@ class PosteriorEvaluator(HeldOut):
         mixing = f"R-hat and effective samples of {settings.num_chains} chains of {settings.num_chain_steps:,} steps"
         if steps and settings.num_reference_steps:
             mixing += f", bias against Hamiltonian ones of {settings.num_reference_steps:,}"
-        gaps = (
-            f"free q by {settings.fit['num_steps']:,} steps, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
-        )
+        gaps = f"free q by {settings.fit.num_steps:,} steps, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
         sources = f"ranks of z on {settings.num_simulated:,} simulated examples among {among}; on "
         sources += f"{len(self.index):,} test examples: {f'{mixing}; ' if steps else ''}gaps, {gaps}"
         return {

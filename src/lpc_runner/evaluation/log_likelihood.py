@@ -20,7 +20,7 @@ from lpc_runner.base.likelihoods import draw
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import generator, hash_of_tensors
 from lpc_runner.data.dataset import Batch
-from lpc_runner.evaluation.ais import AnnealedImportance
+from lpc_runner.evaluation.ais import FREE, AnnealedImportance
 from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability, prior_of
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
@@ -51,7 +51,8 @@ _log = logging.getLogger(__name__)
 class HeldOut(Evaluator):
     """An evaluator of any kind of data by its test examples x and the start q of chains, which may simulate its own."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, ais: AnnealedImportance) -> None:
+        self.ais = ais
         self.dataset, self.data, self.device = setup.dataset, setup.data, torch.device(setup.device)
         self.seed, self.ranks = setup.seed, setup.ranks
 
@@ -93,9 +94,11 @@ class HeldOut(Evaluator):
         """The encoder's q of x (B, ...); None where there is no encoder for new examples."""
         return trained.encoder(Batch(x, index.to(x.device))) if is_amortised(trained.encoder) else None
 
-    def q(self, trained: Trained, x: Tensor, index: Tensor, start: str) -> DiagonalGaussian:
-        """Of x (B, ...): the encoder's where `start` says so and there is one for new examples, else the prior."""
-        found = self.encoded(trained, x, index) if start == "encoder" else None
+    def annealed_from(self, trained: Trained, x: Tensor, index: Tensor) -> DiagonalGaussian:
+        """The q of x (B, ...) that `ais.start` names; the prior where that is an encoder's and there is none."""
+        found = None if self.ais.start == "prior" else self.encoded(trained, x, index)
+        if self.ais.start == "free":
+            return FREE(trained.model, x, found, self.seed).q
         return prior_of(trained.model, len(x)) if found is None else found
 
 
@@ -154,7 +157,7 @@ class LikelihoodEvaluator(HeldOut):
     """
 
     def __init__(self, setup: Setup, settings: LikelihoodMetrics) -> None:
-        super().__init__(setup)
+        super().__init__(setup, settings.ais)
         self.settings, self.cache_dir = settings, Path(setup.cache_dir)
         self.index = evenly_spaced(len(self.data.test), settings.num_examples)
 
@@ -190,7 +193,7 @@ class LikelihoodEvaluator(HeldOut):
         """Per test example of a chunk: log p(x), effective samples, acceptance, and of the encoder IWAE and ELBO."""
         settings, index = self.settings, self.index[part.start : part.stop]
         x = self.examples(index)
-        q = self.q(trained, x, index, settings.ais.start)
+        q = self.annealed_from(trained, x, index)
         bounds = settings.ais.bounds(trained.model, x, q, self.seed, f"test/{number}")
         columns = [bounds.lower, bounds.effective_samples, bounds.acceptance]
         if (q := self.encoded(trained, x, index)) is not None:
@@ -203,7 +206,7 @@ class LikelihoodEvaluator(HeldOut):
         drawn = self.simulate(trained.model, len(part), "bdmc", number)
         assert drawn is not None  # else `final` asks for none
         z, x = drawn
-        q = self.q(trained, x, torch.arange(part.start, part.stop), self.settings.ais.start)
+        q = self.annealed_from(trained, x, torch.arange(part.start, part.stop))
         bounds = self.settings.ais.bounds(trained.model, x, q, self.seed, f"simulated/{number}", z)
         assert bounds.upper is not None  # as z was given
         return torch.stack([bounds.upper - bounds.lower, bounds.lower], 1)
@@ -238,8 +241,7 @@ class LikelihoodEvaluator(HeldOut):
     def _key(self, trained: Trained, *what: object) -> str:
         """Names everything that rows depend on: weights, data, settings, seed, device; and a value of the model, since
         the code of a model of one's own may change."""
-        x = self.examples(self.index[:EXAMPLES])
-        q = self.q(trained, x, self.index[:EXAMPLES], "encoder")
+        x, q = self._first(trained)
         with torch.no_grad():
             probe = float(trained.model.log_joint(x, q.mean).double().sum())
         modules = {"model": trained.model} | ({} if trained.encoder is None else {"encoder": trained.encoder})
@@ -250,28 +252,35 @@ class LikelihoodEvaluator(HeldOut):
         named += [ais.num_chains, ais.num_temperatures, ais.num_leapfrog, ais.start, settings.num_importance_samples]
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24]
 
+    def _first(self, trained: Trained) -> tuple[Tensor, DiagonalGaussian]:
+        """The first chunk of test examples, and a q for each that costs nothing."""
+        index = self.index[:EXAMPLES]
+        x = self.examples(index)
+        return x, self.encoded(trained, x, index) or prior_of(trained.model, len(x))
+
     # Words and numbers --------------------------------------------------------------------------------------
 
     def _announce(self, trained: Trained, num_simulated: int) -> None:
         """How much is to be done and for how long at most, before it starts."""
-        ais, index = self.settings.ais, self.index[:EXAMPLES]
-        x = self.examples(index)
-        per_move = ais.seconds_per_move(trained.model, x, self.q(trained, x, index, ais.start))
+        ais = self.settings.ais
+        per_move = ais.seconds_per_move(trained.model, *self._first(trained))
         chunks = [-(-count // EXAMPLES) for count in (len(self.index), num_simulated)]
         moves = chunks[0] * ais.num_moves(backward=False) + chunks[1] * ais.num_moves(backward=True)
         _log.info(
             "AIS of %s test and %s simulated examples, K = %s chains, S = %s temperatures, %s decoder gradients: "
             "at most %s on %s at the pace just timed%s",
             *(f"{value:,}" for value in (len(self.index), num_simulated, ais.num_chains, ais.num_temperatures)),
-            f"{self._passes(num_simulated):,}",
+            f"{self._passes(trained, num_simulated):,}",
             show_duration(per_move * moves),
             self.device,
             f", shared by {self.ranks.size} ranks" if self.ranks.size > 1 else "",
         )
 
-    def _passes(self, num_simulated: int) -> int:
-        ais = self.settings.ais
-        return len(self.index) * ais.passes_per_example(False) + num_simulated * ais.passes_per_example(True)
+    def _passes(self, trained: Trained, num_simulated: int) -> int:
+        num_examples = len(self.index)
+        fit = FREE.passes_per_example(trained.model, is_amortised(trained.encoder)) if self.ais.start == "free" else 0
+        passes = num_examples * self.ais.passes_per_example(False) + num_simulated * self.ais.passes_per_example(True)
+        return passes + (num_examples + num_simulated) * fit
 
     def _test_numbers(self, trained: Trained, rows: Tensor) -> dict[str, float]:
         numbers = {}
@@ -291,8 +300,8 @@ class LikelihoodEvaluator(HeldOut):
 
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:
         settings, ais = self.settings, self.settings.ais
-        start = ais.start if is_amortised(trained.encoder) else "prior"
-        words = {"encoder": "the encoder's q", "prior": "the prior"}[start]
+        start = "prior" if ais.start == "encoder" and not is_amortised(trained.encoder) else ais.start
+        words = {"encoder": "the encoder's q", "free": "a free q for each", "prior": "the prior"}[start]
         sources = (
             f"{len(self.index):,} test examples; annealed from {words}: K = {ais.num_chains:,} chains, "
             f"S = {ais.num_temperatures:,} temperatures, {ais.num_leapfrog} leapfrog steps a move"
@@ -312,7 +321,7 @@ class LikelihoodEvaluator(HeldOut):
             "num_simulated": num_simulated,
             "num_importance_samples": settings.num_importance_samples,
             "num_levels": trained.model.likelihood.num_levels if is_probability(self.dataset, trained.model) else None,
-            "gradient_evaluations": self._passes(num_simulated),
+            "gradient_evaluations": self._passes(trained, num_simulated),
             "ceilings": {name: value for name, value in ceilings.items() if name in numbers},
             "notes": {name: NOTES[name] for name in numbers},
             "sources": sources,

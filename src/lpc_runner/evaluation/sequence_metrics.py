@@ -15,7 +15,7 @@ from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, a
 from lpc_runner.data.dataset import Batch
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
 from lpc_runner.evaluation import linear_gaussian
-from lpc_runner.evaluation.bounds import FreePosterior, fit_free_posterior, importance_bound, require_pairs
+from lpc_runner.evaluation.bounds import FreeFit, importance_bound
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
     Idle,
@@ -69,9 +69,8 @@ class SequenceQuality(Metrics):
         num_posterior_samples: PositiveInt,
         every_epochs: NonNegativeInt,
     ) -> None:
-        require_pairs(free_samples)
         self.num_importance_samples, self.num_gap_trials = num_importance_samples, num_gap_trials
-        self.fit = {"num_steps": free_steps, "num_samples": free_samples, "learning_rate": free_learning_rate}
+        self.fit = FreeFit(free_steps, free_samples, free_learning_rate)
         self.num_posterior_samples, self.every_epochs = num_posterior_samples, every_epochs
 
     def evaluator(self, setup: Setup) -> Evaluator:
@@ -221,7 +220,7 @@ class SequenceEvaluator(Evaluator):
         numbers, proposals = {}, {}
         if is_amortised(trained.encoder):
             proposals["encoder"] = self._encoded(trained, self.gap_index)
-        fitted = self._free(model, x, proposals.get("encoder"))
+        fitted = self.settings.fit(model, x, proposals.get("encoder"), self.seed)
         proposals["free"] = fitted.q
         for name, q in proposals.items():
             bound = importance_bound(model, x, q, settings.num_importance_samples, self.seed)
@@ -241,12 +240,6 @@ class SequenceEvaluator(Evaluator):
             whole = importance_bound(model, self.x, self._encoded(trained, self.every), 10, self.seed)
             numbers["elbo"] = float(whole.elbo.mean())
         return numbers, fitted.q
-
-    def _free(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None) -> FreePosterior:
-        """The best factorised q of every trial: in closed form where there is one, else fitted, from `start` if any."""
-        if linear_gaussian.is_linear_gaussian(model):
-            return FreePosterior(linear_gaussian.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
-        return fit_free_posterior(model, x, start, self.seed, **self.settings.fit)
 
     def _of_reconstruction(self, reconstruction: Tensor) -> dict[str, float]:
         """E_q[log p(x|z)] of the gap trials, (B,), and whether it explains their spikes better than the true rates do.
@@ -310,7 +303,7 @@ class SequenceEvaluator(Evaluator):
         by = "the encoder" if is_amortised(trained.encoder) else "the free q"
         sources = (
             f"{len(inferred.index):,} validation trials with posteriors from {by}, "
-            f"{settings.num_posterior_samples} draws each; free q ({settings.fit['num_steps']} steps), IWAE with "
+            f"{settings.num_posterior_samples} draws each; free q ({settings.fit.num_steps} steps), IWAE with "
             f"K = {settings.num_importance_samples:,} and gaps on {num_gap:,} of them"
         )
         return {
