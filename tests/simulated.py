@@ -150,8 +150,8 @@ template <typename T> T erfcx(T y) {
   return T(0.564189583547756287) / below;
 }
 %s
-#define RUN(T) extern "C" void run_##T(long count, T** in, const double* c, T** out) { \\
-  for (long i = 0; i < count; i++) %s<T>(in[0][i], in[1][i], in[2][i], c[0], c[1], c[2], out[0][i], out[1][i], out[2][i]); }
+#define RUN(T) extern "C" void run_##T(long count, T** a, const double* c, T** b) { \\
+  for (long i = 0; i < count; i++) %s<T>(a[0][i], a[1][i], a[2][i], c[0], c[1], c[2], b[0][i], b[1][i], b[2][i]); }
 RUN(float) RUN(double)
 """
 

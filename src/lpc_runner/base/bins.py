@@ -99,19 +99,13 @@ template <typename T> void log_bin_probability(
   T unit = exp(-log_scale) * sqrt(T(0.5)), t = (mean - x) * unit, sign = copysign(T(1), t);
   T u = fabs(t), h = half_width * unit, near = u - h, far = u + h;
   bool closed_near = sign * x < 1 - half_width, closed_far = half_width - 1 < sign * x;
-  T decay = closed_far ? exp(-4 * h * u) : T(0), at_near;
-  if (closed_near && tail_start < near) {
-    T scaled = erfcx(near) - erfcx(far) * decay;
-    value = log(scaled) - near * near;
-    at_near = 1 / scaled;
-  } else {
-    T twice = (closed_near ? erfc(near) : T(2)) - (closed_far ? erfc(far) : T(0));
-    value = log(twice);
-    at_near = exp(-near * near) / twice;
-  }
-  value -= log(T(2));
-  T at_far = at_near * decay;
+  bool in_tail = closed_near && tail_start < near;
+  T decay = closed_far ? exp(-4 * h * u) : T(0);
+  T twice = in_tail ? erfcx(near) - erfcx(far) * decay
+                    : (closed_near ? erfc(near) : T(2)) - (closed_far ? erfc(far) : T(0));
+  T at_near = (in_tail ? T(1) : exp(-near * near)) / twice, at_far = at_near * decay;
   at_near = closed_near ? at_near : T(0);
+  value = log(twice) - (in_tail ? near * near : T(0)) - log(T(2));
   to_mean = (at_near - at_far) * sign * unit * edge;
   to_log_scale = at_far * far - at_near * near;
 }
