@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpc_runner.base.distributions import BIN_HALF_WIDTH, LOG_2PI, TAIL_START, DiscretisedGaussian
+from lpc_runner.base.bins import BIN_HALF_WIDTH, TAIL_START
+from lpc_runner.base.distributions import LOG_2PI, DiscretisedGaussian
 from lpc_runner.models.conv import Conv
 
 STEP_SIZE, BETA, EPS = 1e-3, 0.25, 1e-8  # of every chain that is compared
@@ -176,7 +177,7 @@ def _jax_layer(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, jax: Any, jnp:
 
 
 def _jax_log_bin(jax: Any, jnp: Any) -> Callable:
-    """`distributions.log_bin_probability` with the same arithmetic and the same derivatives."""
+    """`bins.log_bin_probability` with the same arithmetic and the same derivatives."""
     start, root_half = TAIL_START[torch.float32], 0.5**0.5
 
     def tail_series(y):

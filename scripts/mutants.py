@@ -65,7 +65,7 @@ KEPT, LEARNER, CONTEXT = "inference/context.py", "training/learner.py", "inferen
 SIZES, TRAINER = "inference/step_sizes.py", "training/trainer.py"
 SAMPLERS, CHAIN, METRIC = "inference/samplers.py", "inference/chain.py", "inference/preconditioning.py"
 ENGINE = "inference/engine.py"
-OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "base/distributions.py"
+OBJECTIVES, UPDATE, DENSITY = "inference/objectives.py", "training/update.py", "base/bins.py"
 
 MUTANTS = [
     # The Langevin step, by closed forms
@@ -203,6 +203,10 @@ MUTANTS = [
            "addcmul_(near, near, value=-1)", "addcmul_(near, near, value=0)", distributions("far_tail")),
     Mutant("a device's tail is its core", DENSITY,
            "tail, log_twice), torch", "log_twice, log_twice), torch", ("tests/test_simulated_device.py", "likelihood")),
+    Mutant("a GPU's tail is its core", DENSITY,
+           "closed_near && tail_start < near", "false", ("tests/test_simulated_device.py", "likelihood")),
+    Mutant("a GPU's σ has no gradient at near edges", DENSITY,
+           "at_far * far - at_near * near;", "at_far * far;", ("tests/test_simulated_device.py", "likelihood")),
     # Likelihoods
     Mutant("moves of AIS without a Metropolis test", "evaluation/ais.py",
            "self.uniform(count, source) < acceptance", "acceptance >= 0", ais("unbiased")),

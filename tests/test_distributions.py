@@ -1,6 +1,8 @@
 """Densities against high-precision arithmetic, torch.distributions and finite differences."""
 
+import ctypes
 import math
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Normal, kl_divergence
 
+from lpc_runner.base.bins import KERNEL, _kernel
 from lpc_runner.base.distributions import (
     Bernoulli,
     DiagonalGaussian,
@@ -147,6 +150,30 @@ def test_gradient_lives_in_the_far_tail_in_float32():
             want = exact(*point)
             assert abs(want[1]) > 30 / sigma
             np.testing.assert_allclose(got, want, rtol=2e-5)
+
+
+CALL = """
+extern "C" __global__ void of_%s(%s* a, double c) {
+  log_bin_probability<%s>(a[0], a[1], a[2], c, c, c, a[3], a[4], a[5]);
+}
+"""
+
+
+def test_the_kernel_of_a_gpu_compiles_without_one():
+    """torch's jiterator reads its name; NVRTC, called as torch calls it, compiles it in both precisions.
+
+    What it computes: `test_simulated_device.py`.
+    """
+    assert _kernel().kernel_name == "log_bin_probability"
+    libraries = list(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc.so.*"))
+    if not libraries:
+        pytest.skip("this torch comes without NVRTC")
+    nvrtc, program = ctypes.CDLL(str(libraries[0])), ctypes.c_void_p()
+    code = KERNEL + "".join(CALL % (dtype, dtype, dtype) for dtype in ("float", "double"))
+    options = [b"--std=c++17", b"--gpu-architecture=compute_80", b"-default-device"]
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), None, 0, None, None) == 0
+    assert nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)) == 0
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def test_likelihoods_sum_over_dimensions():

@@ -79,7 +79,10 @@ class Independent(nn.Module):
 
     def forward(self, x: Tensor, predictor: Tensor) -> Tensor:
         """log p(x | η) in nats, (B,), summed over all dimensions; x and η are (B, ...)."""
-        return self.density(x, predictor).flatten(1).sum(1)
+        values = self.density(x, predictor)
+        if values.is_cuda:  # in memory's order: flattening an image whose channels are last would copy it
+            return values.sum(tuple(range(1, values.ndim)))
+        return values.flatten(1).sum(1)
 
     def scalars(self) -> dict[str, Tensor]:
         return {}

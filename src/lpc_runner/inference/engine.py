@@ -22,7 +22,6 @@ from lpc_runner.inference.chain import (
     begin,
     block_length,
     draws,
-    largest,
     run_chain,
     theta_along,
 )
@@ -137,8 +136,8 @@ class Block:
 
     potential: z, accumulate -> (value, drift), its sums among the fixed tensors. step: the sampler's. noise
     (length, B, d), times (length,): read. state: the chain's, moved on. Written, for every step: states (length, B, d),
-    log_joints (length, B) and drifts (length, B, d) before it, the largest 2γG (length,), energy errors (length, B)
-    where there are any. num_evaluations: of the potential.
+    log_joints (length, B) and drifts (length, B, d) before it, the largest 2γG (length,) or a number, energy errors
+    (length, B) where there are any. num_evaluations: of the potential.
     """
 
     def __init__(
@@ -151,26 +150,24 @@ class Block:
         several = (count,) if (count := declared(sampler, Sampler, "num_draws")) > 1 else ()
         self.noise = z.new_zeros(length, *several, *z.shape) if sampler.noisy else [None] * length
         self.times = torch.zeros(length, dtype=torch.float64, device=z.device)
-        self.states, self.drifts = z.new_zeros(2, length, *z.shape)
-        self.log_joints, self.variances = z.new_zeros(length, len(z)), z.new_zeros(length)
-        judged = declared(sampler, Sampler, "energy_error_of")
-        self.errors = None if judged is None else z.new_zeros(length, len(z))
+        self.states = z.new_zeros(length, *z.shape)
         self.num_evaluations = 0
 
     def __call__(self) -> None:
-        state, before = self.state, self.potential.num_evaluations
+        state, before, infos = self.state, self.potential.num_evaluations, []
         for index in range(self.length):
             # A block's length is a multiple of theta_every, so that the same steps accumulate in each.
             accumulate = self.along and index % self.sampler.theta_every == 0
             state = state._replace(t=self.times[index])
             state, info = advance(self.sampler, self.step, state, self.potential, accumulate, self.noise[index])
-            self.states[index].copy_(state.z)
-            self.log_joints[index].copy_(info.log_joint)
-            self.drifts[index].copy_(info.drift)
-            self.variances[index].fill_(largest(info.noise_variance))  # of a number, no copy from the host
-            if self.errors is not None:
-                assert info.energy_error is not None  # as the sampler declares
-                self.errors[index].copy_(info.energy_error)
+            self.states[index].copy_(state.z)  # at once, for the next step may write over it
+            infos.append(info)
+        # The rest of all steps together, a kernel each; of a captured block, tensors of the graph's own.
+        log_joints, drifts, variances, errors = zip(*infos)
+        self.log_joints, self.drifts, self.variances = torch.stack(log_joints), torch.stack(drifts), variances[0]
+        if torch.is_tensor(self.variances):
+            self.variances = torch.stack(variances).view(self.length, -1).amax(1)
+        self.errors = None if errors[0] is None else torch.stack(errors)
         self.load(state)
         self.num_evaluations = self.potential.num_evaluations - before
 
