@@ -10,14 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (
     TELLING,
     TINY,
     assert_same_run,
+    cell_of,
     cells_of,
     environment,
     finish,
@@ -27,8 +31,12 @@ from conftest import (
 )
 from omegaconf import OmegaConf
 
+from lpc_runner.runner import fleet
 from lpc_runner.runner.jobs import gpu_slot, visible_gpus
+from lpc_runner.runner.plan import plan
+from lpc_runner.runner.run import execute
 from lpc_runner.store.runs import RunDirectory
+from lpc_runner.training.learner import Learner
 
 ROOT = Path(__file__).parents[1]
 
@@ -301,6 +309,166 @@ def test_slots_of_gpus_are_leased_once_and_come_back_from_the_dead(tmp_path, mon
 def test_an_empty_gpu_goes_before_a_second_run_on_one(tmp_path):
     with gpu_slot(["a", "b"], 2, tmp_path) as one, gpu_slot(["a", "b"], 2, tmp_path) as two:
         assert (one, two) == (0, 1)
+
+
+@pytest.fixture
+def small(tmp_path) -> tuple[str, ...]:
+    """A run of four updates, measured on a few images; two of them share a GPU."""
+    images = write_images(tmp_path / "images.npz", count=45)
+    keep = [
+        word for word in TINY if not word.startswith(("trainer.max", "trainer.batch", "model.h", "metrics.", "traces."))
+    ]
+    return (
+        *keep,
+        "dataset=arrays",
+        f"dataset.train={images}",
+        f"data_dir={tmp_path}/data",
+        "trainer.batch_size=10",
+        "trainer.max_updates=4",
+        "model.hidden=[4]",
+        "traces.num_chains=0",
+        "metrics.num_samples=8",
+        "metrics.num_samples_during=8",
+        "runs_per_gpu=2",
+    )
+
+
+FLEET = "hydra/launcher=fleet"
+
+
+def each_in(folder: str, cells: list) -> list:
+    """Plans of cells whose runs lie in a folder of their own."""
+    for cell in cells:
+        cell.cfg.output_dir = folder
+    return [plan(cell) for cell in cells]
+
+
+def made(monkeypatch) -> list[tuple[int, int]]:
+    """Seed and number of every update, in the order in which they are made."""
+    order, real = [], Learner.gradients
+
+    def gradients(self, batch, seed, update, *given, **more):
+        order.append((seed, update))
+        return real(self, batch, seed, update, *given, **more)
+
+    monkeypatch.setattr(Learner, "gradients", gradients)
+    return order
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_members_of_a_fleet_are_the_runs_that_they_are_alone(small, workplace, device, monkeypatch):
+    """Bit for bit, though methods and settings differ; a diverged one leaves, and the rest goes on in turn."""
+    small = (*small, "runs_per_gpu=3", f"device={device}", f"deterministic={str(device != 'cpu').lower()}")
+    small = [word for word in small if word not in ("runs_per_gpu=2", "device=cpu")]
+    other = ("seed=1", "objective=forward", "step_size.value=0.03", "preconditioning.beta=0.5")
+    cells = [cell_of(*small, *more) for more in ((), other, ("seed=2", "optimizer.learning_rate=1e30"))]
+    alone = each_in("alone", cells)
+    for run in alone:
+        execute(run)
+    order, failures = made(monkeypatch), []
+    together = each_in("together", cells)
+    fleet.execute_fleets(together, lambda *failed: failures.append(failed))
+    assert not failures
+    assert order == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (0, 3), (1, 3)]
+    for one, two in zip(alone, together):
+        assert_same_run(one.directory.path, two.directory.path)
+        assert two.directory.result()["status"] == one.directory.result()["status"]
+    assert together[2].directory.result()["status"] == "diverged"
+    fleet.execute_fleets(together, lambda *failed: pytest.fail("done"))
+    assert len(order) == 10  # what is done is taken as it is
+
+
+def test_a_signal_saves_a_whole_fleet_and_a_failure_ends_its_own_run_alone(small, command, monkeypatch):
+    alone, sweep = ("-m", "seed=0,1,2", "output_dir=alone", *small), ("-m", "seed=0,1,2", *small, FLEET)
+    assert command(*alone).code == 0
+    real = Learner.gradients
+
+    def broken(by: str):
+        def gradients(self, batch, seed, update, *given, **more):
+            if (seed, update) == (1, 2) and by == "a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+                while threading.current_thread().received is None:  # by the main thread
+                    time.sleep(0.001)
+            if (seed, update) == (1, 3) and by == "an error":
+                raise RuntimeError("no such kernel")
+            return real(self, batch, seed, update, *given, **more)
+
+        monkeypatch.setattr(Learner, "gradients", gradients)
+
+    before = signal.getsignal(signal.SIGTERM)
+    broken("a signal")
+    answer = command(*sweep)
+    assert answer.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+    begun = runs(Path())
+    assert len(begun) == 2 and not any((run / "result.json").exists() for run in begun)  # two at a time
+    saved = [RunDirectory(run).checkpoint_files()[0].update for run in begun]
+    assert saved == [3, 3]
+    broken("an error")
+    answer = command(*sweep)
+    assert answer.code == 1 and answer.lines[-1].startswith("lpc_runner: 1 of 3 runs did not finish")
+    assert f"{begun[1].name}: resuming after update 3" in answer.err
+    assert [result_of(run)["status"] for run in runs(Path())] == ["finished", "failed", "finished"]
+    monkeypatch.setattr(Learner, "gradients", real)
+    assert command(*sweep).code == 0
+    for one, two in zip(runs(Path(), "../alone/default"), runs(Path()), strict=True):
+        assert_same_run(one, two)
+        assert 0 < result_of(two)["train_seconds"] < 10
+
+
+def test_turns_go_round_and_what_failed_lets_go_of_its_memory(small, workplace, monkeypatch):
+    members, seen, held = [plan(cell) for cell in cells_of("-m", "seed=0,1,2", *small)], [], []
+
+    def training(planned, member):
+        model = torch.nn.Linear(1, 1)
+        held.append(weakref.ref(model))
+        for number in range({0: 1, 1: 3, 2: 2}[planned.experiment.seed]):
+            seen.append((planned.experiment.seed, number))
+            assert member.turn() >= 0
+        raise RuntimeError("out of memory") from ValueError()
+
+    monkeypatch.setattr(fleet, "execute", training)
+    failures = []
+    fleet.Fleet(members, lambda run, error: failures.append((run.experiment.seed, error))).run()
+    assert seen == [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1), (1, 2)]
+    assert [seed for seed, _ in failures] == [0, 2, 1] and not any(model() for model in held)
+
+
+def test_the_same_signal_again_ends_a_fleet_at_once(small, workplace, monkeypatch):
+    members = [plan(cell) for cell in cells_of("-m", "seed=0,1", *small)]
+
+    def endless(planned, member):
+        while member.turn() >= 0:
+            if planned.experiment.seed == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)
+
+    monkeypatch.setattr(fleet, "execute", endless)
+    made = fleet.Fleet(members, lambda *failed: pytest.fail("no failure"))
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert made.received == signal.SIGINT and not any(member.is_alive() for member in made.members)
+
+
+def test_runs_of_one_kind_go_together(small, workplace):
+    """Others, and what is done, go by themselves."""
+    planned = [plan(cell) for cell in cells_of("-m", *small, "sampler.num_steps=3,4", "seed=0,1,2")]
+    planned[1].directory.state = lambda: "done"
+    groups = [[planned.index(run) for run in group] for group in fleet.fleets_of(planned)]
+    assert groups == [[0, 2], [1], [3, 4], [5]]
+
+
+def test_what_no_fleet_can_have_is_one_line_before_any_work(small, command, sweeper, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for word, says in (
+        ("runs_per_gpu=1", "trains runs_per_gpu runs together, which is 1"),
+        ("engine=compiled", "engine=compiled is for one run at a time"),
+        ("tracker=wandb", "W&B records one run of a process at a time: tracker=none"),
+        ("hydra/sweeper=tries", "there is no fleet of one"),
+    ):
+        words = [kept for kept in small if kept.partition("=")[0] != word.partition("=")[0]]
+        answer = command("-m", "seed=0,1", *words, FLEET, word)
+        assert answer.code == 1 and len(answer.lines) == 1 and says in answer.err
+    assert not Path("outputs/runs").exists()
 
 
 def test_slots_mean_the_gpu_not_its_number_in_one_process(monkeypatch):

@@ -86,8 +86,14 @@ def _run() -> None:
         searches = composed.sweeper is not None
         if ranks and searches:
             raise UserError(f"hydra/sweeper={composed.sweeper} proposes runs one at a time, not on several ranks")
+        if composed.is_fleet and searches:
+            raise UserError(f"hydra/sweeper={composed.sweeper} proposes runs one at a time: there is no fleet of one")
         with _first(ranks):
             planned = check_plan(cells, *([ranks] if ranks else []), proposed=searches)
+            if composed.is_fleet:
+                from lpc_runner.runner.fleet import require_fleet
+
+                require_fleet(planned)
         if ranks and not ranks.is_main:
             if not cells[0].cfg.check:
                 with frozen(cells, write=False):
@@ -100,9 +106,10 @@ def _run() -> None:
                     f"this is a run of the first values; hydra/sweeper={composed.sweeper} proposes its own, one by one"
                 )
             return
-        sweep = proposing(cells[0].cfg.output_dir) if searches else frozen(cells)
+        sweep = proposing(cells[0].cfg.output_dir) if searches else frozen(cells, write=not composed.is_fleet)
+        task = functools.partial(_fleets, planned) if composed.is_fleet else job
         with sweep as folder, _interruptible() if starts_workers_here(composed.launcher) else nullcontext():
-            _hydra(args, composed.single)
+            _hydra(args, composed.single, task)
             if folder is not None:
                 planned = proposed_runs(folder)
         print_results(planned)
@@ -131,11 +138,12 @@ def _first(ranks: Any) -> AbstractContextManager[None]:
     return ranks.main_first() if ranks else nullcontext()
 
 
-def _hydra(args: argparse.Namespace, single: tuple[DictConfig, Any] | None = None) -> None:
+def _hydra(args: argparse.Namespace, single: tuple[DictConfig, Any] | None = None, task: Any = None) -> None:
     """Hand over to Hydra, which calls `job` for every cell.
 
-    single: the composition of a single run. Without it Hydra composes what the command line says, as `hydra.main` has
-    it, which would parse the words again, by an argparse that takes no flags between the overrides.
+    single: the composition of a single run, or of a fleet, whose job is `task`. Without it Hydra composes what the
+    command line says, as `hydra.main` has it, which would parse the words again, by an argparse that takes no flags
+    between the overrides.
     """
     from hydra import version
     from hydra._internal.utils import _run_hydra, get_args_parser
@@ -147,7 +155,7 @@ def _hydra(args: argparse.Namespace, single: tuple[DictConfig, Any] | None = Non
     try:
         with environment(full_error), words_for_workers(sys.argv), variants_read():
             if single is not None:
-                _run_single(*single)
+                _run_single(*single, task or job)
             else:
                 version.setbase("1.3")
                 _run_hydra(args, get_args_parser(), job, str(CONF_DIR), CONFIG_NAME)
@@ -160,8 +168,8 @@ def _hydra(args: argparse.Namespace, single: tuple[DictConfig, Any] | None = Non
         raise UserError(f"Hydra or the launcher failed; the same command goes on with what is left ({said})") from error
 
 
-def _run_single(composition: DictConfig, loader: Any) -> None:
-    """`job` under Hydra, its logging and callbacks included, as `Hydra.run` has it, which would compose twice more."""
+def _run_single(composition: DictConfig, loader: Any, task: Any) -> None:
+    """A job under Hydra, its logging and callbacks included, as `Hydra.run` has it, which would compose twice more."""
     from hydra._internal.callbacks import Callbacks
     from hydra.core.utils import run_job
     from hydra.types import HydraContext, RunMode
@@ -174,7 +182,7 @@ def _run_single(composition: DictConfig, loader: Any) -> None:
     callbacks = Callbacks(composition)
     callbacks.on_run_start(config=composition, config_name=CONFIG_NAME)
     context = HydraContext(config_loader=loader, callbacks=callbacks)
-    done = run_job(job, composition, "hydra.run.dir", None, context)
+    done = run_job(task, composition, "hydra.run.dir", None, context)
     callbacks.on_run_end(config=composition, config_name=CONFIG_NAME, job_return=done)
     _ = done.return_value  # raises what the job raised
 
@@ -270,6 +278,20 @@ def job(cfg: DictConfig) -> float | None:
         if is_proposed():
             raise
         return None
+
+
+def _fleets(planned: list[Any], cfg: DictConfig) -> None:
+    """The one job of hydra/launcher=fleet: every run of the sweep, in this process; failures as in `job`."""
+    from lpc_runner.runner.fleet import execute_fleets
+    from lpc_runner.training.trainer import Interrupted
+
+    del cfg  # of the first run
+    settle()
+    mask_logs()
+    try:
+        execute_fleets(planned, lambda run, error: _log_failure(error, run.ranks))
+    except Interrupted as interrupted:
+        raise SystemExit(interrupted.exit_code) from None
 
 
 def _log_failure(error: Exception, ranks: Any) -> None:

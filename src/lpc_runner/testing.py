@@ -142,6 +142,7 @@ def check_tracker(tracker: type, **settings: Any) -> None:
     declared(tracker, Sink, "require")(**settings)
     assert declared(tracker, Sink, "wants_done_runs")() in (True, False)
     assert isinstance(declared(tracker, Sink, "refuses_sweeps")(), str)
+    assert isinstance(declared(tracker, Sink, "refuses_fleets")(**settings), str)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sink = tracker(**settings, **accepted(tracker, FACTS | {"folder": folder}))

@@ -40,6 +40,7 @@ OmegaConf.register_new_resolver("square", lambda x: x * x if isinstance(x, int |
 OmegaConf.register_new_resolver("share", lambda n, k: max(n // k, 1) if isinstance(n, int) else n, replace=True)
 
 NO_LAUNCHER = "none"
+FLEET = "lpc_runner.runner.fleet.Fleet"  # no class of Hydra's: the command makes its runs in one job
 _PLAIN = (bool, int, float, str, type(None))
 # A command that chooses an option of one of these has said what the method is; else the dataset does, tuned.method.
 _METHOD_WORDS = {"method", "experiment", "objective", "sampler", "preconditioning", "step_size"}
@@ -59,13 +60,18 @@ class Composed:
     chosen: tuple[str, ...] = ()
     # Of a command of one cell that says nothing of the method: the word on it that the dataset adds.
     method_word: str | None = None
-    # Of a single run: what Hydra composed, its own part included, and Hydra's loader.
+    # Of a single run, or a fleet's first: what Hydra composed, its own part included, and Hydra's loader.
     single: tuple[DictConfig, Any] | None = None
 
     @property
     def is_sweep(self) -> bool:
         """Whether it is a sweep, be it of one cell."""
         return self.launcher != NO_LAUNCHER
+
+    @property
+    def is_fleet(self) -> bool:
+        """Whether this process trains several runs together."""
+        return self.launcher == FLEET
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,16 @@ def compose_command(args: argparse.Namespace) -> Composed:
                     require_own_names(folder, cell.choices)
             chosen = _chosen_by_datasets(cells) if cells[0].cfg.check else ()
             single = None
-            if launcher == NO_LAUNCHER:
-                single = once(*_with(method_word, words[0])), _loader()
+            if launcher in (NO_LAUNCHER, FLEET):
+                hydras = [] if launcher == NO_LAUNCHER else _words_for_hydra(args)
+                single = once(*_with(method_word, words[0]), *hydras), _loader()
             return Composed(cells, launcher, sweeper, chosen, method_word, single)
     except OmegaConfBaseException as error:  # when a value is read
         raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
+
+
+def _words_for_hydra(args: argparse.Namespace) -> list[str]:
+    return [str(override.input_line) for override in parsed(args.overrides) if override.is_hydra_override()]
 
 
 def _loader() -> Any:
@@ -199,8 +210,8 @@ def starts_workers_here(launcher: str) -> bool:
 
 
 def runs_in_this_process(launcher: str) -> bool:
-    """Whether runs of a launcher of that class path, or without one, are made one after the other by the command."""
-    return launcher == NO_LAUNCHER or launcher.endswith(f".{BasicLauncher.__name__}")
+    """Whether runs of a launcher of that class path, or without one, are made by the command's own process."""
+    return launcher in (NO_LAUNCHER, FLEET) or launcher.endswith(f".{BasicLauncher.__name__}")
 
 
 def _require_launcher(launcher: DictConfig) -> None:

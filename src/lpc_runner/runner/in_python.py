@@ -24,7 +24,8 @@ from lpc_runner.config.compose import Composed, compose_command, recompose_group
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 from lpc_runner.config.words import flags_of, parse_arguments, refuse_flags
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.runner.plan import build_learner, check_plan, unfinished
+from lpc_runner.runner.fleet import execute_fleets, require_fleet
+from lpc_runner.runner.plan import Planned, build_learner, check_plan, unfinished
 from lpc_runner.runner.run import execute
 from lpc_runner.store.checkpoints import load_checkpoint
 from lpc_runner.store.environment import settings_of
@@ -128,7 +129,7 @@ class CompletedRun:
 
 
 def run(words: Sequence[str]) -> CompletedRun | list[CompletedRun]:
-    """What `python -m lpc_runner WORDS` would run, made here one after the other, or taken as it is where it is done.
+    """What `python -m lpc_runner WORDS` would run, made here, or taken as it is where it is done.
 
     words: `["dataset=digits", "model=mlp"]`. With `-m`, or an experiment that is a sweep, the answer is a list, each
     run once. Everything is checked before anything starts. Raises UserError (one line) for a mistake, and at the end of
@@ -154,19 +155,29 @@ def run(words: Sequence[str]) -> CompletedRun | list[CompletedRun]:
         composed = compose_command(args)
         _require_runs_here(composed)
         planned = check_plan(composed.cells)
+        if composed.is_fleet:
+            require_fleet(planned)
         failure = None
-        for planned_run in planned:
-            try:
-                execute(planned_run)
-            except Interrupted as interrupted:
-                if interrupted.exit_code == 128 + signal.SIGINT:
-                    raise KeyboardInterrupt from None
-                raise SystemExit(interrupted.exit_code) from None
-            except Exception as error:
-                if not composed.is_sweep:
-                    raise
-                failure = failure or error
-                logger.error("%s: %s", planned_run.directory.path, masked(str(error)))
+
+        def failed(planned_run: Planned, error: Exception) -> None:
+            nonlocal failure
+            failure = failure or error
+            logger.error("%s: %s", planned_run.directory.path, masked(str(error)))
+
+        try:
+            if composed.is_fleet:
+                execute_fleets(planned, failed)
+            for planned_run in () if composed.is_fleet else planned:
+                try:
+                    execute(planned_run)
+                except Exception as error:
+                    if not composed.is_sweep:
+                        raise
+                    failed(planned_run, error)
+        except Interrupted as interrupted:
+            if interrupted.exit_code == 128 + signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(interrupted.exit_code) from None
         if left := unfinished(planned):
             raise UserError(f"{len(left)} of {len(planned)} runs did not finish: {left[0]}") from failure
         completed = [_completed(planned_run.directory) for planned_run in planned]

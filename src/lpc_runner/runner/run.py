@@ -31,7 +31,7 @@ from lpc_runner.store.runs import RunDirectory
 from lpc_runner.tracking.progress import Progress
 from lpc_runner.tracking.tracker import Sink, Tracker, facts_of_run
 from lpc_runner.training.learner import Learner
-from lpc_runner.training.trainer import Counters, Interrupted, Outcome
+from lpc_runner.training.trainer import Counters, Interrupted, Interrupts, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,10 @@ def set_up_torch(experiment: Experiment) -> None:
     torch.use_deterministic_algorithms(experiment.deterministic)
 
 
-def execute(planned: Planned) -> dict[str, Any]:
+def execute(planned: Planned, member: Interrupts | None = None) -> dict[str, Any]:
     """Run, resume, or return the result of a run that is done; the content of result.json.
 
+    member: of a fleet, which shows its progress and hears signals; see `Trainer.fit`.
     A failure other than a signal is recorded as `status: failed` and raised again. Of several ranks, those
     other than 0 return {}.
     """
@@ -72,7 +73,7 @@ def execute(planned: Planned) -> dict[str, Any]:
         set_up_torch(experiment)
         try:
             _describe(planned)
-            result = _train_and_measure(planned)
+            result = _train_and_measure(planned, member)
             directory.write("result.json", result)
         except Exception as error:
             reason = masked(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))
@@ -89,7 +90,7 @@ def execute(planned: Planned) -> dict[str, Any]:
         return result
 
 
-def _train_and_measure(planned: Planned) -> dict[str, Any]:
+def _train_and_measure(planned: Planned, member: Interrupts | None = None) -> dict[str, Any]:
     """The content of result.json. Every rank runs this; rank 0 alone reads and writes the run's folder."""
     experiment, directory, is_main = planned.experiment, planned.directory, planned.ranks.is_main
     started = time.perf_counter()
@@ -132,7 +133,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
             }
             return {f"eval/{name}": value for name, value in numbers.items()} | spent
 
-        with Progress(silent=not is_main) as progress:
+        with Progress(silent=not is_main or member is not None) as progress:
             outcome = experiment.trainer.fit(
                 learner,
                 batches,
@@ -143,6 +144,7 @@ def _train_and_measure(planned: Planned) -> dict[str, Any]:
                 traces=experiment.traces,
                 measure=measure,
                 measure_every=experiment.metrics.every_epochs,
+                member=member,
             )
         logger.info("measuring %s", directory.name)
         with exact_arithmetic():

@@ -39,6 +39,11 @@ class Sink(ABC):
         """Why several runs of one command cannot be recorded; empty where they can."""
         return ""
 
+    @staticmethod
+    def refuses_fleets(**settings: Any) -> str:
+        """Why runs that one process trains together cannot be recorded with these values; empty where they can."""
+        return ""
+
     @abstractmethod
     def log(self, update: int, epoch: float, values: Mapping[str, float]) -> None:
         """Record the values of one update."""

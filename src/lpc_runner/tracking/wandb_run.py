@@ -68,6 +68,13 @@ class WandbTracker(Sink):
         """Under an agent, which has given an id to one run."""
         return "a W&B agent gives one run's id, this command makes several: no sweep, or tracker=none" * under_agent()
 
+    @staticmethod
+    def refuses_fleets(mode: str, **_: Any) -> str:
+        """W&B itself could (reinit="create_new"); but its folders are the environment's, its service the process's."""
+        if requested_mode(mode) == "disabled":
+            return ""
+        return "W&B records one run of a process at a time: tracker=none, and `lpc-runner publish` afterwards"
+
     @checked
     def __init__(
         self,

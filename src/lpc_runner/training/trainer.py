@@ -62,6 +62,10 @@ class Interrupts:
         if callable(previous) and previous is not signal.default_int_handler:
             self._waiting.append((previous, number, frame))
 
+    def turn(self) -> float:
+        """An update's work is launched, and the host would wait: seconds for which others of a fleet worked."""
+        return 0.0
+
     def leave(self) -> NoReturn:
         """Saved: raise Interrupted, unless a handler that was there before leaves in its own way."""
         logger.info("saved: the same command goes on from here")
@@ -147,18 +151,20 @@ class Trainer:
         traces: Traces,
         measure: Callable[[Counters], dict[str, float]],
         measure_every: int,
+        member: Interrupts | None = None,
     ) -> Outcome:
         """Train to the end, from the newest checkpoint where there is one.
 
         folder: of the run; its checkpoints/ are read and written, its traces/ written. tracker: its `log` takes rows
         of numbers, its metric log is rewound to the checkpoint. progress: told after every update. traces: which
         chains are kept, of several ranks rank 0's rows. measure: called after every `measure_every` epochs (0: never)
-        but the last. Raises Interrupted on a signal, after saving.
+        but the last. member: of a fleet, in the place of signals of this run's own. Raises Interrupted on a signal,
+        after saving.
         """
         ranks, checkpoints, kept = learner.ranks, folder / "checkpoints", folder / "traces"
         counters = self._restore(learner, checkpoints, tracker.metrics)
         total = self.total_updates(batches.num_batches)
-        with Interrupts() as interrupts:
+        with member or Interrupts() as interrupts:
             saved_at = time.monotonic()
             while counters.update < total:
                 started = time.perf_counter()
@@ -168,10 +174,17 @@ class Trainer:
                 number = counters.update + 1
                 logged = number in (1, total) or number % self.log_every == 0
                 trace = traces.watch(number)  # on every rank: what is logged of a chain must not differ between them
-                signalled = interrupts.received is not None
                 gradients = learner.gradients(
-                    batch, seed, counters.update, from_prior, trace, logged, signalled, first_epoch=epoch == 0
+                    batch,
+                    seed,
+                    counters.update,
+                    from_prior,
+                    trace,
+                    logged,
+                    stop=interrupts.received is not None,
+                    first_epoch=epoch == 0,
                 )
+                started += interrupts.turn()
                 if gradients.verdict():
                     learner.apply(batch, gradients)
                 elif not learner.pass_over(gradients):
