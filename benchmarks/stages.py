@@ -271,6 +271,25 @@ def branches(stage: Stage) -> None:
         stage.attempt(name, one)
 
 
+def fleets(stage: Stage) -> None:
+    """R runs trained together by one process (hydra/launcher=fleet) against one alone: updates a second in all."""
+    from benchmarks.fleet import updates_per_second
+
+    precisions: tuple[Precision, ...] = ("tf32", "fp32") if stage.device.type == "cuda" else ("fp32",)
+    for precision in precisions:
+        alone = f"32 pixels {precision}, one run alone, updates a second"
+        for number in (1, 2) if stage.quick else (1, 4, 8):
+            name = alone if number == 1 else f"32 pixels {precision}, R = {number}, updates a second"
+
+            def one(precision=precision, number=number, name=name, alone=alone) -> None:
+                rate = updates_per_second(number, stage.device, precision, stage.quick)
+                stage.keep(name, rate)
+                if number > 1 and isinstance(stage.kept[alone], float):
+                    stage.keep(f"32 pixels {precision}, R = {number}, times one run alone", rate / stage.kept[alone])
+
+            stage.attempt(name, one, 15.0 if not stage.quick else 0.0)
+
+
 def examine(stage: Stage) -> None:
     """Precisions against float64; what deferred weight gradients could save."""
     errors = drift_errors(stage.work(32, 1), stage.device)
@@ -314,6 +333,7 @@ STAGES: dict[str, Callable[[Stage], None]] = {
     "jax": jax,
     "layouts": layouts,
     "branches": branches,
+    "fleet": fleets,
     "accuracy": examine,
     "profile": profiled,
     "growth": grown,

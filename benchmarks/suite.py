@@ -23,8 +23,8 @@ from lpc_runner.base.files import write_atomically
 
 # Seconds that a stage may take, in the order in which they run: what has to be believed before what is fast.
 LIMITS = {
-    "smoke": 60, "compare-32": 110, "tests": 110, "branches": 60, "profile": 40, "compare-64": 110, "accuracy": 30,
-    "compiled": 120, "jax": 90, "growth": 60, "layouts": 80, "compare-28": 110, "tests-compiled": 240,
+    "smoke": 60, "compare-32": 110, "tests": 110, "branches": 60, "fleet": 110, "profile": 40, "compare-64": 110,
+    "accuracy": 30, "compiled": 120, "jax": 90, "growth": 60, "layouts": 80, "compare-28": 110, "tests-compiled": 240,
     "throughput": 120, "train": 420,
 }  # fmt: skip
 LEAST = 15.0  # seconds: with less left, a stage is named as not measured

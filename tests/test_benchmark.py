@@ -7,7 +7,7 @@ import tarfile
 import pytest
 import torch
 
-from benchmarks import accuracy, deferred, floor, kept, report, rivals, stages, suite, training
+from benchmarks import accuracy, deferred, fleet, floor, kept, report, rivals, stages, suite, training
 from benchmarks.variants import Variant, Work, build_model, build_variants, images, measure, ratio, rows_of
 from lpc_runner.inference.chain import run_chain
 from lpc_runner.inference.preconditioning import Adam, Identity
@@ -205,7 +205,7 @@ def test_a_stage_without_time_is_named(tmp_path, monkeypatch):
     assert results["smoke"] == {"not_measured": "4 s were left"} and not suite.failed(results)
 
 
-QUICK = ("smoke", "compare-32", "accuracy", "layouts", "branches", "profile")
+QUICK = ("smoke", "compare-32", "accuracy", "layouts", "branches", "fleet", "profile")
 
 
 @pytest.fixture
@@ -225,6 +225,15 @@ def test_every_stage_runs_as_far_as_a_cpu_goes(tmp_path, small_rates, name):
         assert kept["the likelihood's kernel is right"][0] and kept["eager fp32, 64 pixels, equals the loop"] is True
     if name == "compare-32":
         assert len(kept["rows"]) == 9 and kept["literal, jeffreys, eager fp32"]["rounds"] == 2
+    if name == "fleet":
+        alone, two, ratio = kept.values()
+        assert ratio == two / alone and min(alone, two) > 0
+
+
+def test_a_fleet_s_pace_counts_while_all_of_it_trains():
+    """From the last run's first counted update to the first run's last."""
+    assert fleet.rate([[0, 1, 2, 3, 4, 5, 6.5]], warm=1) == 5 / 5.5
+    assert fleet.rate([[0, 9, 10, 11, 12], [0, 9.5, 10.5, 11.5, 99]], warm=2) == 3 / 1.5
 
 
 def test_a_number_that_cannot_be_had_is_a_result(tmp_path):

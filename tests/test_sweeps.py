@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,17 @@ from conftest import (
 )
 from omegaconf import OmegaConf
 
+from lpc_runner.base.errors import UserError
+from lpc_runner.base.ranks import Ranks
+from lpc_runner.inference.engine import Compiled
 from lpc_runner.runner import fleet
 from lpc_runner.runner.jobs import gpu_slot, visible_gpus
 from lpc_runner.runner.plan import plan
 from lpc_runner.runner.run import execute
 from lpc_runner.store.runs import RunDirectory
+from lpc_runner.tracking.wandb_run import WandbTracker
 from lpc_runner.training.learner import Learner
+from lpc_runner.training.trainer import Interrupted
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,8 +186,6 @@ def test_control_c_on_a_parallel_sweep_saves_every_run(everyone, settings, tmp_p
 
 def test_a_run_that_another_command_has_is_left_to_it(command):
     sweep = ("-m", "seed=0,1", *TINY)
-    from lpc_runner.runner.plan import plan
-
     occupied, free = (plan(cell).directory for cell in cells_of(*sweep))
     with RunDirectory(occupied.path).locked():
         answer = command(*sweep)
@@ -311,44 +316,48 @@ def test_an_empty_gpu_goes_before_a_second_run_on_one(tmp_path):
         assert (one, two) == (0, 1)
 
 
-@pytest.fixture
-def small(tmp_path) -> tuple[str, ...]:
-    """A run of four updates, measured on a few images; two of them share a GPU."""
-    images = write_images(tmp_path / "images.npz", count=45)
-    keep = [
-        word for word in TINY if not word.startswith(("trainer.max", "trainer.batch", "model.h", "metrics.", "traces."))
-    ]
+FLEET = "hydra/launcher=fleet"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[str, ...]:
+    """A run of four updates, measured on a few images."""
+    folder = tmp_path_factory.mktemp("small")
+    images = write_images(folder / "images.npz", count=45)
+    others = ("trainer.max", "trainer.batch", "model.hidden", "metrics.", "traces.")
     return (
-        *keep,
+        *(word for word in TINY if not word.startswith(others)),
         "dataset=arrays",
         f"dataset.train={images}",
-        f"data_dir={tmp_path}/data",
+        f"data_dir={folder}/data",
         "trainer.batch_size=10",
         "trainer.max_updates=4",
         "model.hidden=[4]",
         "traces.num_chains=0",
         "metrics.num_samples=8",
         "metrics.num_samples_during=8",
-        "runs_per_gpu=2",
     )
 
 
-FLEET = "hydra/launcher=fleet"
+@pytest.fixture(scope="module")
+def six(small) -> list:
+    """Plans of three seeds with T = 3, then with T = 4, two to share a GPU."""
+    return [plan(cell) for cell in cells_of("-m", *small, "sampler.num_steps=3,4", "seed=0,1,2", "runs_per_gpu=2")]
 
 
-def each_in(folder: str, cells: list) -> list:
-    """Plans of cells whose runs lie in a folder of their own."""
-    for cell in cells:
-        cell.cfg.output_dir = folder
-    return [plan(cell) for cell in cells]
-
-
-def made(monkeypatch) -> list[tuple[int, int]]:
-    """Seed and number of every update, in the order in which they are made."""
+def disturbed(monkeypatch, faults: dict[tuple[int, int], str]) -> list[tuple[int, int]]:
+    """Seed and number of every update in the order in which they are made; at some a signal comes, or an error."""
     order, real = [], Learner.gradients
 
     def gradients(self, batch, seed, update, *given, **more):
         order.append((seed, update))
+        fault = faults.pop((seed, update), None)
+        if fault == "an error":
+            raise RuntimeError("no such kernel")
+        if fault is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while threading.current_thread().received is None:  # by the main thread
+                time.sleep(0.001)
         return real(self, batch, seed, update, *given, **more)
 
     monkeypatch.setattr(Learner, "gradients", gradients)
@@ -357,66 +366,54 @@ def made(monkeypatch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_members_of_a_fleet_are_the_runs_that_they_are_alone(small, workplace, device, monkeypatch):
-    """Bit for bit, though methods and settings differ; a diverged one leaves, and the rest goes on in turn."""
-    small = (*small, "runs_per_gpu=3", f"device={device}", f"deterministic={str(device != 'cpu').lower()}")
-    small = [word for word in small if word not in ("runs_per_gpu=2", "device=cpu")]
+    """Bit for bit, though methods and settings differ, one diverges, one fails, and a signal comes; in turn, by one."""
+    words = [word for word in small if word != "device=cpu"]
+    words += [f"device={device}", f"deterministic={device != 'cpu'}", "runs_per_gpu=3"]
     other = ("seed=1", "objective=forward", "step_size.value=0.03", "preconditioning.beta=0.5")
-    cells = [cell_of(*small, *more) for more in ((), other, ("seed=2", "optimizer.learning_rate=1e30"))]
-    alone = each_in("alone", cells)
+    cells = [cell_of(*words, *more) for more in ((), other, ("seed=2", "optimizer.learning_rate=1e30"))]
+
+    def planned(folder: str) -> list:
+        for cell in cells:
+            cell.cfg.output_dir = folder
+        return [plan(cell) for cell in cells]
+
+    alone = planned("alone")
     for run in alone:
         execute(run)
-    order, failures = made(monkeypatch), []
-    together = each_in("together", cells)
-    fleet.execute_fleets(together, lambda *failed: failures.append(failed))
-    assert not failures
-    assert order == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (0, 3), (1, 3)]
+    faults = {(1, 1): "a signal", (1, 3): "an error"}
+    order, failures = disturbed(monkeypatch, faults), []
+    together, failed = planned("together"), lambda run, error: failures.append((run, str(error)))
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        fleet.execute_fleets(together, failed)
+    saved = [run.directory.checkpoint_files()[0].update for run in together]
+    assert order == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)] and saved == [2, 2, 1] and not failures
+    fleet.execute_fleets(together, failed)
+    assert order[5:] == [(0, 2), (1, 2), (2, 1), (0, 3), (1, 3)] and failures == [(together[1], "no such kernel")]
+    assert [run.directory.result()["status"] for run in together] == ["finished", "failed", "diverged"]
+    fleet.execute_fleets(together, failed)  # what is done is taken as it is
+    assert order[10:] == [(1, 2), (1, 3)] and len(failures) == 1  # from its checkpoint
     for one, two in zip(alone, together):
         assert_same_run(one.directory.path, two.directory.path)
         assert two.directory.result()["status"] == one.directory.result()["status"]
-    assert together[2].directory.result()["status"] == "diverged"
-    fleet.execute_fleets(together, lambda *failed: pytest.fail("done"))
-    assert len(order) == 10  # what is done is taken as it is
 
 
-def test_a_signal_saves_a_whole_fleet_and_a_failure_ends_its_own_run_alone(small, command, monkeypatch):
-    alone, sweep = ("-m", "seed=0,1,2", "output_dir=alone", *small), ("-m", "seed=0,1,2", *small, FLEET)
-    assert command(*alone).code == 0
-    real = Learner.gradients
-
-    def broken(by: str):
-        def gradients(self, batch, seed, update, *given, **more):
-            if (seed, update) == (1, 2) and by == "a signal":
-                os.kill(os.getpid(), signal.SIGTERM)
-                while threading.current_thread().received is None:  # by the main thread
-                    time.sleep(0.001)
-            if (seed, update) == (1, 3) and by == "an error":
-                raise RuntimeError("no such kernel")
-            return real(self, batch, seed, update, *given, **more)
-
-        monkeypatch.setattr(Learner, "gradients", gradients)
-
-    before = signal.getsignal(signal.SIGTERM)
-    broken("a signal")
+def test_a_fleet_s_command_leaves_as_that_of_any_sweep(small, command, monkeypatch):
+    sweep, before = ("-m", "seed=0,1", *small, FLEET, "runs_per_gpu=2"), signal.getsignal(signal.SIGTERM)
+    disturbed(monkeypatch, {(0, 1): "a signal"})
     answer = command(*sweep)
     assert answer.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
-    begun = runs(Path())
-    assert len(begun) == 2 and not any((run / "result.json").exists() for run in begun)  # two at a time
-    saved = [RunDirectory(run).checkpoint_files()[0].update for run in begun]
-    assert saved == [3, 3]
-    broken("an error")
+    assert not any((run / "result.json").exists() for run in runs(Path()))
+    disturbed(monkeypatch, {(0, 2): "an error", (1, 2): "an error"})
     answer = command(*sweep)
-    assert answer.code == 1 and answer.lines[-1].startswith("lpc_runner: 1 of 3 runs did not finish")
-    assert f"{begun[1].name}: resuming after update 3" in answer.err
-    assert [result_of(run)["status"] for run in runs(Path())] == ["finished", "failed", "finished"]
-    monkeypatch.setattr(Learner, "gradients", real)
-    assert command(*sweep).code == 0
-    for one, two in zip(runs(Path(), "../alone/default"), runs(Path()), strict=True):
-        assert_same_run(one, two)
-        assert 0 < result_of(two)["train_seconds"] < 10
+    assert answer.code == 1 and answer.lines[-1].startswith("lpc_runner: 2 of 2 runs did not finish")
+    assert sorted(line.split(": ")[1] for line in answer.lines if "resuming after" in line) == [
+        "resuming after update 1",
+        "resuming after update 2",
+    ]
 
 
-def test_turns_go_round_and_what_failed_lets_go_of_its_memory(small, workplace, monkeypatch):
-    members, seen, held = [plan(cell) for cell in cells_of("-m", "seed=0,1,2", *small)], [], []
+def test_turns_go_round_and_what_failed_lets_go_of_its_memory(six, workplace, monkeypatch):
+    seen, held, failures = [], [], []
 
     def training(planned, member):
         model = torch.nn.Linear(1, 1)
@@ -427,15 +424,12 @@ def test_turns_go_round_and_what_failed_lets_go_of_its_memory(small, workplace, 
         raise RuntimeError("out of memory") from ValueError()
 
     monkeypatch.setattr(fleet, "execute", training)
-    failures = []
-    fleet.Fleet(members, lambda run, error: failures.append((run.experiment.seed, error))).run()
+    fleet.Fleet(six[:3], lambda run, error: failures.append((run.experiment.seed, error))).run()
     assert seen == [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1), (1, 2)]
     assert [seed for seed, _ in failures] == [0, 2, 1] and not any(model() for model in held)
 
 
-def test_the_same_signal_again_ends_a_fleet_at_once(small, workplace, monkeypatch):
-    members = [plan(cell) for cell in cells_of("-m", "seed=0,1", *small)]
-
+def test_the_same_signal_again_ends_a_fleet_at_once(six, workplace, monkeypatch):
     def endless(planned, member):
         while member.turn() >= 0:
             if planned.experiment.seed == 1:
@@ -443,32 +437,37 @@ def test_the_same_signal_again_ends_a_fleet_at_once(small, workplace, monkeypatc
             time.sleep(0.001)
 
     monkeypatch.setattr(fleet, "execute", endless)
-    made = fleet.Fleet(members, lambda *failed: pytest.fail("no failure"))
+    made = fleet.Fleet(six[:2], lambda *failed: pytest.fail("no failure"))
     with pytest.raises(KeyboardInterrupt):
         made.run()
     assert made.received == signal.SIGINT and not any(member.is_alive() for member in made.members)
 
 
-def test_runs_of_one_kind_go_together(small, workplace):
+def test_runs_of_one_kind_go_together(six, monkeypatch):
     """Others, and what is done, go by themselves."""
-    planned = [plan(cell) for cell in cells_of("-m", *small, "sampler.num_steps=3,4", "seed=0,1,2")]
-    planned[1].directory.state = lambda: "done"
-    groups = [[planned.index(run) for run in group] for group in fleet.fleets_of(planned)]
+    monkeypatch.setattr(six[1].directory, "state", lambda: "done")
+    groups = [[six.index(run) for run in group] for group in fleet.fleets_of(six)]
     assert groups == [[0, 2], [1], [3, 4], [5]]
 
 
-def test_what_no_fleet_can_have_is_one_line_before_any_work(small, command, sweeper, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for word, says in (
-        ("runs_per_gpu=1", "trains runs_per_gpu runs together, which is 1"),
-        ("engine=compiled", "engine=compiled is for one run at a time"),
-        ("tracker=wandb", "W&B records one run of a process at a time: tracker=none"),
-        ("hydra/sweeper=tries", "there is no fleet of one"),
+def test_what_no_fleet_can_have_is_one_line(six, monkeypatch):
+    fleet.require_fleet(six)
+    run = six[0]
+    for part, name, value, says in (
+        (run, "ranks", Ranks(0, 2, 0), "not under torchrun"),
+        (run.experiment, "engine", Compiled(), "engine=compiled is for one run at a time"),
+        (run.experiment, "tracker", partial(WandbTracker, mode="offline"), "tracker=none, and `lpc-runner publish`"),
     ):
-        words = [kept for kept in small if kept.partition("=")[0] != word.partition("=")[0]]
-        answer = command("-m", "seed=0,1", *words, FLEET, word)
-        assert answer.code == 1 and len(answer.lines) == 1 and says in answer.err
-    assert not Path("outputs/runs").exists()
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
+            patch.delenv("WANDB_MODE", raising=False)
+            patch.setattr(part, name, value)
+            fleet.require_fleet(six)
+    monkeypatch.setattr(run.experiment, "tracker", partial(WandbTracker, mode="disabled"))
+    fleet.require_fleet(six)
+    with pytest.raises(UserError, match="runs_per_gpu runs together, which is 1"):
+        fleet.require_fleet(
+            [replace(run, cell=replace(run.cell, cfg=OmegaConf.merge(run.cell.cfg, {"runs_per_gpu": 1})))]
+        )
 
 
 def test_slots_mean_the_gpu_not_its_number_in_one_process(monkeypatch):
@@ -556,8 +555,6 @@ def test_a_sweeper_that_searches_gets_each_runs_metric(sweeper, command):
     assert [float(value) for _, value in returned()] == [results[step]["metrics"]["elbo"] for step in (0.1, 0.2, 0.1)]
     assert len(runs(Path())) == 2 and all(len(sessions(run)) == 1 for run in runs(Path()))
     (single,) = cells_of(*TINY)
-    from lpc_runner.runner.plan import plan
-
     names = plan(single).experiment.metrics.names()
     assert set(results[0.1]["metrics"]) <= set(names) and len(names) == len(set(names))
 
@@ -572,6 +569,8 @@ def test_what_a_sweeper_may_not_do_is_one_line(sweeper, command):
     assert answer.code == 1 and len(answer.lines) == 1 and "optimized_metric has no default" in answer.err
     answer = command("-m", "step_size.value=interval(0.1,1)", *TINY)
     assert answer.code == 1 and len(answer.lines) == 1 and "hydra/sweeper=" in answer.err
+    answer = command(*sweeper, *TINY, FLEET, "runs_per_gpu=2")
+    assert answer.code == 1 and len(answer.lines) == 1 and "there is no fleet of one" in answer.err
     answer = command(*sweeper, *TINY, "check=true")
     assert answer.code == 0 and "hydra/sweeper=tries proposes its own" in answer.out
     # The second proposal does not fit: its sweeper hears of it, the first run stays.
