@@ -99,15 +99,12 @@ def compose_command(args: argparse.Namespace) -> Composed:
             chosen = _chosen_by_datasets(cells) if cells[0].cfg.check else ()
             single = None
             if launcher in (NO_LAUNCHER, FLEET):
-                hydras = [] if launcher == NO_LAUNCHER else _words_for_hydra(args)
+                left_out = parsed(args.overrides) if launcher == FLEET else []  # of a cell's words, by _expand
+                hydras = [str(override.input_line) for override in left_out if override.is_hydra_override()]
                 single = once(*_with(method_word, words[0]), *hydras), _loader()
             return Composed(cells, launcher, sweeper, chosen, method_word, single)
     except OmegaConfBaseException as error:  # when a value is read
         raise UserError(f"{error.full_key}: {_first_sentence(error)}") from None
-
-
-def _words_for_hydra(args: argparse.Namespace) -> list[str]:
-    return [str(override.input_line) for override in parsed(args.overrides) if override.is_hydra_override()]
 
 
 def _loader() -> Any:

@@ -173,16 +173,10 @@ class Trainer:
                 from_prior = counters.update < self.num_prior_batches
                 number = counters.update + 1
                 logged = number in (1, total) or number % self.log_every == 0
-                trace = traces.watch(number)  # on every rank: what is logged of a chain must not differ between them
+                # A trace on every rank: what is logged of a chain must not differ between them.
+                trace, signalled = traces.watch(number), interrupts.received is not None
                 gradients = learner.gradients(
-                    batch,
-                    seed,
-                    counters.update,
-                    from_prior,
-                    trace,
-                    logged,
-                    stop=interrupts.received is not None,
-                    first_epoch=epoch == 0,
+                    batch, seed, counters.update, from_prior, trace, logged, signalled, first_epoch=epoch == 0
                 )
                 started += interrupts.turn()
                 if gradients.verdict():
