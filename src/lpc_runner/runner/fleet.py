@@ -51,8 +51,9 @@ def require_fleet(planned: Sequence[Planned]) -> None:
 def execute_fleets(planned: Sequence[Planned], failed: Failed) -> None:
     """Execute every run, runs_per_gpu of one kind at a time; `failed` is told of what raised, and the rest goes on.
 
-    Raises Interrupted on a signal, after every run under way has saved.
+    Raises UserError before any of them (`require_fleet`), and Interrupted on a signal, after all under way have saved.
     """
+    require_fleet(planned)
     for members in fleets_of(planned):
         if len(members) > 1:
             Fleet(members, failed).run()

@@ -24,7 +24,7 @@ from lpc_runner.config.compose import Composed, compose_command, recompose_group
 from lpc_runner.config.options import CONF_DIR, CONFIG_NAME
 from lpc_runner.config.words import flags_of, parse_arguments, refuse_flags
 from lpc_runner.models.latent import LatentVariableModel
-from lpc_runner.runner.fleet import execute_fleets, require_fleet
+from lpc_runner.runner.fleet import execute_fleets
 from lpc_runner.runner.plan import Planned, build_learner, check_plan, unfinished
 from lpc_runner.runner.run import execute
 from lpc_runner.store.checkpoints import load_checkpoint
@@ -155,8 +155,6 @@ def run(words: Sequence[str]) -> CompletedRun | list[CompletedRun]:
         composed = compose_command(args)
         _require_runs_here(composed)
         planned = check_plan(composed.cells)
-        if composed.is_fleet:
-            require_fleet(planned)
         failure = None
 
         def failed(planned_run: Planned, error: Exception) -> None:
