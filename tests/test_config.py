@@ -221,7 +221,8 @@ def test_every_shipped_class_has_one_name_for_ever():
     """What a hash and a config.yaml say must not change when a file is moved: config/identity.py has a row for each."""
     from hydra.utils import get_object
 
-    texts = [path.read_text() for path in CONF_DIR.rglob("*.yaml")]
+    of_runs = (path for path in CONF_DIR.rglob("*.yaml") if "hydra" not in path.relative_to(CONF_DIR).parts)
+    texts = [path.read_text() for path in of_runs]
     shipped = {target for text in texts for target in re.findall(r"_target_: (lpc_runner\S+)", text)}
     assert shipped and shipped == set(classes.PLACES.values()), "a class without a row, or a row without a class"
     assert len(shipped) == len(classes.PLACES)
