@@ -281,7 +281,7 @@ def fleets(stage: Stage) -> None:
         for number in (1, 2) if stage.quick else (1, 4, 8):
             name = alone if number == 1 else f"32 pixels {precision}, R = {number}, updates a second"
 
-            def one(precision=precision, number=number, name=name, alone=alone) -> None:
+            def one(precision: Precision = precision, number=number, name=name, alone=alone) -> None:
                 rate = updates_per_second(number, stage.device, precision, stage.quick)
                 stage.keep(name, rate)
                 if number > 1 and isinstance(stage.kept[alone], float):
