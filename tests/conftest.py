@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -16,26 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reuse  # noqa: F401 (before anything composes)
 import torch
-import yaml
 
 from lpc_runner.base.surroundings import VARIABLES
-
-_parse, _parsed = yaml.load, {}
-
-
-def _parse_once(stream, Loader):
-    """Of Hydra, which reads some thirty YAML files for each of a thousand compositions."""
-    if Loader.__name__ != "OmegaConfLoader" or isinstance(stream, str):
-        return _parse(stream, Loader=Loader)
-    text = stream.read()
-    if text not in _parsed:
-        stream.seek(0)
-        _parsed[text] = _parse(stream, Loader=Loader)
-    return copy.deepcopy(_parsed[text])
-
-
-yaml.load = _parse_once
 
 # A run of seconds: the default's code with small networks, few updates and few samples.
 TINY = (

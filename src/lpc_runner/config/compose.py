@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import re
 import shutil
@@ -225,7 +224,7 @@ def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -
     Cells that differ in plain values alone take the composition of the first of them: Hydra composes some forty files
     for each, a sixth of a second, half a minute for a sweep of 200 seeds.
     """
-    known: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
+    known: dict[tuple[str, ...], DictConfig] = {}
     composed, word = [], None
     for overrides in cells:
         read = parsed(overrides)
@@ -240,12 +239,12 @@ def _compose_all(cells: list[list[str]], folders: list[Path], once: Composing) -
             if suited is not None and not _METHOD_WORDS & {o.key_or_group for o in read}:
                 word = f"method={suited}"
                 full = once(*_with(word, overrides))
-            cfg = OmegaConf.masked_copy(full, [str(name) for name in full if name != "hydra"])
-            known[key] = cfg, choices_of(full.hydra)
-        cfg, choices = copy.deepcopy(known[key])
+            known[key] = full
+        full = known[key]
+        cfg = OmegaConf.masked_copy(full, [str(name) for name in full if name != "hydra"])  # copies every value
         for name, value in values.items():
             OmegaConf.update(cfg, name, value, merge=True)
-        composed.append(resolved(cfg, choices, overrides))
+        composed.append(resolved(cfg, choices_of(full.hydra), overrides))
     return composed, word if len(cells) == 1 else None
 
 

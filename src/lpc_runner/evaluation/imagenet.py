@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import Conv2dNormActivation
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.tensors import exact_arithmetic, to_unit
@@ -24,17 +22,12 @@ def convolution(
 ) -> nn.Module:
     """Convolution, batch normalisation and ReLU6, padded as TensorFlow's SAME pads an input of even size."""
     low, high = (kernel - stride) // 2, (kernel - stride + 1) // 2
-    layer = Conv2dNormActivation(
-        inputs,
-        outputs,
-        kernel,
-        stride,
-        padding=0,
-        groups=groups,
-        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
-        activation_layer=nn.ReLU6 if relu else None,
-    )
-    return nn.Sequential(nn.ZeroPad2d((low, high, low, high)), layer)
+    layers = [
+        nn.ZeroPad2d((low, high, low, high)),
+        nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs, eps=1e-3),
+    ]
+    return nn.Sequential(*layers, *([nn.ReLU6(inplace=True)] if relu else []))
 
 
 class InvertedResidual(nn.Module):
