@@ -12,6 +12,8 @@ import sys
 import threading
 
 import torch
+import torch._dynamo  # what an optimiser imports
+import torchvision.utils  # noqa: F401 (what pictures import)
 
 import lpc_runner.runner.run  # noqa: F401 (what main imports when it needs it)
 from lpc_runner.main import main

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import yaml
-from hydra._internal import config_loader_impl, defaults_list
+from hydra._internal import defaults_list
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -57,6 +59,11 @@ def places(repo) -> Key:
     return (*found, *((group, *plugins[group]) for group in ("launcher", "sweeper")))
 
 
+def file(repo, config_path) -> Key:
+    where = places(repo)
+    return None if where is None else (*where, config_path)
+
+
 def tree(repo, config_name, overrides, prepend_hydra, skip_missing) -> Key:
     """What decides which files are read: the options that words choose, add and take away."""
     where = places(repo)
@@ -75,6 +82,7 @@ def defaults_once(function: Callable) -> Callable:
 
     kept = once(noted, tree)
 
+    @functools.wraps(function)
     def call(repo, config_name, overrides, **flags):
         answer, notes = kept(repo, config_name, overrides, **flags)
         vars(overrides).update(notes)
@@ -88,9 +96,13 @@ def files(self, defaults, repo) -> Key:
     return None if where is None else (*where, repr(defaults))
 
 
-yaml.load = once(yaml.load, text_of)
-OverridesParser.parse_rule = once(OverridesParser.parse_rule, lambda self, s, rule_name: (s, rule_name))
-defaults_list._create_defaults_list = defaults_once(defaults_list._create_defaults_list)
-loader = config_loader_impl.ConfigLoaderImpl
-loader._compose_config_from_defaults_list = once(loader._compose_config_from_defaults_list, files)
-digits.enlarge = once(digits.enlarge, lambda images: (images.shape, images.tobytes()))
+MADE_ONCE = (
+    (yaml, "load", functools.partial(once, key=text_of)),
+    (ConfigRepository, "load_config", functools.partial(once, key=file)),
+    (OverridesParser, "parse_rule", functools.partial(once, key=lambda self, s, rule_name: (s, rule_name))),
+    (defaults_list, "_create_defaults_list", defaults_once),
+    (ConfigLoaderImpl, "_compose_config_from_defaults_list", functools.partial(once, key=files)),
+    (digits, "enlarge", functools.partial(once, key=lambda images: (images.shape, images.tobytes()))),
+)
+for owner, name, kept in MADE_ONCE:
+    setattr(owner, name, kept(getattr(owner, name)))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import reuse
 from conftest import RUNS, TINY, cell_of, cells_of, environment, plan_of, result_of, write_images
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus
@@ -522,6 +523,18 @@ def test_cells_that_share_a_composition_are_those_composed_alone(command):
         assert OmegaConf.to_container(cell.cfg) == OmegaConf.to_container(alone.cfg)
         assert cell.choices == alone.choices
         assert not cell.cfg._is_interpolation() and OmegaConf.missing_keys(cell.cfg) == set()
+
+
+@pytest.mark.parametrize("words", [("experiment=fig4_small", "method=adam_25", "seed=3"), ("dataset=lorenz", "seed=1")])
+def test_what_tests_make_once_is_what_hydra_composes(words, monkeypatch):
+    """With what reuse.py keeps, though a cell was changed, and without it."""
+    contents = lambda cells: [(OmegaConf.to_container(cell.cfg), cell.choices, cell.overrides) for cell in cells]
+    for cell in cells_of(*words):
+        cell.cfg.model.latent_dim, cell.choices["model"] = -1, "changed"
+    kept = contents(cells_of(*words))
+    for owner, name, _ in reuse.MADE_ONCE:
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+    assert contents(cells_of(*words)) == kept
 
 
 def test_a_sweep_over_values_composes_once(monkeypatch):

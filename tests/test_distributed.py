@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # what ranks would each import, were it not there when they fork
+import torchvision.utils  # noqa: F401
 from conftest import (
     TELLING,
     TINY,
@@ -45,6 +47,7 @@ from lpc_runner.inference.preconditioning import Fisher, Identity, SharedAdam
 from lpc_runner.inference.samplers import MALA, Langevin
 from lpc_runner.inference.sharing import require_shareable
 from lpc_runner.inference.step_sizes import Adapted, Constant
+from lpc_runner.main import main
 from lpc_runner.models.dense import MLP
 from lpc_runner.runner.plan import plan
 from lpc_runner.runner.run import execute
@@ -154,25 +157,34 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _rank(work, rank: int, size: int, port: int, folder: Path) -> None:
+def _rank(target, rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in where.items()}
-    ranks = Ranks.connect()
-    torch.save(work(ranks), folder / f"{rank}.pt")
-    ranks.close()
+    target(rank)
 
 
-def on_ranks(size: int, work, folder: Path) -> list:
-    """What `work(ranks)` returns on each of `size` processes."""
+def codes_of(size: int, target) -> list[int]:
+    """Exit codes of `size` processes that call `target(rank)` with what torchrun sets."""
     context = multiprocessing.get_context("fork")
     port = free_port()
-    processes = [context.Process(target=_rank, args=(work, rank, size, port, folder)) for rank in range(size)]
+    processes = [context.Process(target=_rank, args=(target, rank, size, port)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(100)
-    assert [process.exitcode for process in processes] == [0] * size
+    return [process.exitcode for process in processes]
+
+
+def on_ranks(size: int, work, folder: Path) -> list:
+    """What `work(ranks)` returns on each of `size` processes."""
+
+    def target(rank: int) -> None:
+        ranks = Ranks.connect()
+        torch.save(work(ranks), folder / f"{rank}.pt")
+        ranks.close()
+
+    assert codes_of(size, target) == [0] * size
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
@@ -547,6 +559,18 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(settings, tmp_p
     assert_same_run(only_run(straight / "outputs"), run)
 
 
+def test_a_mistake_on_two_ranks_is_said_once(settings, tmp_path, workplace):
+    def target(rank: int) -> None:
+        sys.argv = ["lpc_runner", *settings, "trainer.batch_size=9"]
+        sys.stdout = sys.stderr = (tmp_path / f"{rank}.txt").open("w", buffering=1)
+        main()
+
+    assert codes_of(2, target) == [1, 1]
+    assert "trainer.batch_size=9 is the batch of all ranks together" in (tmp_path / "0.txt").read_text()
+    assert (tmp_path / "1.txt").read_text() == "" and not Path("outputs/runs").exists()
+
+
+@pytest.mark.faults
 def test_a_mistake_under_torchrun_is_said_once(settings, tmp_path):
     out = finish(torchrun(tmp_path / "odd", 2, *settings, "trainer.batch_size=9"), code=1)
     assert out.count("trainer.batch_size=9 is the batch of all ranks together") == 1

@@ -85,7 +85,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> tuple[str, ...]:
-    """A run of 400 short updates over 100 epochs with a checkpoint every few updates."""
+    """A run of 200 short updates over 50 epochs with a checkpoint every few updates."""
     folder = tmp_path_factory.mktemp("data")
     images = write_images(folder / "images.npz", count=45)
     keep = [item for item in TINY if not item.startswith(("trainer.", "metrics."))]
@@ -95,11 +95,11 @@ def settings(tmp_path_factory) -> tuple[str, ...]:
         f"dataset.train={images}",
         f"data_dir={folder}",
         "trainer.batch_size=10",
-        "trainer.num_epochs=100",
+        "trainer.num_epochs=50",
         "trainer.checkpoint_seconds=0.03",
         "metrics.num_samples=12",
         "metrics.num_samples_during=8",
-        "metrics.every_epochs=40",
+        "metrics.every_epochs=20",
     )
 
 

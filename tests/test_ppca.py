@@ -15,7 +15,7 @@ from lpc_runner.inference.step_sizes import Annealed, Constant
 from lpc_runner.models.dense import Linear
 from lpc_runner.training.learner import AdamOptimizer, Learner
 
-DATA_DIM, LATENT_DIM, NUM_EXAMPLES, NUM_UPDATES = 8, 2, 1000, 700
+DATA_DIM, LATENT_DIM, NUM_EXAMPLES, NUM_UPDATES = 8, 2, 1000, 300
 
 
 def observed():
@@ -62,7 +62,7 @@ def test_lpc_recovers_probabilistic_pca(forward, reverse):
 
     The chain's posterior covariance is 2 (P(2I - γP))⁻¹: expectation-maximisation with it in place of P⁻¹
     ends 0.005 nats below the maximum, σ² 3 % above, at γ = .03 (0.047 and 10 % at γ = .1). The rest is
-    unfinished training (0.006 nats after 2500 updates).
+    unfinished training: 0.012 nats in all after these 300 updates of 500 examples.
     """
     x = observed()
     pca = PCA(LATENT_DIM, svd_solver="full").fit(x.numpy())
@@ -71,14 +71,14 @@ def test_lpc_recovers_probabilistic_pca(forward, reverse):
     model = Linear((DATA_DIM,), LATENT_DIM, 1.0, Gaussian("learned", 1.5, 0.9), 0.3)
     sampler = Langevin(20, "all", Constant(0.03), Identity())
     learner = Learner(
-        model, model.build_encoder(), sampler, WeightedKL(forward, reverse), AdamOptimizer(2e-2, [0.9, 0.999], 1e-8)
+        model, model.build_encoder(), sampler, WeightedKL(forward, reverse), AdamOptimizer(5e-2, [0.9, 0.999], 1e-8)
     )
     start = model.log_evidence(x).mean().item()
     for update in range(NUM_UPDATES):
-        if update == NUM_UPDATES // 2:
+        if update == 180:
             for optimizer in (learner.theta_optimizer, learner.phi_optimizer):
                 optimizer.param_groups[0]["lr"] = 2e-3
-        index = torch.randint(NUM_EXAMPLES, (250,))
+        index = torch.randint(NUM_EXAMPLES, (500,))
         batch = Batch(x[index], index)
         gradients = learner.gradients(batch, 0, update, update < 50)
         assert gradients.finite
