@@ -41,7 +41,7 @@ def once(function: Callable, key: Callable[..., Key]) -> Callable:
 
 
 def text_of(stream, Loader) -> Key:
-    if isinstance(stream, str):
+    if isinstance(stream, str | bytes):
         return Loader.__name__, stream
     text = stream.read()
     stream.seek(0)

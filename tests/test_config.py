@@ -527,14 +527,15 @@ def test_cells_that_share_a_composition_are_those_composed_alone(command):
 
 @pytest.mark.parametrize("words", [("experiment=fig4_small", "method=adam_25", "seed=3"), ("dataset=lorenz", "seed=1")])
 def test_what_tests_make_once_is_what_hydra_composes(words, monkeypatch):
-    """With what reuse.py keeps, though a cell was changed, and without it."""
-    contents = lambda cells: [(OmegaConf.to_container(cell.cfg), cell.choices, cell.overrides) for cell in cells]
-    for cell in cells_of(*words):
-        cell.cfg.model.latent_dim, cell.choices["model"] = -1, "changed"
-    kept = contents(cells_of(*words))
+    """Twice with what reuse.py keeps, once without it."""
+    contents = lambda: [(OmegaConf.to_container(cell.cfg), cell.choices, cell.overrides) for cell in cells_of(*words)]
+    kept = [contents(), contents()]
     for owner, name, _ in reuse.MADE_ONCE:
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
-    assert contents(cells_of(*words)) == kept
+    assert kept == [contents()] * 2
+    listed = reuse.once(lambda number: [number], lambda number: (number,))
+    listed(1).append(2)
+    assert listed(1) == [1] and listed(3) == [3]
 
 
 def test_a_sweep_over_values_composes_once(monkeypatch):
