@@ -149,9 +149,9 @@ def test_held_out_neurons_are_not_read_and_the_prior_serves_without_an_encoder(t
     assert numbers["log_likelihood"] < numbers["log_evidence"] + 3
 
 
-def test_annealed_from_a_free_q_a_posterior_that_is_one_needs_no_temperatures(tmp_path):
-    """Independent z: log p(x, z) - log q(z) is log p(x) wherever z is, so that one chain and S = 1 give it; from the
-    prior, which is ten times wider, they are nats away. The fit's gradients are counted."""
+def test_annealed_from_a_free_q_a_posterior_that_is_one_gives_the_evidence(tmp_path):
+    """Independent z: log p(x, z) - log q(z) is log p(x) wherever z is, so that one chain gives it; from the prior,
+    which is ten times wider, it is nats away. The fit's gradients are counted."""
     torch.manual_seed(0)
     model = Linear((2, 3), 2, 1.0, Gaussian("learned", 0.1, 0.9), 0.3).double()
     with torch.no_grad():
@@ -160,12 +160,14 @@ def test_annealed_from_a_free_q_a_posterior_that_is_one_needs_no_temperatures(tm
     trained = SimpleNamespace(model=model, encoder=None, sampler=SimpleNamespace(num_steps=0))
     found = {}
     for start in ("free", "prior"):
-        metrics = likelihood_metrics(ais=ais(1, 1, start), num_simulated=4)
+        metrics = likelihood_metrics(ais=ais(1, 4, start), num_simulated=4)
         found[start], facts = evaluator(Data(Split(x), Split(x)), tmp_path, metrics).final(trained)
-        assert facts["start"] == start and facts["gradient_evaluations"] == 10 + 4 * 2 + (start == "free") * 14 * 4_000
+        passes = (10 + 4 * 2) * (1 + 2 * 3) + 14 * 4 * (1 + 2 * 3)
+        fit = 14 * (4 * (1 + 2 * 4) + 2_000) if start == "free" else 0
+        assert facts["start"] == start and facts["gradient_evaluations"] == passes + fit
     exact = found["free"]["log_evidence"]
-    assert found["free"]["log_likelihood"] == pytest.approx(exact, abs=0.01)
-    assert found["free"]["bdmc_gap"] == pytest.approx(0, abs=0.02)
+    assert found["free"]["log_likelihood"] == pytest.approx(exact, abs=0.1)  # a fit has an end
+    assert found["free"]["bdmc_gap"] == pytest.approx(0, abs=0.1)
     assert abs(found["prior"]["log_likelihood"] - exact) > 10
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
 from lpc_runner.base.schema import PositiveInt, checked
 from lpc_runner.base.tensors import generator
+from lpc_runner.evaluation import linear_gaussian
 from lpc_runner.evaluation.bounds import NUM_DRIFT_SAMPLES, FreeFit, mean_weight
 from lpc_runner.models.latent import LatentVariableModel
 
@@ -165,8 +166,8 @@ class AnnealedImportance:
     """How log p(x) is estimated.
 
     num_chains: K. num_temperatures: S; 1 is importance sampling from q. num_leapfrog: L, passes per move. start: q is
-    the encoder's q(z|x), or the prior, which it is too where there is no encoder for new examples, or a free
-    Gaussian for every example.
+    the encoder's q(z|x), or the prior, which it is too where there is no encoder for new examples, or a Gaussian
+    fitted to every example (`free_q`).
     """
 
     @checked
@@ -212,6 +213,24 @@ class AnnealedImportance:
         upper = -mean_weight(-torch.cat(backward))[0] if backward else None
         return Bounds(lower, effective_samples, accepted, upper)
 
+    def free_q(self, model: LatentVariableModel, x: Tensor, start: DiagonalGaussian, seed: int) -> DiagonalGaussian:
+        """A Gaussian fitted to every example of x (B, ...), from the best end of PILOTS chains annealed from `start`.
+
+        From there, for a narrow posterior is out of a fit's reach from the prior, or from a q that is far from it.
+        """
+        if not linear_gaussian.is_linear_gaussian(model):
+            path, source = Annealing(model, x, start, self.num_leapfrog), generator(seed, "ais/free", device=x.device)
+            ((point, step),) = deque(path.tuning(PILOTS, self.temperatures[1:], source), maxlen=1)
+            best = point.log_joint.argmax(0), torch.arange(len(x), device=x.device)
+            start = DiagonalGaussian(path.z_of(point.u)[best], (step.unsqueeze(1) * path.scale).square())
+        return FREE(model, x, start, seed).q
+
+    def fit_passes(self, model: LatentVariableModel) -> int:
+        """Decoder gradients of one example that its q costs beforehand."""
+        if self.start != "free" or linear_gaussian.is_linear_gaussian(model):
+            return 0
+        return PILOTS * (1 + self.num_leapfrog * self.num_temperatures) + FREE.num_steps * FREE.num_samples
+
     def posterior_chains(
         self,
         model: LatentVariableModel,
@@ -232,13 +251,13 @@ class AnnealedImportance:
             states.append(path.z_of(point.u).cpu())
         return torch.stack(states, 1)
 
-    def num_moves(self, backward: bool) -> int:
-        """Moves of a group of chains, L passes each, that are at least as much work as one call of `bounds`, and as a
-        fit of its q."""
+    def num_moves(self, model: LatentVariableModel, backward: bool) -> int:
+        """Moves of a group of chains, L passes each, that are at least as much work as one call of `bounds` and what
+        its q costs beforehand."""
         ways = 1 + len(self._groups()) * (2 if backward else 1)
-        per_move = self.num_leapfrog * self._largest_group()
-        fit = math.ceil(2 * (FREE.num_steps * FREE.num_samples + NUM_DRIFT_SAMPLES) / per_move)
-        return ways * self.num_temperatures + (fit if self.start == "free" else 0)
+        fit = self.fit_passes(model)
+        fit += 2 * NUM_DRIFT_SAMPLES * (fit > 0)
+        return ways * self.num_temperatures + math.ceil(fit / (self.num_leapfrog * self._largest_group()))
 
     def passes_per_example(self, backward: bool) -> int:
         """Decoder gradients of one example that `bounds` costs."""

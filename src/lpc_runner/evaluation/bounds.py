@@ -108,10 +108,6 @@ class FreeFit:
             return FreePosterior(linear_gaussian.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
         return fit_free_posterior(model, x, start, seed, self)
 
-    def passes_per_example(self, model: LatentVariableModel, started: bool) -> int:
-        """Decoder gradients that a fit costs one example; started: from a q of its own."""
-        return 0 if linear_gaussian.is_linear_gaussian(model) else self.num_steps * self.num_samples * (2 - started)
-
 
 def fit_free_posterior(
     model: LatentVariableModel, x: Tensor, start: DiagonalGaussian | None, seed: int, fit: FreeFit

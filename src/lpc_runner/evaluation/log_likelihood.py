@@ -20,7 +20,7 @@ from lpc_runner.base.likelihoods import draw
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import generator, hash_of_tensors
 from lpc_runner.data.dataset import Batch
-from lpc_runner.evaluation.ais import FREE, AnnealedImportance
+from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability, prior_of
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
@@ -97,9 +97,8 @@ class HeldOut(Evaluator):
     def annealed_from(self, trained: Trained, x: Tensor, index: Tensor) -> DiagonalGaussian:
         """The q of x (B, ...) that `ais.start` names; the prior where that is an encoder's and there is none."""
         found = None if self.ais.start == "prior" else self.encoded(trained, x, index)
-        if self.ais.start == "free":
-            return FREE(trained.model, x, found, self.seed).q
-        return prior_of(trained.model, len(x)) if found is None else found
+        found = prior_of(trained.model, len(x)) if found is None else found
+        return self.ais.free_q(trained.model, x, found, self.seed) if self.ais.start == "free" else found
 
 
 class LikelihoodMetrics(Metrics):
@@ -264,8 +263,8 @@ class LikelihoodEvaluator(HeldOut):
         """How much is to be done and for how long at most, before it starts."""
         ais = self.settings.ais
         per_move = ais.seconds_per_move(trained.model, *self._first(trained))
-        chunks = [-(-count // EXAMPLES) for count in (len(self.index), num_simulated)]
-        moves = chunks[0] * ais.num_moves(backward=False) + chunks[1] * ais.num_moves(backward=True)
+        counts = (len(self.index), False), (num_simulated, True)
+        moves = sum(-(-count // EXAMPLES) * ais.num_moves(trained.model, backward) for count, backward in counts)
         _log.info(
             "AIS of %s test and %s simulated examples, K = %s chains, S = %s temperatures, %s decoder gradients: "
             "at most %s on %s at the pace just timed%s",
@@ -277,10 +276,9 @@ class LikelihoodEvaluator(HeldOut):
         )
 
     def _passes(self, trained: Trained, num_simulated: int) -> int:
-        num_examples = len(self.index)
-        fit = FREE.passes_per_example(trained.model, is_amortised(trained.encoder)) if self.ais.start == "free" else 0
-        passes = num_examples * self.ais.passes_per_example(False) + num_simulated * self.ais.passes_per_example(True)
-        return passes + (num_examples + num_simulated) * fit
+        fit, num_examples = self.ais.fit_passes(trained.model), len(self.index)
+        forward, both = (fit + self.ais.passes_per_example(backward) for backward in (False, True))
+        return num_examples * forward + num_simulated * both
 
     def _test_numbers(self, trained: Trained, rows: Tensor) -> dict[str, float]:
         numbers = {}
