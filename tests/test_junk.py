@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mistakes import words
 
-from lpc_runner.base.errors import UserError, masked
+from lpc_runner.base.errors import UserError, masked, one_line
 from lpc_runner.base.files import plain_name
 from lpc_runner.config.build import build
 from lpc_runner.config.identity import run_name
@@ -288,6 +288,15 @@ def test_masking_leaves_ordinary_words_alone():
     assert (
         masked("WANDB_API_KEY=abc api_key: 'x y' password=\"q\"") == "WANDB_API_KEY=*** api_key: *** y' password=***\""
     )
+
+
+def test_one_line_of_an_error_hides_keys(monkeypatch):
+    key, commit = "0123456789abcdef" * 2 + "01234567", "fedcba98" * 5
+    monkeypatch.setenv("WANDB_API_KEY", "wandb-key-of-this-user")
+    for secret in (key, f"wandb_v1_{commit}", "wandb-key-of-this-user", "token=hush"):
+        said = one_line(OSError(f"no way to\n  {secret} from ~/{commit}/x.npz"))
+        assert secret not in said and said.startswith("no way to ") and said.endswith(f" from ~/{commit}/x.npz")
+    assert one_line(OSError()) == "OSError" and len(one_line(OSError("x" * 999))) == 300
 
 
 def test_a_header_that_promises_more_than_the_file_holds(tmp_path):

@@ -11,14 +11,11 @@ class UserError(ValueError):
     """Bad input, missing data or an impossible request; its text is one line and names the remedy."""
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's text on one line of at most 200 characters, or its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 # Names such as num_tokens count tokens of a text and hold no secret.
 _NAMED = r"[\w.]*(?:api_?key|(?<!num_)(?<!max_)(?<!min_)token|secret|passw(?:or)?d|credential)\w*"
 _ASSIGNED = re.compile(rf"(?i)({_NAMED}['\"]?\s*[=:]\s*)(['\"]?)[^\s'\",;&]+")
+# W&B's, which need no name beside them; 40 digits after a slash are part of a path.
+_KEY = re.compile(r"(?<![\w/])(?:[0-9a-f]{40}|wandb_v\d+_\w+)\b")
 _SHORTEST = 8  # characters; shorter values of such variables ('true', '1') would mask ordinary words
 
 
@@ -28,6 +25,11 @@ def masked(text: str) -> str:
         if len(value) >= _SHORTEST and re.fullmatch(rf"(?i){_NAMED}", name):
             text = text.replace(value, "***")
     return _ASSIGNED.sub(r"\1***", text)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text without secrets, on one line of at most 300 characters, or its type where it has none."""
+    return _KEY.sub("***", masked(" ".join(str(error).split())))[:300] or type(error).__name__
 
 
 class Masking(logging.Filter):

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.presentation import SYMBOLS
 from lpc_runner.store.environment import settings_of
 from lpc_runner.store.log import final_numbers, rows_of
 from lpc_runner.store.runs import DONE
 from lpc_runner.tracking.uploads import place_of, runs_of
-from lpc_runner.tracking.wandb_service import Place, one_line, online, read_mapping
+from lpc_runner.tracking.wandb_service import Place, online, read_mapping
 
 # Spread over orders of magnitude in a sweep.
 _LOGARITHMIC = ("step_size", "learning_rate", "scale")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lpc_runner.base.errors import one_line
 from lpc_runner.base.schema import declared
 from lpc_runner.store.log import MetricLog
 from lpc_runner.store.runs import RunDirectory
@@ -110,12 +111,12 @@ class Tracker:
                 declared(sink, Sink, method)(*values)
             except Exception as error:  # whatever a sink raises, training goes on
                 self._broken.append(sink)
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
                 _logger.log(
                     logging.DEBUG if is_broken else logging.WARNING,
-                    "%s failed and is off for the rest of this run (metrics.jsonl goes on): %s",
+                    "%s failed and is off for the rest of this run (metrics.jsonl goes on): %s: %s",
                     type(sink).__name__,
-                    reason[:300],
+                    type(error).__name__,
+                    one_line(error),
                 )
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import sha256_of
 from lpc_runner.store.environment import settings_of
 from lpc_runner.store.log import Row, final_numbers, rows_of
@@ -18,7 +18,6 @@ from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
 from lpc_runner.tracking.wandb_service import (
     Place,
     note_published,
-    one_line,
     online,
     read_published,
     tear_down,

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.schema import NonNegativeInt, checked
 from lpc_runner.store.runs import DONE, last_row
 from lpc_runner.tracking.tracker import Sink, Status
@@ -18,7 +18,6 @@ from lpc_runner.tracking.wandb_service import (
     Place,
     local_folders,
     note_published,
-    one_line,
     reachable_mode,
     requested_mode,
     require_online,

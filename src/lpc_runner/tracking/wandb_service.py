@@ -1,4 +1,4 @@
-"""W&B's client and its service process: which mode applies, logging in, ending it, and errors as one line."""
+"""W&B's client and its service process: which mode applies, logging in and ending it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lpc_runner.base.errors import UserError
+from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import write_atomically
 from lpc_runner.base.surroundings import environment
 
@@ -24,7 +23,6 @@ _logger = logging.getLogger("lpc_runner")
 _MODES = ("online", "offline", "disabled")
 _OLD_NAMES = {"dryrun": "offline", "run": "online"}
 _TEARDOWN_SECONDS = 5
-_KEY = re.compile(r"\b(?:[0-9a-f]{40}|wandb_v\d+_\w+)\b")
 
 
 def requested_mode(mode: str) -> str:
@@ -84,13 +82,6 @@ def tear_down() -> None:
     thread = threading.Thread(target=call, name="wandb-teardown", daemon=True)
     thread.start()
     thread.join(_TEARDOWN_SECONDS)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text on one line of at most 300 characters, without API keys."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    key = os.environ.get("WANDB_API_KEY")
-    return _KEY.sub("***", text.replace(key, "***") if key else text)[:300]
 
 
 @contextmanager
