@@ -271,11 +271,13 @@ def fit_with_trace(ranks: Ranks, engine: Blocked, folder: Path) -> list:
     learner = Learner(model, model.build_encoder(), sampler, WeightedKL(0.5, 0.5), optimizer, ranks, engine)
     split = Split(torch.randint(256, (40, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     tracker = Tracker(MetricLog(folder / "metrics.jsonl") if ranks.is_main else None)
-    Trainer(1, BATCH, 0, 2, 1, 60.0, None).fit(
+    run, trainer = folder / str(ranks.rank), Trainer(1, BATCH, 0, 2, 1, 60.0, None)
+    trainer.fit(
         learner,
         Batches(split, Images(torch.float32), BATCH, 0, rows=ranks.rows(BATCH)),
         seed=0,
-        folder=folder / str(ranks.rank),
+        folder=run,
+        counters=trainer.restore(learner, run),
         tracker=tracker,
         progress=Progress(silent=True),
         traces=Traces([2], 0, 2),

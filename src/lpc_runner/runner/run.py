@@ -100,20 +100,16 @@ def _train_and_measure(planned: Planned, member: Interrupts | None = None) -> di
     data = experiment.dataset.load()
     batches = batches_of(planned, data)
     learner = build_learner(experiment, planned.ranks, experiment.dataset.num_train)
-    if is_main and experiment.trainer.init_from is not None:  # the others are given rank 0's state
-        source = RunDirectory.open(experiment.trainer.init_from)
-        weights = load_checkpoint(source.checkpoints)
-        if weights is None:
-            raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
-        learner.start_from(weights, str(source.path))
+    counters = _start(planned, learner)
     with planned.ranks.main_first():  # rank 0 computes and keeps references that the other ranks then read
         cache = feature_cache(planned.cell.cfg)
         setup = Setup(experiment.dataset, data, cache, experiment.device, experiment.seed, planned.ranks)
         evaluator = experiment.metrics.evaluator(setup)
-    tracker = _open_tracker(planned) if is_main else Tracker(None)
+    tracker = _open_tracker(planned, counters.update) if is_main else Tracker(None)
     status = "failed"
     try:
-        if is_main:
+        if tracker.metrics is not None:
+            tracker.metrics.rewind(counters.log_offset)
             evaluator.draw_data(directory.samples)
 
         def draw(update: int, final: bool = False) -> None:
@@ -139,6 +135,7 @@ def _train_and_measure(planned: Planned, member: Interrupts | None = None) -> di
                 batches,
                 seed=experiment.seed,
                 folder=directory.path,
+                counters=counters,
                 tracker=tracker,
                 progress=progress,
                 traces=experiment.traces,
@@ -162,6 +159,18 @@ def _train_and_measure(planned: Planned, member: Interrupts | None = None) -> di
         raise
     finally:
         tracker.close(status)
+
+
+def _start(planned: Planned, learner: Learner) -> Counters:
+    """Put the learner where the run's newest checkpoint is, else where trainer.init_from is, if anywhere."""
+    trainer = planned.experiment.trainer
+    if planned.ranks.is_main and trainer.init_from is not None:  # the others are given rank 0's state
+        source = RunDirectory.open(trainer.init_from)
+        weights = load_checkpoint(source.checkpoints)
+        if weights is None:
+            raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
+        learner.start_from(weights, str(source.path))
+    return trainer.restore(learner, planned.directory.path)
 
 
 def batches_of(planned: Planned, data: Data) -> Batches:
@@ -226,9 +235,8 @@ def _describe(planned: Planned) -> None:
         directory.discard_failure()
 
 
-def _open_tracker(planned: Planned) -> Tracker:
-    restored = load_checkpoint(planned.directory.checkpoints)  # says before anything is opened if none is whole
-    sink = _open_sink(planned, restored["counters"]["update"] if restored else 0)
+def _open_tracker(planned: Planned, resume_step: int) -> Tracker:
+    sink = _open_sink(planned, resume_step)
     return Tracker(MetricLog(planned.directory.path / "metrics.jsonl"), [sink])
 
 

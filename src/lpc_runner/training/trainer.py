@@ -146,6 +146,7 @@ class Trainer:
         *,
         seed: int,
         folder: Path,
+        counters: Counters,
         tracker: Any,
         progress: Any,
         traces: Traces,
@@ -153,16 +154,15 @@ class Trainer:
         measure_every: int,
         member: Interrupts | None = None,
     ) -> Outcome:
-        """Train to the end, from the newest checkpoint where there is one.
+        """Train to the end, from where `restore` found the run.
 
-        folder: of the run; its checkpoints/ are read and written, its traces/ written. tracker: its `log` takes rows
-        of numbers, its metric log is rewound to the checkpoint. progress: told after every update. traces: which
-        chains are kept, of several ranks rank 0's rows. measure: called after every `measure_every` epochs (0: never)
-        but the last. member: of a fleet, in the place of signals of this run's own. Raises Interrupted on a signal,
-        after saving.
+        folder: of the run; its checkpoints/ and traces/ are written. counters: what `restore` returned. tracker: its
+        `log` takes rows of numbers, its metric log ends where the counters say. progress: told after every update.
+        traces: which chains are kept, of several ranks rank 0's rows. measure: called after every `measure_every`
+        epochs (0: never) but the last. member: of a fleet, in the place of signals of this run's own. Raises
+        Interrupted on a signal, after saving.
         """
         ranks, checkpoints, kept = learner.ranks, folder / "checkpoints", folder / "traces"
-        counters = self._restore(learner, checkpoints, tracker.metrics)
         total = self.total_updates(batches.num_batches)
         with member or Interrupts() as interrupts:
             saved_at = time.monotonic()
@@ -225,17 +225,15 @@ class Trainer:
             interrupts.leave()
 
     @staticmethod
-    def _restore(learner: Learner, folder: Path, metrics: Any) -> Counters:
-        """Rank 0's checkpoint, or rank 0's initial state, on every rank; metrics: None on the others."""
-        state = load_checkpoint(folder) if learner.ranks.is_main else None
+    def restore(learner: Learner, folder: Path) -> Counters:
+        """The newest whole checkpoint of the run in `folder`, or rank 0's initial state, on every rank."""
+        state = load_checkpoint(folder / "checkpoints") if learner.ranks.is_main else None
         counters = Counters(**state["counters"]) if state else Counters()
         if learner.ranks.size > 1:
             state = learner.ranks.share((state or learner.state_dict()) | {"counters": vars(counters)})
             counters = Counters(**state["counters"])
         if state is not None:
             learner.load_state_dict(state)
-        if metrics is not None:
-            metrics.rewind(counters.log_offset)
         if counters.update:
             logger.info("resuming after update %d", counters.update)
         return counters
