@@ -34,7 +34,7 @@ from lpc_runner.base.surroundings import error_text, settle
 from lpc_runner.data.files import damage_named
 from lpc_runner.evaluation.quality import Reference
 from lpc_runner.runner import screen
-from lpc_runner.store.runs import Occupied, RunDirectory, follow
+from lpc_runner.store.runs import Occupied, RunDirectory, checkpoint_files, follow
 from lpc_runner.tracking.uploads import runs_of
 
 
@@ -416,6 +416,23 @@ def test_a_read_only_run_is_measured_nowhere_and_that_is_said_first(command, wor
     monkeypatch.setattr(lpc_runner.evaluate, "_require_data", lambda _: pytest.fail("began to measure"))
     answer = command(str(run), entry=lpc_runner.evaluate.main)
     assert answer.code == 1 and len(answer.lines) == 1 and "is read-only" in answer.err
+
+
+def test_a_folder_that_cannot_be_listed_does_not_count_as_empty(tmp_path, monkeypatch):
+    make(tmp_path, "a-run")
+    real = os.listdir
+
+    def unreadable(path="."):
+        if Path(path).is_relative_to(tmp_path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", unreadable)
+    folder = tmp_path / "runs"
+    list_of = lambda path: list(lpc_runner.study.runs.read_runs(path, []))
+    for read in (runs_of, lpc_runner.ls.list_runs, list_of, checkpoint_files):
+        with pytest.raises(PermissionError, match="runs"):
+            read(folder)
 
 
 def test_a_folder_that_may_be_written_and_not_be_read(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lpc_runner.base.errors import UserError
 from lpc_runner.main import one_line_errors
-from lpc_runner.store.runs import RunDirectory, follow, last_row
+from lpc_runner.store.runs import RunDirectory, entries_of, follow, last_row
 from lpc_runner.tracking.progress import show_duration
 
 _NARROW = 60  # columns below which a table is no help: every run takes lines of its own
@@ -42,12 +42,10 @@ class Listed:
 def list_runs(folder: Path | str) -> list[Listed]:
     """The runs of an output folder, of a study in it, or one run. Raises UserError if `folder` holds none."""
     folder = follow(Path(folder))
-    if (folder / "run.json").is_file():
-        return [_look(folder)]
     root = folder / "runs" if (folder / "runs").is_dir() else folder
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder; runs lie in outputs/ unless output_dir says otherwise")
-    paths = [follow(path) for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    paths = [follow(path) for path in entries_of(root)]
     paths = [path for path in paths if (path / "run.json").exists() or (path / ".owner").exists()]
     if not paths:
         raise UserError(f"{folder} holds no runs; runs lie in outputs/ unless output_dir says otherwise")

@@ -92,9 +92,9 @@ _CHECKPOINT = re.compile(r"update-(\d{9})-([0-9a-f]{64})\.pt")
 
 
 def checkpoint_files(folder: Path) -> list[CheckpointFile]:
-    """The checkpoints in a folder, newest first."""
-    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("update-*.pt"))
-    return sorted((CheckpointFile(int(m[1]), m[2], path) for m, path in matches if m), reverse=True)
+    """The checkpoints in a folder, newest first. OSError where it cannot be listed: a run would start again."""
+    matches = map(_CHECKPOINT.fullmatch, os.listdir(folder) if folder.is_dir() else ())
+    return sorted((CheckpointFile(int(m[1]), m[2], folder / m[0]) for m in matches if m), reverse=True)
 
 
 def follow(entry: Path) -> Path:
@@ -110,6 +110,16 @@ def follow(entry: Path) -> Path:
     except (OSError, ValueError):  # unreadable, or no text: whatever it is, it is no link
         return entry
     return entry.parent / target if target.name == entry.name else entry
+
+
+def entries_of(folder: Path) -> list[Path]:
+    """What lies in an output folder or a study, hidden files apart, by name; of a run's folder, itself alone.
+
+    Raises OSError where it cannot be listed, which is not the same as empty.
+    """
+    if (folder / "run.json").is_file():
+        return [folder]
+    return [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
 
 
 def last_row(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from lpc_runner.base.files import is_refusal
 from lpc_runner.base.presentation import IS_QUALITY
 from lpc_runner.store.log import MetricLog
-from lpc_runner.store.runs import follow
+from lpc_runner.store.runs import entries_of, follow
 
 T = TypeVar("T")
 NOT_FINITE = ("nan", "inf", "-inf")
@@ -148,9 +148,8 @@ class Run:
 
 
 def read_runs(folder: Path, warnings: list[str]) -> Iterator[Run]:
-    entries = [folder] if (folder / "run.json").is_file() else sorted(folder.iterdir())
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "report":
+    for entry in entries_of(folder):
+        if entry.name == "report":
             continue
         path = follow(entry)
         if (entry.is_symlink() or path != entry) and not path.exists():

@@ -12,7 +12,7 @@ from lpc_runner.base.errors import UserError, one_line
 from lpc_runner.base.files import sha256_of
 from lpc_runner.store.environment import settings_of
 from lpc_runner.store.log import Row, final_numbers, rows_of
-from lpc_runner.store.runs import DONE, RunDirectory, follow
+from lpc_runner.store.runs import DONE, RunDirectory, entries_of, follow
 from lpc_runner.tracking.tracker import facts_of_run
 from lpc_runner.tracking.wandb_run import SETTINGS, WandbTracker
 from lpc_runner.tracking.wandb_service import (
@@ -82,7 +82,7 @@ def publish(study: Path, entity: str | None = None, project: str | None = None) 
 def runs_of(study: Path) -> list[RunDirectory]:
     """The runs that outputs/<study> links to, or the one that `study` is. Raises UserError if there is none."""
     folder = follow(Path(study))
-    entries = [folder] if (folder / "run.json").is_file() else sorted(folder.glob("[!.]*"))
+    entries = entries_of(folder) if folder.is_dir() else []
     runs = [RunDirectory.open(path) for path in entries if (follow(path) / "run.json").is_file()]
     if not runs:
         raise UserError(f"{study} holds no runs: give outputs/<study> or outputs/<study>/<run>")
