@@ -13,7 +13,7 @@ from sequence_models import Exact, FactorModel
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.data.dataset import Data, Split
 from lpc_runner.data.sequences import COUNTS, SERIES, SequenceDataset
-from lpc_runner.evaluation import posterior
+from lpc_runner.evaluation import sequence_posterior as posterior
 from lpc_runner.evaluation.evaluator import Setup
 from lpc_runner.evaluation.sequence_metrics import SequenceQuality
 from lpc_runner.inference.preconditioning import Identity

@@ -30,7 +30,8 @@ from lpc_runner.evaluation.evaluator import (
     require_examples,
     without_held_out,
 )
-from lpc_runner.evaluation.posterior import (
+from lpc_runner.evaluation.samples import draw_data
+from lpc_runner.evaluation.sequence_posterior import (
     CHUNK,
     Means,
     bits_per_spike,
@@ -41,7 +42,6 @@ from lpc_runner.evaluation.posterior import (
     pulse_timing,
     r_squared,
 )
-from lpc_runner.evaluation.samples import draw_data
 from lpc_runner.models.latent import LatentVariableModel
 
 PER_TRIAL = "nats per trial"

@@ -16,7 +16,7 @@ from lpc_runner.base.presentation import COLOURS, picture_style
 from lpc_runner.data.dataset import Split
 from lpc_runner.data.sequences import COUNTS, SequenceDataset
 from lpc_runner.evaluation.evaluator import evenly_spaced
-from lpc_runner.evaluation.posterior import Means, linear_readout
+from lpc_runner.evaluation.sequence_posterior import Means, linear_readout
 
 *LINES, TRUTH, DATA = COLOURS
 BLUE, ORANGE = LINES[:2]
