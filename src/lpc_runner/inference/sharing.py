@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import softplus
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.schema import declared
-from lpc_runner.inference.chain import run_chain
+from lpc_runner.inference.chain import FusedPotential, advance, begin, draws
 from lpc_runner.inference.interfaces import Mean, Sampler
 
 NUM_STEPS = 16  # of the chains that are compared, at most
@@ -74,8 +73,9 @@ def _moves(sampler: Any, dim: int, rows: Tensor) -> Tensor:
         away = goal - z
         return -(scale * (away + softplus(-2 * away))).sum(1)
 
-    if sampler.num_steps > NUM_STEPS:
-        sampler = copy.copy(sampler)
-        sampler.num_steps = NUM_STEPS
-    q = DiagonalGaussian(mean, raw.square() + 0.1)
-    return run_chain(log_joint, start, sampler, lambda t: normal(t + 1), q=q).z - start
+    potential, noise = FusedPotential(log_joint, ()), lambda t: normal(t + 1)
+    state = begin(sampler, start, DiagonalGaussian(mean, raw.square() + 0.1), potential, noise, along=False)
+    for t in range(1, min(sampler.num_steps, NUM_STEPS) + 1):
+        drawn = draws(sampler, noise, t) if sampler.noisy else None
+        state, _ = advance(sampler, sampler.step, state, potential, False, drawn)
+    return state.z - start
