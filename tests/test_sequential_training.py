@@ -21,7 +21,7 @@ from lpc_runner.inference.context import Context
 from lpc_runner.inference.objectives import VariationalEM, WeightedKL
 from lpc_runner.inference.preconditioning import Adam as AdamMetric
 from lpc_runner.inference.preconditioning import EncoderVariance, Identity
-from lpc_runner.inference.samplers import Info, Langevin, NoSteps
+from lpc_runner.inference.samplers import Info, Langevin, NoSteps, State
 from lpc_runner.inference.step_sizes import Blocks, Constant, Polynomial
 from lpc_runner.models.sequential import LFADS
 from lpc_runner.runner.plan import build_learner
@@ -270,6 +270,16 @@ def test_small_steps_are_accepted_and_large_ones_are_not():
         run(model, start, Langevin(20, "all", Constant(step_size), Identity()), on_step=shadow)
         found.append(shadow.means()[0].item())
     assert found[0] > 0.99 > found[1] > found[2]
+
+
+def test_a_diverged_chain_has_no_acceptance():
+    """A step to a density of 0 is rejected, a step from NaN to NaN is none."""
+    info = lambda value: Info(torch.tensor([value]), torch.zeros(1, 1), 2.0)
+    for values, acceptance in (((0.0, -math.inf), 0.0), ((0.0, math.nan), math.nan)):
+        shadow = ShadowMetropolis(torch.zeros(1, 1))
+        for value in values:
+            shadow(State(torch.zeros(1, 1), None, 0), info(value))
+        assert shadow.means()[0].item() == pytest.approx(acceptance, nan_ok=True)
 
 
 def test_the_acceptance_is_logged_when_asked_and_changes_nothing():

@@ -6,6 +6,7 @@ Memory does not grow with T: of the states z(1) .. z(T) two running sums remain,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,17 +26,17 @@ from lpc_runner.inference.samplers import Info, State, log_acceptance
 class Acceptance:
     """Over a chain's steps and its rows, the mean of min(1, exp(-e)) and of |e|, e the steps' energy errors.
 
-    first: the first t whose info has one, 1 or 2.
+    first: the first t whose info has one, 1 or 2. nan: what an error of NaN counts as.
     """
 
-    def __init__(self, first: int) -> None:
-        self.first, self.count = first, 0
+    def __init__(self, first: int, nan: float = math.inf) -> None:
+        self.first, self.nan, self.count = first, nan, 0
         self.probability: Any = 0.0  # 0-d tensors from the first step on
         self.size: Any = 0.0
 
     def add(self, errors: Tensor, t: int) -> None:
-        """Those that steps t, t + 1 .. saw, (k, B); NaN counts as infinite."""
-        errors = errors[max(0, self.first - t) :].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        """Those that steps t, t + 1 .. saw, (k, B)."""
+        errors = errors[max(0, self.first - t) :].nan_to_num(nan=self.nan, posinf=torch.inf, neginf=-torch.inf)
         if len(errors):
             self.probability = self.probability + errors.neg().exp().clamp(max=1).mean(1).sum()
             self.size = self.size + errors.abs().mean(1).sum()
@@ -52,11 +53,11 @@ class ShadowMetropolis(Acceptance):
     Called after every step with the chain's state and info, it needs no decoder pass: density and drift at z(t) are
     known one step later, so the last step is not judged. Exact as MALA's probability where G and γ are constant along
     the chain (none, encoder, a frozen Adam). Where G adapts, v' is the next step's, with a memory that a proposal from
-    z' would not have: an approximation.
+    z' would not have: an approximation. NaN once a chain has diverged, which is no state to reject steps at.
     """
 
     def __init__(self, z: Tensor) -> None:
-        super().__init__(first=2)
+        super().__init__(first=2, nan=math.nan)
         self.z, self.last = z, None
 
     def __call__(self, state: State, info: Info) -> None:
