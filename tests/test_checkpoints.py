@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpc_runner.store.checkpoints import load_checkpoint, save_checkpoint
+from lpc_runner.base.errors import UserError
+from lpc_runner.store.checkpoints import load_checkpoint, require_checkpoint, save_checkpoint
+from lpc_runner.store.runs import RunDirectory
 from lpc_runner.training.learner import restore
 
 
@@ -93,3 +95,8 @@ def test_an_optimiser_s_steps_are_launched_as_its_own_device_wants_it(there, her
     assert (group["fused"], group["lr"]) == (here, 0.1)
     other.step()
     assert float(other.state[weight]["step"]) == 2 and torch.equal(one.state[weight]["exp_avg"], torch.full((5,), 0.1))
+
+
+def test_a_run_without_a_checkpoint_is_said_as_it_was_named(tmp_path):
+    with pytest.raises(UserError, match=f"^trainer.init_from={tmp_path} has no checkpoint yet$"):
+        require_checkpoint(RunDirectory(tmp_path), setting="trainer.init_from=")

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from lpc_runner.base.bins import BIN_HALF_WIDTH, log_bin_probability
 from lpc_runner.base.likelihoods import Independent
@@ -120,7 +121,7 @@ class Prior:
 
 
 class _AtOnce(ABC):
-    """A q of independent coordinates, or blocks of them."""
+    """A q of independent coordinates, or blocks of them: a dataclass of tensors (B, ...)."""
 
     @abstractmethod
     def kl_per_dimension(self, prior: Prior) -> Tensor: ...
@@ -133,6 +134,15 @@ class _AtOnce(ABC):
         """Each coordinate's law given those of z (B, d) that q draws before it: all are drawn at once."""
         del z
         return self
+
+    def detach(self) -> Self:
+        """The same distribution, cut from the encoder's graph."""
+        return type(self)(*tree_map(Tensor.detach, tuple(vars(self).values())))
+
+    def repeat(self, count: int) -> Self:
+        """q of `count` copies of the batch, one after another: (count B, d)."""
+        copies = lambda part: part.repeat(count, *[1] * (part.ndim - 1))
+        return type(self)(*tree_map(copies, tuple(vars(self).values())))
 
 
 @dataclass(frozen=True)
@@ -154,14 +164,6 @@ class DiagonalGaussian(_AtOnce):
         """KL(q ‖ p) of each coordinate in nats, (B, d)."""
         ratio = self.variance / prior.scale**2
         return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - ratio.log())
-
-    def detach(self) -> DiagonalGaussian:
-        """The same distribution, cut from the encoder's graph."""
-        return DiagonalGaussian(self.mean.detach(), self.variance.detach())
-
-    def repeat(self, count: int) -> DiagonalGaussian:
-        """q of `count` copies of the batch, one after another: (count B, d)."""
-        return DiagonalGaussian(self.mean.repeat(count, 1), self.variance.repeat(count, 1))
 
 
 @dataclass(frozen=True)
@@ -206,16 +208,6 @@ class BlockGaussian(_AtOnce):
         ratio = self.variance / prior.scale**2
         log_ratio = 2 * (self._scales / prior.scale).log()
         return 0.5 * (ratio + (self.mean / prior.scale).square() - 1 - log_ratio)
-
-    def detach(self) -> BlockGaussian:
-        """The same distribution, cut from the encoder's graph."""
-        return BlockGaussian(self.mean.detach(), tuple(factor.detach() for factor in self.factors))
-
-    def repeat(self, count: int) -> BlockGaussian:
-        """q of `count` copies of the batch, one after another: (count B, d)."""
-        return BlockGaussian(
-            self.mean.repeat(count, 1), tuple(factor.repeat(count, 1, 1, 1) for factor in self.factors)
-        )
 
 
 SERIES_START = -15.0  # below it log softplus(η) = η - exp(η)/2 to float64's rounding of exp(2η)

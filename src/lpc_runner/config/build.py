@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -44,19 +44,6 @@ ROOT = {
     "check": bool,
     "rerun": bool | NonNegativeInt,
 }
-GROUPS = (
-    "dataset",
-    "model",
-    "sampler",
-    "step_size",
-    "preconditioning",
-    "objective",
-    "optimizer",
-    "trainer",
-    "traces",
-    "metrics",
-    "tracker",
-)
 # Arguments that the class of a group gets when the run is built, never from a file. Until then the group's object is a
 # functools.partial, whatever `_partial_` in the file says.
 GIVEN_LATER = {
@@ -68,11 +55,8 @@ GIVEN_LATER = {
 
 
 @dataclass
-class Experiment:
-    """The checked objects of one run; model and sampler are complete, the tracker still waits for its run.
-
-    facts: what a model may ask to know of the data, as run.json keeps it: data_shape, num_train, num_held_out.
-    """
+class Parts:
+    """An object of every group; model and sampler are complete, the tracker still waits for its run."""
 
     dataset: Any
     model: Any
@@ -85,6 +69,18 @@ class Experiment:
     traces: Any
     metrics: Any
     tracker: Callable[..., Any]
+
+
+GROUPS = tuple(field.name for field in fields(Parts))
+
+
+@dataclass
+class Experiment(Parts):
+    """The checked objects of one run.
+
+    facts: what a model may ask to know of the data, as run.json keeps it: data_shape, num_train, num_held_out.
+    """
+
     facts: dict[str, Any]
     seed: int
     device: Any

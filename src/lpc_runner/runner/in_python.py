@@ -27,7 +27,7 @@ from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.runner.fleet import execute_fleets
 from lpc_runner.runner.plan import Planned, build_learner, check_plan, unfinished
 from lpc_runner.runner.run import execute
-from lpc_runner.store.checkpoints import load_checkpoint
+from lpc_runner.store.checkpoints import require_checkpoint
 from lpc_runner.store.environment import settings_of
 from lpc_runner.store.runs import CHANGES_NO_RESULT, RunDirectory
 from lpc_runner.training.trainer import Interrupted
@@ -77,9 +77,7 @@ def load(run_dir: str | Path, overrides: tuple[str, ...] = (), device: str = "au
             cfg.dataset.data_dir = value
     experiment = build(cfg, choices, _facts(directory))
     learner = build_learner(experiment)
-    state = load_checkpoint(directory.checkpoints, experiment.device)
-    if state is None:
-        raise UserError(f"{directory.path} has no checkpoint yet")
+    state = require_checkpoint(directory, experiment.device)
     learner.load_state_dict(state)
     for module in filter(None, (learner.model, learner.encoder)):
         module.eval().requires_grad_(False)

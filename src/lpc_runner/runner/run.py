@@ -24,7 +24,7 @@ from lpc_runner.config.options import as_dict
 from lpc_runner.data.dataset import Batches, Data
 from lpc_runner.evaluation.evaluator import Evaluator, Setup
 from lpc_runner.runner.plan import Planned, build_learner, feature_cache
-from lpc_runner.store.checkpoints import load_checkpoint
+from lpc_runner.store.checkpoints import require_checkpoint
 from lpc_runner.store.environment import describe_environment, warn_of_another_device, warn_of_other_code
 from lpc_runner.store.log import MetricLog, final_numbers, rows_of
 from lpc_runner.store.runs import RunDirectory
@@ -166,10 +166,7 @@ def _start(planned: Planned, learner: Learner) -> Counters:
     trainer = planned.experiment.trainer
     if planned.ranks.is_main and trainer.init_from is not None:  # the others are given rank 0's state
         source = RunDirectory.open(trainer.init_from)
-        weights = load_checkpoint(source.checkpoints)
-        if weights is None:
-            raise UserError(f"trainer.init_from={source.path} has no checkpoint yet")
-        learner.start_from(weights, str(source.path))
+        learner.start_from(require_checkpoint(source, setting="trainer.init_from="), str(source.path))
     return trainer.restore(learner, planned.directory.path)
 
 

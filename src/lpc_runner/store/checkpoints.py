@@ -15,7 +15,7 @@ from torch import Tensor
 from lpc_runner.base.errors import UserError
 from lpc_runner.base.files import is_refusal, write_atomically, write_cache
 from lpc_runner.base.tensors import hash_of_tensors
-from lpc_runner.store.runs import START_AGAIN, checkpoint_files
+from lpc_runner.store.runs import START_AGAIN, RunDirectory, checkpoint_files
 
 logger = logging.getLogger(__name__)
 KEPT = 2
@@ -52,6 +52,14 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
     if files:
         raise UserError(f"all {len(files)} checkpoints in {folder} are damaged; restore it, or {START_AGAIN}")
     return None
+
+
+def require_checkpoint(run: RunDirectory, device: torch.device | str = "cpu", setting: str = "") -> dict[str, Any]:
+    """`load_checkpoint` of a run that must have one; setting: by which it was named. Raises UserError (one line)."""
+    state = load_checkpoint(run.checkpoints, device)
+    if state is None:
+        raise UserError(f"{setting}{run.path} has no checkpoint yet")
+    return state
 
 
 def write_sealed(path: Path, tensors: dict[str, Tensor], key: str) -> None:
