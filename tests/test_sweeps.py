@@ -429,13 +429,20 @@ def test_turns_go_round_and_what_failed_lets_go_of_its_memory(six, workplace, mo
     assert [seed for seed, _ in failures] == [0, 2, 1] and not any(model() for model in held)
 
 
-def test_the_same_signal_again_ends_a_fleet_at_once(six, workplace, monkeypatch):
+@pytest.mark.parametrize("measures", [False, True])
+def test_the_same_signal_again_ends_a_fleet_at_once(six, workplace, monkeypatch, measures):
+    """Also while a member measures, which asks for no turn."""
+
     def endless(planned, member):
         while member.turn() >= 0:
-            if planned.experiment.seed == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.001)
+            while planned.experiment.seed == 1 and len(sent) < 2:
+                sent.append(os.kill(os.getpid(), signal.SIGINT))
+                while member.received is None:
+                    time.sleep(0.001)
+            while measures and sent:
+                time.sleep(0.001)
 
+    sent = []
     monkeypatch.setattr(fleet, "execute", endless)
     made = fleet.Fleet(six[:2], lambda *failed: pytest.fail("no failure"))
     with pytest.raises(KeyboardInterrupt):

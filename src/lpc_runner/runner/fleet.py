@@ -7,6 +7,7 @@ process that another has made for a while, and each makes the numbers that it ma
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import threading
@@ -111,6 +112,10 @@ class Fleet(Interrupts):
                     self.abandoned = True
                     self.turns.notify_all()
                 for member in filter(threading.Thread.is_alive, self.members):
+                    member.join(0.2)
+                    if member.is_alive():  # it measures, and asks for no turn
+                        leave = ctypes.py_object(SystemExit)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(member.ident or 0), leave)
                     member.join()
                 raise
         for member in self.members:
