@@ -7,7 +7,6 @@ process that another has made for a while, and each makes the numbers that it ma
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import threading
@@ -16,6 +15,7 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from ctypes import c_ulong, py_object, pythonapi
 from types import FrameType
 
 import torch
@@ -114,8 +114,7 @@ class Fleet(Interrupts):
                 for member in filter(threading.Thread.is_alive, self.members):
                     member.join(0.2)
                     if member.is_alive():  # it measures, and asks for no turn
-                        leave = ctypes.py_object(SystemExit)
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(member.ident or 0), leave)
+                        pythonapi.PyThreadState_SetAsyncExc(c_ulong(member.ident or 0), py_object(SystemExit))
                     member.join()
                 raise
         for member in self.members:
