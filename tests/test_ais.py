@@ -9,15 +9,16 @@ from series import lds
 from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.tensors import generator
 from lpc_runner.evaluation.ais import AnnealedImportance, Annealing, schedule
+from lpc_runner.evaluation.bounds import FreeFit
 from lpc_runner.evaluation.linear_gaussian import log_likelihood
 from lpc_runner.models.dense import Linear
 
 SCALE = 1.5
 
 
-def ais(num_chains, num_temperatures, num_leapfrog=3):
+def ais(num_chains, num_temperatures, num_leapfrog=3, start="prior"):
     return AnnealedImportance(
-        num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog, start="prior"
+        num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog, start=start
     )
 
 
@@ -78,6 +79,18 @@ def test_bounds_enclose_the_evidence_and_tighten_with_chains_and_temperatures():
         assert found.effective_samples.min() >= 1 - 1e-9 and found.effective_samples.max() <= num_chains + 1e-9
     assert lower == sorted(lower) and upper == sorted(upper, reverse=True)
     assert -0.1 < lower[-1] < 0.03 and -0.03 < upper[-1] < 0.25
+
+
+def test_the_work_of_a_free_q_is_bounded_beforehand(monkeypatch):
+    """Also where every pass takes equally long, however few its chains are, as on a large GPU."""
+    monkeypatch.setattr("lpc_runner.evaluation.ais.FREE", FreeFit(10, 8, 0.02))
+    model, x, _, q = linear(2)
+    free, prior = ais(16, 40, start="free"), ais(16, 40)
+    passes, joint = [], model.log_joint
+    monkeypatch.setattr(model, "log_joint", lambda *given: passes.append(1) or joint(*given))
+    free.free_q(model, x, q, 0)
+    more = free.num_moves(model, backward=False) - prior.num_moves(model, backward=False)
+    assert 40 * 3 + 10 < len(passes) <= 3 * more
 
 
 def test_a_linear_system_is_what_the_kalman_filter_says():

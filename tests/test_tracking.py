@@ -266,6 +266,9 @@ def test_a_terminal_shows_bar_counters_and_values_within_80_columns(clock):
                 clock.hand += 4.0
                 progress.update(done, 200_000, VALUES | {"eval/fid": 39.64})
             assert handler.stream is sys.stderr  # rich's stand-in, so that a log line goes above the bar
+            inner = io.StringIO()
+            with Progress(console=Console(file=inner, force_terminal=True), unit="example"):
+                assert inner.getvalue() == ""  # two bars would overwrite each other
         assert handler.stream is sys.stderr
     finally:
         logging.getLogger("lpc_runner").removeHandler(handler)

@@ -254,9 +254,10 @@ class AnnealedImportance:
     def num_moves(self, model: LatentVariableModel, backward: bool) -> int:
         """Moves of a group of chains, L passes each, that are at least as much work as one call of `bounds` and what
         its q costs beforehand."""
-        ways = 1 + len(self._groups()) * (2 if backward else 1)
-        fit = self.fit_passes(model)
-        fit += 2 * NUM_DRIFT_SAMPLES * (fit > 0)
+        pilots, fit = 1, 0
+        if self.fit_passes(model):  # whose pilots are not fewer moves for being fewer than a group
+            pilots, fit = 2, FREE.num_steps * FREE.num_samples + 2 * NUM_DRIFT_SAMPLES
+        ways = pilots + len(self._groups()) * (2 if backward else 1)
         return ways * self.num_temperatures + math.ceil(fit / (self.num_leapfrog * self._largest_group()))
 
     def passes_per_example(self, backward: bool) -> int:

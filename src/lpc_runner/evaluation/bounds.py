@@ -105,8 +105,14 @@ class FreeFit:
     ) -> FreePosterior:
         """The best factorised q of every example: in closed form where there is one, else fitted."""
         if linear_gaussian.is_linear_gaussian(model):
-            return FreePosterior(linear_gaussian.best_factorised(model, x), torch.zeros(len(x), dtype=torch.float64))
+            no_drift = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+            return FreePosterior(linear_gaussian.best_factorised(model, x), no_drift)
         return fit_free_posterior(model, x, start, seed, self)
+
+    def way(self, model: LatentVariableModel) -> str:
+        """How that q is found, in words."""
+        closed = linear_gaussian.is_linear_gaussian(model)
+        return "in closed form" if closed else f"by {self.num_steps:,} steps"
 
 
 def fit_free_posterior(

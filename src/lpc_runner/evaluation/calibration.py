@@ -300,7 +300,7 @@ class PosteriorEvaluator(HeldOut):
         mixing = f"R-hat and effective samples of {settings.num_chains} chains of {settings.num_chain_steps:,} steps"
         if steps and settings.num_reference_steps:
             mixing += f", bias against Hamiltonian ones of {settings.num_reference_steps:,}"
-        gaps = f"free q by {settings.fit.num_steps:,} steps, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
+        gaps = f"free q {settings.fit.way(trained.model)}, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
         sources = f"ranks of z on {settings.num_simulated:,} simulated examples among {among}; on "
         sources += f"{len(self.index):,} test examples: {f'{mixing}; ' if steps else ''}gaps, {gaps}"
         return {

@@ -303,7 +303,7 @@ class SequenceEvaluator(Evaluator):
         by = "the encoder" if is_amortised(trained.encoder) else "the free q"
         sources = (
             f"{len(inferred.index):,} validation trials with posteriors from {by}, "
-            f"{settings.num_posterior_samples} draws each; free q ({settings.fit.num_steps} steps), IWAE with "
+            f"{settings.num_posterior_samples} draws each; free q {settings.fit.way(trained.model)}, IWAE with "
             f"K = {settings.num_importance_samples:,} and gaps on {num_gap:,} of them"
         )
         return {

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TextColumn
@@ -30,9 +30,11 @@ _REDRAW = 0.1  # seconds; an update may take less than drawing the bar does
 class Progress:
     """Context manager around a training loop; `update` once per update is cheap.
 
-    A terminal gets a bar, anything else a log line every ten seconds, `silent=True` nothing at all. Speed and ETA are
-    this session's. unit: what is counted.
+    A terminal gets a bar, anything else, a second one within it too, a log line every ten seconds, `silent=True`
+    nothing at all. Speed and ETA are this session's. unit: what is counted.
     """
+
+    _drawn: ClassVar[Progress | None] = None  # whose bar the terminal has
 
     def __init__(self, *, silent: bool = False, console: Console | None = None, unit: str = "update") -> None:
         self._console = console or Console(stderr=True)
@@ -44,15 +46,17 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._spoken = time.monotonic()
-        if not self._silent and self._console.is_terminal:
+        if not self._silent and self._console.is_terminal and Progress._drawn is None:
             outside = (sys.stdout, sys.stderr)
             self._bar = _Bar(self._console)
             self._bar.start()
+            Progress._drawn = self
             self._lift_handlers(outside)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
+            Progress._drawn = None
             self._bar.stop()
         for handler, stream in self._streams:
             handler.setStream(stream)
