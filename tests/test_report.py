@@ -132,6 +132,17 @@ def test_a_seed_without_the_measurement_of_the_others_is_left_out_of_their_table
     assert rows["LPC jeffreys"]["log_likelihood"] == "-90.00 ± – (n=1)"
 
 
+def test_where_chains_were_annealed_from_is_said_of_each_group_that_differs(disk):
+    for name, choices, seed, start in (("a", LPC, 0, "encoder"), ("b", LPC, 1, "free"), ("c", VAE, 0, "encoder")):
+        disk.run(
+            name, choices, seed, metrics={"log_likelihood": -9.0}, measurement={"kind": "likelihood", "start": start}
+        )
+    _, notes = table(read_study(disk.study), "log p(x)")
+    assert "Annealed from the encoder's q: VAE; LPC jeffreys." in notes
+    assert "Annealed from a free q for each example: LPC jeffreys." in notes
+    assert "from the prior" not in notes
+
+
 def test_numbers_have_the_decimals_that_their_size_deserves():
     assert [show(x) for x in (None, 12345.6, 113.29, 5.0, 0.63, 0.0002)] == [
         "–", "12,346", "113.3", "5.00", "0.630", "0.0002"

@@ -129,6 +129,7 @@ NOTES = {
 }
 
 
+STARTS = {"encoder": "the encoder's q", "free": "a free q for each example", "prior": "the prior"}
 BIAS = (
     "variance_bias, mean_error: for as many decoder gradients of every sampler, against long Hamiltonian chains with a "
     "Metropolis test; medians over coordinates and examples, relative and in standard deviations, chance included."
@@ -162,9 +163,10 @@ def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> T
     of_one = facts[shown[0].label][0]
     title = f"{dataset}: {TITLES[kind]}, {of_one.get('num_examples')} {of_one.get('split')} examples"
     if kind == "likelihood":
-        if len({each.get("start") for own in facts.values() for each in own}) > 1:
-            priors = [group.label for group in shown if facts[group.label][0].get("start") == "prior"]
-            notes.append(f"Annealed from the encoder's q, and from the prior without one: {', '.join(priors)}.")
+        starts = {group.label: {each.get("start") for each in facts[group.label]} for group in shown}
+        if len(set().union(*starts.values())) > 1:
+            of = {start: "; ".join(label for label, own in starts.items() if start in own) for start in STARTS}
+            notes += [f"Annealed from {words}: {of[start]}." for start, words in STARTS.items() if of[start]]
         notes.append(f"Difference: to {shown[0].label}, seed by seed, ± standard error of the mean.")
         title += f", AIS K = {of_one.get('num_chains')}, S = {of_one.get('num_temperatures')}"
         title += f", {of_one['num_levels']} levels" if of_one.get("num_levels") else ""
