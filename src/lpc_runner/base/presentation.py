@@ -18,6 +18,8 @@ IS_BETTER_HIGHER = re.compile(
 )
 # How a label writes a setting.
 SYMBOLS = {"step_size": "γ", "beta": "β", "num_steps": "T", "learning_rate": "α"}
+# Where annealed importance sampling starts, `metrics.ais.start`, in words.
+STARTS = {"encoder": "the encoder's q", "free": "a free q for each example", "prior": "the prior"}
 
 
 def base_name(metric: str) -> str:

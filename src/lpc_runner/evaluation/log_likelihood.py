@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.likelihoods import draw
+from lpc_runner.base.presentation import STARTS
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
 from lpc_runner.base.tensors import generator, hash_of_tensors
 from lpc_runner.data.dataset import Batch
@@ -299,9 +300,8 @@ class LikelihoodEvaluator(HeldOut):
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:
         settings, ais = self.settings, self.settings.ais
         start = "prior" if ais.start == "encoder" and not is_amortised(trained.encoder) else ais.start
-        words = {"encoder": "the encoder's q", "free": "a free q for each", "prior": "the prior"}[start]
         sources = (
-            f"{len(self.index):,} test examples; annealed from {words}: K = {ais.num_chains:,} chains, "
+            f"{len(self.index):,} test examples; annealed from {STARTS[start]}: K = {ais.num_chains:,} chains, "
             f"S = {ais.num_temperatures:,} temperatures, {ais.num_leapfrog} leapfrog steps a move"
         )
         sources += f"; gap on {num_simulated:,} simulated examples" if num_simulated else ""

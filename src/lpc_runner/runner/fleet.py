@@ -65,7 +65,7 @@ def execute_fleets(planned: Sequence[Planned], failed: Failed) -> None:
             failed(members[0], error)
 
 
-def fleets_of(planned: Sequence[Planned]) -> list[list[Planned]]:
+def fleets_of(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
     """Runs of equal model, dataset, batch size and T, runs_per_gpu at most; what is done, alone.
 
     Equal T keeps their updates equally long. Device, threads and determinism are settings of the whole process.
@@ -76,11 +76,9 @@ def fleets_of(planned: Sequence[Planned]) -> list[list[Planned]]:
         facts = [cfg[key] for key in ("model", "dataset", "deterministic", "num_threads", "runs_per_gpu")]
         facts += [made.trainer.batch_size, made.sampler.num_steps, str(made.device), run.directory.state() == "done"]
         alike[json.dumps(facts, sort_keys=True, default=str)].append(run)
-    groups = []
     for runs in alike.values():
         size = 1 if runs[0].directory.state() == "done" else runs[0].cell.cfg.runs_per_gpu
-        groups += [runs[first : first + size] for first in range(0, len(runs), size)]
-    return groups
+        yield from (runs[first : first + size] for first in range(0, len(runs), size))
 
 
 class Fleet(Interrupts):

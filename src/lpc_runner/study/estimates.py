@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lpc_runner.base.presentation import COLOURS
+from lpc_runner.base.presentation import COLOURS, STARTS
 from lpc_runner.study.study import Group
 from lpc_runner.study.style import MARKERS, Picture, file_name, legend_below, log_where_wide, new_figure, wrapped
 from lpc_runner.study.tables import DASH, Table, group_table, mean_of, show, spread
@@ -129,7 +129,6 @@ NOTES = {
 }
 
 
-STARTS = {"encoder": "the encoder's q", "free": "a free q for each example", "prior": "the prior"}
 BIAS = (
     "variance_bias, mean_error: for as many decoder gradients of every sampler, against long Hamiltonian chains with a "
     "Metropolis test; medians over coordinates and examples, relative and in standard deviations, chance included."
