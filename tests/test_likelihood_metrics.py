@@ -203,6 +203,7 @@ def test_an_exact_sampler_is_calibrated_and_one_of_twice_the_variance_is_told(li
     assert (numbers["calibration_p"] > 0.01) == (width == 1)
     assert 0.4 < numbers["calibration_chi2"] < 2 if width == 1 else numbers["calibration_chi2"] > 3
     assert len(facts["by_coordinate"]["calibration_p"]) == 2 and facts["num_ranks"] == 10
+    assert facts["start"] == "encoder" and "AIS from the encoder's q with K" in facts["sources"]
     assert numbers["rhat_max"] < 1.05 and numbers["ess_per_pass"] == pytest.approx(1, abs=0.25)
     covariance = trained.model.posterior(torch.zeros(1, 6, 5).double()).covariance_matrix[0]
     precision = torch.linalg.inv(covariance)

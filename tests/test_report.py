@@ -132,12 +132,11 @@ def test_a_seed_without_the_measurement_of_the_others_is_left_out_of_their_table
     assert rows["LPC jeffreys"]["log_likelihood"] == "-90.00 ± – (n=1)"
 
 
-def test_where_chains_were_annealed_from_is_said_of_each_group_that_differs(disk):
+@pytest.mark.parametrize(("kind", "title"), [("likelihood", "log p(x)"), ("posterior", "posterior")])
+def test_where_chains_were_annealed_from_is_said_of_each_group_that_differs(disk, kind, title):
     for name, choices, seed, start in (("a", LPC, 0, "encoder"), ("b", LPC, 1, "free"), ("c", VAE, 0, "encoder")):
-        disk.run(
-            name, choices, seed, metrics={"log_likelihood": -9.0}, measurement={"kind": "likelihood", "start": start}
-        )
-    _, notes = table(read_study(disk.study), "log p(x)")
+        disk.run(name, choices, seed, metrics={"log_likelihood": -9.0}, measurement={"kind": kind, "start": start})
+    _, notes = table(read_study(disk.study), title)
     assert "Annealed from the encoder's q: VAE; LPC jeffreys." in notes
     assert "Annealed from a free q for each example: LPC jeffreys." in notes
     assert "from the prior" not in notes

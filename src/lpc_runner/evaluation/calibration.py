@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpc_runner.base.distributions import DiagonalGaussian
+from lpc_runner.base.presentation import STARTS
 from lpc_runner.base.ranks import SINGLE
 from lpc_runner.base.schema import NonNegativeInt, PositiveFloat, PositiveInt, at_least, checked, declared
 from lpc_runner.base.tensors import generator
@@ -30,7 +31,7 @@ from lpc_runner.evaluation.evaluator import (
     finite,
     require_examples,
 )
-from lpc_runner.evaluation.log_likelihood import EXAMPLES, HeldOut
+from lpc_runner.evaluation.held_out import EXAMPLES, HeldOut
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
 from lpc_runner.inference.samplers import Info, State
@@ -300,7 +301,9 @@ class PosteriorEvaluator(HeldOut):
         mixing = f"R-hat and effective samples of {settings.num_chains} chains of {settings.num_chain_steps:,} steps"
         if steps and settings.num_reference_steps:
             mixing += f", bias against Hamiltonian ones of {settings.num_reference_steps:,}"
-        gaps = f"free q {settings.fit.way(trained.model)}, AIS with K = {ais.num_chains}, S = {ais.num_temperatures}"
+        start = self.start_of(trained)
+        gaps = f"free q {settings.fit.way(trained.model)}, AIS from {STARTS[start]} with K = {ais.num_chains}, "
+        gaps += f"S = {ais.num_temperatures}"
         sources = f"ranks of z on {settings.num_simulated:,} simulated examples among {among}; on "
         sources += f"{len(self.index):,} test examples: {f'{mixing}; ' if steps else ''}gaps, {gaps}"
         return {
@@ -312,6 +315,7 @@ class PosteriorEvaluator(HeldOut):
             "num_chain_steps": settings.num_chain_steps,
             **({"num_reference_steps": settings.num_reference_steps} if settings.num_reference_steps else {}),
             "num_temperatures": ais.num_temperatures,
+            "start": start,
             "ceilings": {},
             "notes": {name: NOTES[name] for name in numbers},
             "sources": sources,

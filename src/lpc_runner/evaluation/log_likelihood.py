@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,90 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from lpc_runner.base.distributions import DiagonalGaussian
-from lpc_runner.base.likelihoods import draw
 from lpc_runner.base.presentation import STARTS
 from lpc_runner.base.schema import NonNegativeInt, PositiveInt, checked
-from lpc_runner.base.tensors import generator, hash_of_tensors
-from lpc_runner.data.dataset import Batch
+from lpc_runner.base.tensors import hash_of_tensors
 from lpc_runner.evaluation.ais import AnnealedImportance
-from lpc_runner.evaluation.bounds import gradients_through_rnns, importance_bound, is_probability, prior_of
+from lpc_runner.evaluation.bounds import importance_bound, is_probability, prior_of
 from lpc_runner.evaluation.evaluator import (
     Evaluator,
     Metrics,
     Setup,
     Trained,
-    evaluating,
     evenly_spaced,
     finite,
-    is_amortised,
     mean_and_error,
     require_examples,
-    without_held_out,
 )
+from lpc_runner.evaluation.held_out import EXAMPLES, HeldOut
 from lpc_runner.evaluation.linear_gaussian import exact_log_evidence
-from lpc_runner.evaluation.samples import draw_data, draw_images
-from lpc_runner.inference.chain import constant
-from lpc_runner.models.latent import LatentVariableModel
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
 from lpc_runner.tracking.progress import Progress, show_duration
 
-EXAMPLES = 64  # measured at once, and kept when they are done; they share draws of noise, so it is no setting
 VERSION = 1  # of what is kept; raise when what is computed changes
 
 _log = logging.getLogger(__name__)
-
-
-class HeldOut(Evaluator):
-    """An evaluator of any kind of data by its test examples x and the start q of chains, which may simulate its own."""
-
-    def __init__(self, setup: Setup, ais: AnnealedImportance) -> None:
-        self.ais = ais
-        self.dataset, self.data, self.device = setup.dataset, setup.data, torch.device(setup.device)
-        self.seed, self.ranks = setup.seed, setup.ranks
-
-    def draw_data(self, folder: Path) -> None:
-        draw_data(self.dataset, self.data, folder)
-
-    def draw(self, trained: Trained, folder: Path, update: int | None) -> dict[str, Path]:
-        """Of images, samples, and at the end reconstructions; of sequences nothing."""
-        if self.dataset.kind != "images":
-            return {}
-        return draw_images(trained, self.dataset, self.data, self.seed, folder, update)
-
-    @contextmanager
-    def measuring(self, trained: Trained) -> Iterator[None]:
-        """Evaluation mode, gradients of z alone, through any network."""
-        theta = list(trained.model.parameters())
-        with evaluating(trained.model, trained.encoder), gradients_through_rnns(), constant(theta):
-            yield
-
-    def examples(self, index: Tensor) -> Tensor:
-        """What the model sees of those test examples, held-out neurons as NaN."""
-        x = self.dataset.to_model(self.data.test.values[index].to(self.device))
-        return without_held_out(x, self.dataset.num_held_out)
-
-    @torch.no_grad()
-    def simulate(
-        self, model: LatentVariableModel, count: int, stream: str, number: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """z ~ p(z) and x ~ p(x|z), so that z is an exact draw of p(z|x); None where p(x|z) cannot be sampled."""
-        like = next(model.parameters())
-        source = generator(self.seed, stream, number, device=like.device)
-        z = torch.randn(count, model.latent_dim, generator=source, device=like.device, dtype=like.dtype)
-        z = model.prior.scale * z
-        x = draw(model.likelihood, model.predict(z), source)
-        return None if x is None else (z, without_held_out(x, self.dataset.num_held_out))
-
-    @torch.no_grad()
-    def encoded(self, trained: Trained, x: Tensor, index: Tensor) -> DiagonalGaussian | None:
-        """The encoder's q of x (B, ...); None where there is no encoder for new examples."""
-        return trained.encoder(Batch(x, index.to(x.device))) if is_amortised(trained.encoder) else None
-
-    def annealed_from(self, trained: Trained, x: Tensor, index: Tensor) -> DiagonalGaussian:
-        """The q of x (B, ...) that `ais.start` names; the prior where that is an encoder's and there is none."""
-        found = None if self.ais.start == "prior" else self.encoded(trained, x, index)
-        found = prior_of(trained.model, len(x)) if found is None else found
-        return self.ais.free_q(trained.model, x, found, self.seed) if self.ais.start == "free" else found
 
 
 class LikelihoodMetrics(Metrics):
@@ -299,7 +237,7 @@ class LikelihoodEvaluator(HeldOut):
 
     def _facts(self, trained: Trained, numbers: dict[str, float], num_simulated: int) -> dict[str, object]:
         settings, ais = self.settings, self.settings.ais
-        start = "prior" if ais.start == "encoder" and not is_amortised(trained.encoder) else ais.start
+        start = self.start_of(trained)
         sources = (
             f"{len(self.index):,} test examples; annealed from {STARTS[start]}: K = {ais.num_chains:,} chains, "
             f"S = {ais.num_temperatures:,} temperatures, {ais.num_leapfrog} leapfrog steps a move"

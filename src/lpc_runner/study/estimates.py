@@ -161,11 +161,11 @@ def _table(dataset: str, groups: Sequence[Group], setting: tuple[Any, ...]) -> T
     notes = [*NOTES[kind], *[BIAS] * ("variance_bias" in names)]
     of_one = facts[shown[0].label][0]
     title = f"{dataset}: {TITLES[kind]}, {of_one.get('num_examples')} {of_one.get('split')} examples"
+    starts = {group.label: {each.get("start") for each in facts[group.label]} for group in shown}
+    if len(set().union(*starts.values()) - {None}) > 1:
+        of = {start: "; ".join(label for label, own in starts.items() if start in own) for start in STARTS}
+        notes += [f"Annealed from {words}: {of[start]}." for start, words in STARTS.items() if of[start]]
     if kind == "likelihood":
-        starts = {group.label: {each.get("start") for each in facts[group.label]} for group in shown}
-        if len(set().union(*starts.values())) > 1:
-            of = {start: "; ".join(label for label, own in starts.items() if start in own) for start in STARTS}
-            notes += [f"Annealed from {words}: {of[start]}." for start, words in STARTS.items() if of[start]]
         notes.append(f"Difference: to {shown[0].label}, seed by seed, ± standard error of the mean.")
         title += f", AIS K = {of_one.get('num_chains')}, S = {of_one.get('num_temperatures')}"
         title += f", {of_one['num_levels']} levels" if of_one.get("num_levels") else ""
