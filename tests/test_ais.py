@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from series import lds
+from torch import nn
 
-from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
+from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian, Gaussian
 from lpc_runner.base.tensors import generator
 from lpc_runner.evaluation.ais import AnnealedImportance, Annealing, schedule
 from lpc_runner.evaluation.bounds import FreeFit
@@ -79,6 +80,28 @@ def test_bounds_enclose_the_evidence_and_tighten_with_chains_and_temperatures():
         assert found.effective_samples.min() >= 1 - 1e-9 and found.effective_samples.max() <= num_chains + 1e-9
     assert lower == sorted(lower) and upper == sorted(upper, reverse=True)
     assert -0.1 < lower[-1] < 0.03 and -0.03 < upper[-1] < 0.25
+
+
+class Squared(nn.Module):
+    """x = z² + noise of variance 1/4, z ~ N(0, 1): no posterior is Gaussian."""
+
+    def log_joint(self, x, z):
+        square = z.square() + 4 * (x - z.square()).square()
+        return (-0.5 * square - LOG_2PI + math.log(2)).sum(1)
+
+
+def test_weights_from_a_free_q_are_unbiased(monkeypatch):
+    """The noise of the fit is another than that of the weights; p(x) by quadrature."""
+    monkeypatch.setattr("lpc_runner.evaluation.ais.FREE", FreeFit(60, 4, 0.05))
+    count, model, free = 10_000, Squared(), ais(1, 4, start="free")
+    x = torch.full((count, 1), 0.3, dtype=torch.float64)
+    grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)[:, None]
+    exact = torch.logsumexp(model.log_joint(x[:1], grid), 0) + math.log(12 / 4000)
+    q = free.free_q(model, x, DiagonalGaussian(torch.zeros_like(x), torch.ones_like(x)), 0)
+    assert len(q.mean.unique()) == count and q.variance.max() < 1  # every example has a q of its own, none is the prior
+    ratio = torch.exp(free.bounds(model, x, q, 0, "t").lower - exact)
+    error = float(ratio.std()) / math.sqrt(count)
+    assert error < 0.02 and abs(float(ratio.mean()) - 1) < 4 * error
 
 
 def test_the_work_of_a_free_q_is_bounded_beforehand(monkeypatch):

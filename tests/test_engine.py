@@ -320,12 +320,14 @@ def test_exact_arithmetic_is_put_back():
     settings = lambda: [part.fp32_precision for part in parts]
     before = settings()
     for precision, inside in (("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")):
-        with Eager(precision).arithmetic(), gradients_through_rnns():
+        with Eager(precision).arithmetic(), gradients_through_rnns(torch.nn.Sequential(torch.nn.GRU(2, 2))):
             assert settings() == [inside] * 3 and not torch.backends.cudnn.enabled
         assert settings() == before and torch.backends.cudnn.enabled
     with exact_arithmetic():
         assert settings() == ["ieee"] * 3
     assert settings() == before
+    with gradients_through_rnns(torch.nn.Conv2d(1, 1, 3)):
+        assert torch.backends.cudnn.enabled  # a convolution's backward pass is there in any mode
 
 
 class Traced(Compiled):

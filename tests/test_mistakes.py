@@ -54,6 +54,10 @@ MISTAKES = [
     ("sampler.noise=none", ["sampler.noise must be one of independent, averaged"]),
     ("sampler=mala preconditioning=adam", ["sampler: MALA", "G must be constant", "Adam adapts it", "freeze_after"]),
     (
+        "sampler=mala preconditioning=adam_shared preconditioning.freeze_after=2 sampler.start=persistent",
+        ["sampler: MALA", "SharedAdam adapts it", "chains that persist excepted"],
+    ),
+    (
         "sampler=hmc preconditioning=none step_size=polynomial",
         ["sampler: HMC", "γ must be constant", "Polynomial changes it", "step_size=constant"],
     ),

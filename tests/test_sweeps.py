@@ -429,6 +429,20 @@ def test_turns_go_round_and_what_failed_lets_go_of_its_memory(six, workplace, mo
     assert [seed for seed, _ in failures] == [0, 2, 1] and not any(model() for model in held)
 
 
+def test_a_member_that_ends_the_process_ends_it_after_the_others(six, workplace, monkeypatch):
+    def training(planned, member):
+        if planned.experiment.seed == 0:
+            raise SystemExit(3)
+        assert member.turn() >= 0
+        made.append(planned.experiment.seed)
+
+    made = []
+    monkeypatch.setattr(fleet, "execute", training)
+    with pytest.raises(SystemExit, match="3"):
+        fleet.Fleet(six[:3], lambda *failed: pytest.fail("no failure")).run()
+    assert made == [1, 2]
+
+
 @pytest.mark.parametrize("measures", [False, True])
 def test_the_same_signal_again_ends_a_fleet_at_once(six, workplace, monkeypatch, measures):
     """Also while a member measures, which asks for no turn."""

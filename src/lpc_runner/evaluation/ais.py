@@ -26,7 +26,7 @@ from lpc_runner.base.distributions import LOG_2PI, DiagonalGaussian
 from lpc_runner.base.schema import PositiveInt, checked
 from lpc_runner.base.tensors import generator
 from lpc_runner.evaluation import linear_gaussian
-from lpc_runner.evaluation.bounds import NUM_DRIFT_SAMPLES, FreeFit, mean_weight
+from lpc_runner.evaluation.bounds import FreeFit, descend, mean_weight
 from lpc_runner.models.latent import LatentVariableModel
 
 # Results depend on these, so they are no settings. Chains of an example that share one draw of noise and run at once:
@@ -218,12 +218,13 @@ class AnnealedImportance:
 
         From there, for a narrow posterior is out of a fit's reach from the prior, or from a q that is far from it.
         """
-        if not linear_gaussian.is_linear_gaussian(model):
-            path, source = Annealing(model, x, start, self.num_leapfrog), generator(seed, "ais/free", device=x.device)
-            ((point, step),) = deque(path.tuning(PILOTS, self.temperatures[1:], source), maxlen=1)
-            best = point.log_joint.argmax(0), torch.arange(len(x), device=x.device)
-            start = DiagonalGaussian(path.z_of(point.u)[best], (step.unsqueeze(1) * path.scale).square())
-        return FREE(model, x, start, seed).q
+        if linear_gaussian.is_linear_gaussian(model):
+            return linear_gaussian.best_factorised(model, x)
+        path, source = Annealing(model, x, start, self.num_leapfrog), generator(seed, "ais/free", device=x.device)
+        ((point, step),) = deque(path.tuning(PILOTS, self.temperatures[1:], source), maxlen=1)
+        best = point.log_joint.argmax(0), torch.arange(len(x), device=x.device)
+        start = DiagonalGaussian(path.z_of(point.u)[best], (step.unsqueeze(1) * path.scale).square())
+        return descend(model, x, start, seed, FREE)[1]
 
     def fit_passes(self, model: LatentVariableModel) -> int:
         """Decoder gradients of one example that its q costs beforehand."""
@@ -256,7 +257,7 @@ class AnnealedImportance:
         its q costs beforehand."""
         pilots, fit = 1, 0
         if self.fit_passes(model):  # whose pilots are not fewer moves for being fewer than a group
-            pilots, fit = 2, FREE.num_steps * FREE.num_samples + 2 * NUM_DRIFT_SAMPLES
+            pilots, fit = 2, FREE.num_steps * FREE.num_samples
         ways = pilots + len(self._groups()) * (2 if backward else 1)
         return ways * self.num_temperatures + math.ceil(fit / (self.num_leapfrog * self._largest_group()))
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +35,20 @@ class Importance:
 
 @torch.no_grad()
 def importance_bound(
-    model: LatentVariableModel, x: Tensor, q: DiagonalGaussian, num_samples: int, seed: int, rows: int = ROWS
+    model: LatentVariableModel,
+    x: Tensor,
+    q: DiagonalGaussian,
+    num_samples: int,
+    seed: int,
+    stream: str = "importance",
+    rows: int = ROWS,
 ) -> Importance:
     """IWAE-K with K = num_samples of x (B, ...), proposal q over (B, d).
 
-    seed names the noise, which is the same for every q of that shape: differences between two proposals are then those
-    of common random numbers. rows: decoded at once.
+    seed and stream name the noise, which is the same for every q of that shape: differences between two proposals are
+    then those of common random numbers. rows: decoded at once.
     """
-    source = generator(seed, "importance", device=x.device)
+    source = generator(seed, stream, device=x.device)
     weights = torch.empty(num_samples, len(x), dtype=torch.float64, device=x.device)
     at_once = max(1, rows // len(x))
     for start in range(0, num_samples, at_once):
@@ -124,42 +129,36 @@ def fit_free_posterior(
     (Roeder et al. 2017): where q is the posterior it has no variance. Examples do not interact, but every step visits
     all of them. Without a start, larger steps lead from the prior into the neighbourhood first.
     """
-    descend = partial(_descend, model, x, seed, fit.num_steps, fit.num_samples)
     if start is None:
-        _, start = descend(COLD * fit.learning_rate, prior_of(model, len(x)))
-    late, fitted = descend(fit.learning_rate, start)
+        cold = replace(fit, learning_rate=COLD * fit.learning_rate)
+        _, start = descend(model, x, prior_of(model, len(x)), seed, cold)
+    late, fitted = descend(model, x, start, seed, fit)
     bounds = [importance_bound(model, x, q, NUM_DRIFT_SAMPLES, seed).elbo for q in (late, fitted)]
     return FreePosterior(fitted, bounds[1] - bounds[0])
 
 
-def _descend(
-    model: LatentVariableModel,
-    x: Tensor,
-    seed: int,
-    num_steps: int,
-    num_samples: int,
-    learning_rate: float,
-    start: DiagonalGaussian,
+def descend(
+    model: LatentVariableModel, x: Tensor, start: DiagonalGaussian, seed: int, fit: FreeFit
 ) -> tuple[DiagonalGaussian, DiagonalGaussian]:
-    """q before the last fifth of the steps, and after all of them."""
+    """A fit's q before the last fifth of its steps, and after all of them."""
     mean = start.mean.detach().clone().requires_grad_()
     log_variance = start.variance.detach().log().clone().requires_grad_()
-    rates = (learning_rate, _LOG_VARIANCE_RATE * learning_rate)
+    rates = (fit.learning_rate, _LOG_VARIANCE_RATE * fit.learning_rate)
     optimizer = torch.optim.Adam([{"params": [p], "lr": lr} for p, lr in zip((mean, log_variance), rates)])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, fit.num_steps)
     source = generator(seed, "free posterior", device=x.device)
-    repeated = x.repeat(num_samples, *[1] * (x.ndim - 1))
+    repeated = x.repeat(fit.num_samples, *[1] * (x.ndim - 1))
     current = lambda: DiagonalGaussian(mean.detach().clone(), log_variance.detach().exp())
     late = current()
-    with gradients_through_rnns():
-        for step in range(num_steps):
-            if step == math.floor(_LATE * num_steps):
+    with gradients_through_rnns(model):
+        for step in range(fit.num_steps):
+            if step == math.floor(_LATE * fit.num_steps):
                 late = current()
-            half = torch.randn(num_samples // 2, *mean.shape, generator=source, device=x.device, dtype=mean.dtype)
+            half = torch.randn(fit.num_samples // 2, *mean.shape, generator=source, device=x.device, dtype=mean.dtype)
             noise = torch.cat([half, -half]).flatten(0, 1)
-            q = DiagonalGaussian(mean, log_variance.exp()).repeat(num_samples)
+            q = DiagonalGaussian(mean, log_variance.exp()).repeat(fit.num_samples)
             z = q.rsample(noise)
-            loss = -(model.log_joint(repeated, z) - q.detach().log_prob(z)).sum() / num_samples
+            loss = -(model.log_joint(repeated, z) - q.detach().log_prob(z)).sum() / fit.num_samples
             mean.grad, log_variance.grad = torch.autograd.grad(loss, [mean, log_variance])
             optimizer.step()
             schedule.step()
@@ -167,11 +166,14 @@ def _descend(
 
 
 @contextmanager
-def gradients_through_rnns() -> Iterator[None]:
-    """cuDNN's recurrent networks have a backward pass in training mode only; torch's own have one always."""
+def gradients_through_rnns(model: nn.Module) -> Iterator[None]:
+    """cuDNN's recurrent networks have a backward pass in training mode only; torch's own have one always.
+
+    A model without one keeps cuDNN.
+    """
     before = torch.backends.cudnn.enabled
     try:
-        torch.backends.cudnn.enabled = False
+        torch.backends.cudnn.enabled = before and not any(isinstance(part, nn.RNNBase) for part in model.modules())
         yield
     finally:
         torch.backends.cudnn.enabled = before

@@ -280,15 +280,11 @@ class PosteriorEvaluator(HeldOut):
             q = self.encoded(trained, x, index)
             fitted = self.settings.fit(model, x, q, self.seed)
             begin = self.annealed_from(trained, x, index)
-            columns = [
-                self.settings.ais.bounds(model, x, begin, self.seed, f"gaps/{number}").lower,
-                importance_bound(model, x, fitted.q, NUM_BOUND_SAMPLES, self.seed).elbo,
-                fitted.drift,
-            ]
-            if q is not None:
-                columns.append(importance_bound(model, x, q, NUM_BOUND_SAMPLES, self.seed).elbo)
-            rows.append(torch.stack(columns, 1))
-        exact, free, drift, *encoder = torch.cat(rows).mean(0).tolist()
+            of = partial(importance_bound, num_samples=NUM_BOUND_SAMPLES, seed=self.seed, stream=f"importance/{number}")
+            elbos = [of(model, x, each).elbo for each in (fitted.q, q) if each is not None]
+            lower = self.settings.ais.bounds(model, x, begin, self.seed, f"gaps/{number}").lower
+            rows.append(torch.stack([lower, fitted.drift, *elbos], 1))
+        exact, drift, free, *encoder = torch.cat(rows).mean(0).tolist()
         numbers = {"log_likelihood": exact, "free_elbo": free, "free_drift": drift, "approximation_gap": exact - free}
         if encoder:
             numbers |= {"encoder_elbo": encoder[0], "amortisation_gap": free - encoder[0]}

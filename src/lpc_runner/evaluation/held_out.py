@@ -44,7 +44,7 @@ class HeldOut(Evaluator):
     def measuring(self, trained: Trained) -> Iterator[None]:
         """Evaluation mode, gradients of z alone, through any network."""
         theta = list(trained.model.parameters())
-        with evaluating(trained.model, trained.encoder), gradients_through_rnns(), constant(theta):
+        with evaluating(trained.model, trained.encoder), gradients_through_rnns(trained.model), constant(theta):
             yield
 
     def examples(self, index: Tensor) -> Tensor:

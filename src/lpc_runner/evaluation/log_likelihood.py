@@ -35,7 +35,7 @@ from lpc_runner.evaluation.linear_gaussian import exact_log_evidence
 from lpc_runner.store.checkpoints import read_sealed, write_sealed
 from lpc_runner.tracking.progress import Progress, show_duration
 
-VERSION = 1  # of what is kept; raise when what is computed changes
+VERSION = 2  # of what is kept; raise when what is computed changes
 
 _log = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ class LikelihoodEvaluator(HeldOut):
         bounds = settings.ais.bounds(trained.model, x, q, self.seed, f"test/{number}")
         columns = [bounds.lower, bounds.effective_samples, bounds.acceptance]
         if (q := self.encoded(trained, x, index)) is not None:
-            bound = importance_bound(trained.model, x, q, settings.num_importance_samples, self.seed)
+            count, stream = settings.num_importance_samples, f"importance/{number}"
+            bound = importance_bound(trained.model, x, q, count, self.seed, stream)
             columns += [bound.iwae, bound.elbo]
         return torch.stack(columns, 1)
 

@@ -78,7 +78,7 @@ def chain_means(model: Any, x: Tensor, start: DiagonalGaussian, sampler: Any, nu
     """
     sampler, parts = to_the_end(sampler), []
     num_chains = -(-num_states // sampler.num_steps)
-    with gradients_through_rnns():
+    with gradients_through_rnns(model):
         for rows, (number, q) in zip(x.split(CHUNK), _chunks(start)):
             mean = _Mean(model)
             for draw in range(number * num_chains, (number + 1) * num_chains):

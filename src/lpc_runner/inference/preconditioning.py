@@ -105,9 +105,10 @@ class Fisher(Preconditioner):
     """G = 1 / (m + 1/s²), m = memory · m + (1 - memory) · (mean of g⊙g over batch and chain), once per update.
 
     Where chains sample p(z|x), E[g_j²] is the curvature of coordinate j (Fisher's identity; the prior's included), so
-    that γ has no unit: a chain is stable for γ < 2 whatever the curvatures. memory: weight of the past, in (0, 1).
-    prior_scale: s. m is one vector, (1, d), constant along a chain. The first batch sets it: until then nothing is
-    known of any curvature, and the chains of that batch stay where they start.
+    that γ has no unit. A chain is stable for γ < 2/λmax(G^½ΛG^½), Λ an example's own curvature: 2 where coordinates do
+    not correlate and examples are alike, less by up to d where they correlate, and by Λ over its mean where examples
+    differ. memory: weight of the past, in (0, 1). prior_scale: s. m is one vector, (1, d), constant along a chain. The
+    first batch sets it: until then no curvature is known, and the chains of that batch stay where they start.
     """
 
     constant_along_chain = True

@@ -42,7 +42,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one step saw: log p(x, z(t-1)) (B,), its gradient (B, d), and 2γG, the variance of the noise it added.
+    """What one step saw: log p(x, z(t-1)) (B,), its gradient (B, d), and 2γG, the variance of independent noise.
 
     energy_error: (B,) nats, of the step that the sampler's `energy_error_of` says; a Metropolis test accepts it with
     probability min(1, exp(-energy_error)). NaN counts as infinite.
@@ -140,11 +140,12 @@ def _require_constant(sampler: MarkovChain) -> None:
     metric, size, name = sampler.preconditioner, sampler.step_size, type(sampler).__name__
     constant_from = declared(metric, Preconditioner, "constant_from")
     always = declared(metric, Preconditioner, "constant_along_chain")
-    if not always and (constant_from is None or constant_from >= sampler.num_steps):
+    adapts_again = sampler.start == "persistent"  # at every visit
+    if not always and (constant_from is None or constant_from >= sampler.num_steps or adapts_again):
         raise UserError(
             f"sampler: {name} tests every step, for which G must be constant along a chain, and "
             f"{type(metric).__name__} adapts it: preconditioning=none, encoder and fisher fit, and adam and "
-            "adam_shared with preconditioning.freeze_after below sampler.num_steps"
+            "adam_shared with preconditioning.freeze_after below sampler.num_steps, chains that persist excepted"
         )
     if not declared(size, StepSize, "constant_along_chain"):
         raise UserError(

@@ -162,14 +162,14 @@ class Member(Interrupts, threading.Thread):
                 on_cuda = device.type == "cuda"
                 with torch.cuda.stream(torch.cuda.Stream(device)) if on_cuda else nullcontext():
                     execute(plan(self.planned.cell), self)  # planned anew: what lies on the device goes with the thread
-        except (Interrupted, SystemExit):
+        except Interrupted:
             pass  # the fleet leaves
         except Exception as error:
             fleet.failed(self.planned, error)
             for raised in filter(None, (error, error.__cause__, error.__context__)):
                 traceback.clear_frames(raised.__traceback__)  # which hold what lies on the device
         except BaseException as error:
-            self.ended_by = error
+            self.ended_by = None if fleet.abandoned else error
         finally:
             self.left = 0
             with fleet.turns:
