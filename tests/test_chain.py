@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lpc_runner.base.distributions import Gaussian
-from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, FusedPotential, Moments, run_chain
+from lpc_runner.inference.chain import ChainNoise, FusedPotential, Moments, run_chain
 from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
-from lpc_runner.inference.samplers import Langevin, Map, NoSteps
+from lpc_runner.inference.samplers import NOISE_BLOCK, Langevin, Map, NoSteps
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.dense import MLP, Linear
 

@@ -11,11 +11,11 @@ from lpc_runner.base.errors import UserError
 from lpc_runner.base.tensors import exact_arithmetic
 from lpc_runner.data.dataset import Batch
 from lpc_runner.evaluation.bounds import gradients_through_rnns
-from lpc_runner.inference.chain import NOISE_BLOCK, ChainNoise, run_chain
+from lpc_runner.inference.chain import ChainNoise, run_chain
 from lpc_runner.inference.engine import Blocked, Captures, Compiled, CompiledCudaGraph, CudaGraph, Eager, make_engine
 from lpc_runner.inference.objectives import ImportanceWeighted, WeightedKL
 from lpc_runner.inference.preconditioning import Adam, Fisher, Identity, SharedAdam
-from lpc_runner.inference.samplers import HMC, MALA, Langevin, Map, NoSteps, Underdamped
+from lpc_runner.inference.samplers import HMC, MALA, NOISE_BLOCK, Langevin, Map, NoSteps, Underdamped
 from lpc_runner.inference.step_sizes import Constant, Polynomial
 from lpc_runner.models.conv import Conv
 from lpc_runner.models.dense import MLP, Linear

@@ -443,8 +443,8 @@ def test_what_does_not_fit_is_one_line(words, message, workplace):
 
 def test_levels_and_maps_that_do_not_fit():
     for given, message in (
-        ({"levels": (3, 0)}, "levels must be a list, got"),
-        ({"maps": (8, 4, 1)}, "maps must have one side for each of the 2 levels, got .8, 4, 1."),
+        ({"levels": (3, 0)}, "levels must be a list, each an integer of at least 1, got"),
+        ({"maps": (8, 4, 1)}, "maps must have one side for each level, 2 in all, got .8, 4, 1."),
         ({"maps": (1, 4)}, "maps must be sides of .1, 4, 8. that fall from level 1 up, as .8, 4, 1., got .1, 4."),
         ({"maps": (7, 1)}, "maps must be sides of .1, 4, 8."),
     ):

@@ -95,6 +95,7 @@ def test_an_interrupted_measurement_goes_on(linear, tmp_path, monkeypatch, caplo
     trained, data = linear
     monkeypatch.setattr(log_likelihood, "EXAMPLES", 4)
     short = likelihood_metrics(ais=ais(2, 3))
+    caplog.set_level("INFO")
     whole = evaluator(data, tmp_path / "whole", short).final(trained)[0]
     bounds, calls = AnnealedImportance.bounds, []
 
@@ -108,6 +109,7 @@ def test_an_interrupted_measurement_goes_on(linear, tmp_path, monkeypatch, caplo
     stop = True
     with pytest.raises(KeyboardInterrupt):
         evaluator(data, tmp_path, short).final(trained)
+    assert "AIS: 8 of 10 examples are kept; the same command goes on" in caplog.text
     stop = False
     calls.clear()
     assert evaluator(data, tmp_path, short).final(trained)[0] == whole
@@ -215,12 +217,12 @@ def test_an_exact_sampler_is_calibrated_and_one_of_twice_the_variance_is_told(li
     assert (numbers["calibration_p"] > 0.01) == (width == 1)
     assert 0.4 < numbers["calibration_chi2"] < 2 if width == 1 else numbers["calibration_chi2"] > 3
     assert len(facts["by_coordinate"]["calibration_p"]) == 2 and facts["num_ranks"] == 10
-    assert facts["start"] == "encoder" and "AIS from the encoder's q with K" in facts["sources"]
+    assert facts["start"] == "encoder" and "exact log p(x)" in facts["sources"]
     assert numbers["rhat_max"] < 1.05 and numbers["ess_per_pass"] == pytest.approx(1, abs=0.25)
     covariance = trained.model.posterior(torch.zeros(1, 6, 5).double()).covariance_matrix[0]
     precision = torch.linalg.inv(covariance)
     approximation = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision)).item()
-    assert numbers["approximation_gap"] == pytest.approx(approximation, abs=0.2)
+    assert numbers["approximation_gap"] == pytest.approx(approximation, abs=0.1)  # of a fit's end
     assert numbers["amortisation_gap"] > -0.1
 
 
@@ -293,8 +295,9 @@ def test_a_run_is_measured_by_both_and_the_report_shows_it(command, caplog):
     caplog.set_level("INFO")
     answer = command(str(only_run()), "metrics=posterior", *words, *more, entry=main)
     assert answer.code == 0 and "among 3 states of a chain of T = 3" in answer.out, answer.err
+    assert "AIS from the encoder's q with K = 2, S = 3" in answer.out.replace("\n", " ") and "28/28" in caplog.text
     found = sorted(path.name for path in (only_run() / "evaluations").iterdir())
-    assert found == ["posterior-m20-n4-1.json", "posterior-m20-n4-1.png"]
+    assert found == ["posterior-encoder-m20-n4-1.json", "posterior-encoder-m20-n4-1.png"]
     with Image.open(only_run() / "evaluations" / found[1]) as image:
         assert np.asarray(image.convert("L")).std() > 0
     text = "\n".join(table.markdown() for table in study_tables(read_study(only_run().parent)))

@@ -132,6 +132,20 @@ def test_a_seed_without_the_measurement_of_the_others_is_left_out_of_their_table
     assert rows["LPC jeffreys"]["log_likelihood"] == "-90.00 ± – (n=1)"
 
 
+def test_of_two_starts_of_one_run_the_report_shows_that_of_the_smaller_gap(disk):
+    """Whichever was measured first."""
+    found = [
+        {"metrics": {"log_likelihood": value, "bdmc_gap": gap}, "measurement": {"kind": "likelihood", "start": start}}
+        for value, gap, start in ((-9.0, 40.0, "prior"), (-5.0, 0.5, "free"), (-4.0, 3.0, "encoder"))
+    ]
+    disk.run("a", VAE, 0, **found[0])
+    (disk.study / "a" / "evaluations").mkdir()
+    for number, later in enumerate(found[1:]):
+        (disk.study / "a" / "evaluations" / f"{number}.json").write_text(json.dumps(later | {"update": 100}))
+    rows, _ = table(read_study(disk.study), "log p(x)")
+    assert rows["VAE"]["log_likelihood"] == "-5.00 ± –" and rows["VAE"]["bdmc_gap"] == "0.500 ± –"
+
+
 @pytest.mark.parametrize(("kind", "title"), [("likelihood", "log p(x)"), ("posterior", "posterior")])
 def test_where_chains_were_annealed_from_is_said_of_each_group_that_differs(disk, kind, title):
     for name, choices, seed, start in (("a", LPC, 0, "encoder"), ("b", LPC, 1, "free"), ("c", VAE, 0, "encoder")):

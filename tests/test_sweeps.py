@@ -412,8 +412,11 @@ def test_a_fleet_s_command_leaves_as_that_of_any_sweep(small, command, monkeypat
     ]
 
 
-def test_turns_go_round_and_what_failed_lets_go_of_its_memory(six, workplace, monkeypatch):
+def test_turns_go_round_and_what_failed_lets_go_of_its_memory(six, workplace, monkeypatch, caplog):
     seen, held, failures = [], [], []
+    caplog.set_level("INFO")
+    for run in six[:3]:
+        monkeypatch.setattr(run.experiment.trainer, "max_updates", {0: 1, 1: 3, 2: 2}[run.experiment.seed])
 
     def training(planned, member):
         model = torch.nn.Linear(1, 1)
@@ -421,10 +424,14 @@ def test_turns_go_round_and_what_failed_lets_go_of_its_memory(six, workplace, mo
         for number in range({0: 1, 1: 3, 2: 2}[planned.experiment.seed]):
             seen.append((planned.experiment.seed, number))
             assert member.turn() >= 0
+        time.sleep(0.2 if planned.experiment.seed == 1 else 0)  # the last one: for the thread that counts
         raise RuntimeError("out of memory") from ValueError()
 
     monkeypatch.setattr(fleet, "execute", training)
-    fleet.Fleet(six[:3], lambda run, error: failures.append((run.experiment.seed, error))).run()
+    made = fleet.Fleet(six[:3], lambda run, error: failures.append((run.experiment.seed, error)))
+    made.run()
+    assert [line for line in caplog.messages if "update of 3 runs 6/6" in line]
+    assert not [line for line in caplog.messages if "update of" in line and six[0].directory.name in line]
     assert seen == [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1), (1, 2)]
     assert [seed for seed, _ in failures] == [0, 2, 1] and not any(model() for model in held)
 
@@ -473,6 +480,7 @@ def test_runs_of_one_kind_go_together(six, monkeypatch):
     monkeypatch.setattr(six[1].directory, "state", lambda: "done")
     groups = [[six.index(run) for run in group] for group in fleet.fleets_of(six)]
     assert groups == [[0, 2], [1], [3, 4], [5]]
+    assert fleet.who_goes_together(six) == "hydra/launcher=fleet: runs that train together: 2, 2, 1"
 
 
 def test_what_no_fleet_can_have_is_one_line(six, monkeypatch):

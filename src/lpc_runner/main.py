@@ -91,7 +91,7 @@ def _run() -> None:
         with _first(ranks):
             planned = check_plan(cells, *([ranks] if ranks else []), proposed=searches)
             if composed.is_fleet:
-                from lpc_runner.runner.fleet import require_fleet
+                from lpc_runner.runner.fleet import require_fleet, who_goes_together
 
                 require_fleet(planned)
         if ranks and not ranks.is_main:
@@ -100,7 +100,7 @@ def _run() -> None:
                     _hydra(args, composed.single)
             return
         if cells[0].cfg.check:
-            print_plan(planned, composed.chosen)
+            print_plan(planned, [*composed.chosen, *([who_goes_together(planned)] if composed.is_fleet else [])])
             if searches:
                 print(
                     f"this is a run of the first values; hydra/sweeper={composed.sweeper} proposes its own, one by one"

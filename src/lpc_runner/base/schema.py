@@ -63,7 +63,7 @@ def describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(option) for option in typing.get_args(hint))
     if origin in (list, tuple):
-        return "a list"
+        return f"a list, each {describe(typing.get_args(hint)[0])}"
     if origin is dict:
         return f"a mapping of names to {describe(typing.get_args(hint)[1])}"
     return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+import logging
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,13 +33,18 @@ from lpc_runner.evaluation.evaluator import (
     require_examples,
 )
 from lpc_runner.evaluation.held_out import EXAMPLES, HeldOut
+from lpc_runner.evaluation.linear_gaussian import exact_log_evidence
 from lpc_runner.inference.chain import Chain, ChainNoise, run_chain, to_the_end
 from lpc_runner.inference.interfaces import Preconditioner, Sampler
 from lpc_runner.inference.samplers import Info, State
+from lpc_runner.tracking.progress import Progress
 
+Tell = Callable[[int], None]  # that so many examples more are done
 KEPT_NUMBERS = 2**25  # of the states of chains that are kept at once; changes no number but by what couples a batch
 MIN_STATES = 20  # of a chain that is split in two and ranked
 NUM_BOUND_SAMPLES = 100  # z per example in an ELBO
+
+_log = logging.getLogger(__name__)
 
 
 class PosteriorMetrics(Metrics):
@@ -84,7 +90,7 @@ class PosteriorMetrics(Metrics):
         return tuple(NOTES)
 
     def label(self, facts: dict[str, object]) -> str:
-        return f"posterior-m{facts['num_simulated']}-n{facts['num_examples']}"
+        return f"posterior-{facts['start']}-m{facts['num_simulated']}-n{facts['num_examples']}"
 
 
 NOTES = {
@@ -99,7 +105,7 @@ NOTES = {
     "variance_bias": "square distance from the reference's mean over its variance, - 1; median over coordinates",
     "mean_error": "of the posterior's mean in its standard deviations, chance included; median over coordinates",
     "reference_rhat_max": "as rhat_max, of the reference",
-    "log_likelihood": "nats per example, annealed importance sampling",
+    "log_likelihood": "nats per example, exact where it is known, else annealed importance sampling",
     "free_elbo": "nats per example, a free q per example",
     "free_drift": "nats per example gained in the last fifth of the fit",
     "encoder_elbo": "nats per example, q of the encoder",
@@ -121,11 +127,24 @@ class PosteriorEvaluator(HeldOut):
         return {}
 
     def final(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
-        with self.measuring(trained):
-            numbers, facts = self._calibration(trained)
-            if trained.sampler.num_steps > 0:
-                numbers |= self._mixing(trained)
-            numbers |= self._gaps(trained)
+        made, has_chain = 0, trained.sampler.num_steps > 0
+        total = self.settings.num_simulated + len(self.index) * (2 if has_chain else 1)
+
+        def tell(count: int) -> None:
+            nonlocal made
+            made += count
+            progress.update(made, total, {})
+
+        stages = "ranks, mixing and gaps" if has_chain else "ranks and gaps"
+        _log.info("%s of %s examples, simulated and of the test split", stages, f"{total:,}")
+        with self.measuring(trained), Progress(unit="example") as progress:
+            tell(0)
+            numbers, facts = self._calibration(trained, tell)
+            if has_chain:
+                numbers |= self._mixing(trained, tell)
+            numbers |= self._gaps(trained, tell)
+        if numbers["approximation_gap"] < 0:
+            _log.warning("log p(x) was found below an ELBO: more metrics.ais.num_temperatures bring it nearer")
         numbers = finite(numbers)
         return numbers, facts | self._facts(trained, numbers)
 
@@ -185,7 +204,7 @@ class PosteriorEvaluator(HeldOut):
         chain = run_chain(joint, z, to_the_end(sampler), noise, centre=centre, q=q, on_step=keep)
         return chain, torch.stack(states).unflatten(1, (copies, len(x)))
 
-    def _calibration(self, trained: Trained) -> tuple[dict[str, float], dict[str, object]]:
+    def _calibration(self, trained: Trained, tell: Tell) -> tuple[dict[str, float], dict[str, object]]:
         """Ranks of z* among thinned states of a chain on x ~ p(x|z*), z* ~ p(z) (Talts et al. 2018)."""
         ranks, count = [], self.settings.num_simulated
         for number, first in enumerate(range(0, count, EXAMPLES)):
@@ -197,6 +216,7 @@ class PosteriorEvaluator(HeldOut):
             states = self._states(trained, x, number)
             ranks.append((states < z.cpu()).sum(0).numpy())
             self.num_values = len(states) + 1
+            tell(size)
         self.ranks_found = np.concatenate(ranks)
         chi2, p = uniformity(self.ranks_found, self.num_values)
         spread = rank_spread(self.ranks_found, self.num_values)
@@ -218,7 +238,7 @@ class PosteriorEvaluator(HeldOut):
         steps = np.linspace(sampler.num_steps, 0, min(count, sampler.num_steps), endpoint=False).round()
         return self._run(trained, sampler, x, index, 1, name, set(steps.astype(int).tolist()))[1][:, 0]
 
-    def _mixing(self, trained: Trained) -> dict[str, float]:
+    def _mixing(self, trained: Trained, tell: Tell) -> dict[str, float]:
         """R-hat, effective samples per pass and bias of several long chains for each test example."""
         settings, sampler = self.settings, copy.copy(trained.sampler)
         sampler.num_steps = settings.num_chain_steps
@@ -239,6 +259,7 @@ class PosteriorEvaluator(HeldOut):
                 # As many passes for every sampler, and of the states made by them the second half.
                 count = int(min(1, settings.num_chain_steps / passes) * len(states))
                 against.append(self._against_reference(trained, index, number, chains[:, count // 2 : count]))
+            tell(len(index))
         agreement, size = np.concatenate(r_hats), np.concatenate(sizes) / (settings.num_chains * passes)
         numbers = {
             "rhat_median": float(np.median(agreement)),
@@ -272,18 +293,21 @@ class PosteriorEvaluator(HeldOut):
 
     # Gaps ---------------------------------------------------------------------------------------------------
 
-    def _gaps(self, trained: Trained) -> dict[str, float]:
+    def _gaps(self, trained: Trained, tell: Tell) -> dict[str, float]:
         """log p(x) - ELBO of a free q, and what the encoder's loses beside that (Cremer et al. 2018)."""
         model, rows = trained.model, []
         for number, index in enumerate(self.index.split(EXAMPLES)):
             x = self.examples(index)
             q = self.encoded(trained, x, index)
             fitted = self.settings.fit(model, x, q, self.seed)
-            begin = self.annealed_from(trained, x, index)
+            exact = exact_log_evidence(model, x)
+            if exact is None:
+                begin = self.annealed_from(trained, x, index)
+                exact = self.settings.ais.bounds(model, x, begin, self.seed, f"gaps/{number}").lower
             of = partial(importance_bound, num_samples=NUM_BOUND_SAMPLES, seed=self.seed, stream=f"importance/{number}")
             elbos = [of(model, x, each).elbo for each in (fitted.q, q) if each is not None]
-            lower = self.settings.ais.bounds(model, x, begin, self.seed, f"gaps/{number}").lower
-            rows.append(torch.stack([lower, fitted.drift, *elbos], 1))
+            rows.append(torch.stack([exact.to(fitted.drift), fitted.drift, *elbos], 1))
+            tell(len(index))
         exact, drift, free, *encoder = torch.cat(rows).mean(0).tolist()
         numbers = {"log_likelihood": exact, "free_elbo": free, "free_drift": drift, "approximation_gap": exact - free}
         if encoder:
@@ -298,8 +322,10 @@ class PosteriorEvaluator(HeldOut):
         if steps and settings.num_reference_steps:
             mixing += f", bias against Hamiltonian ones of {settings.num_reference_steps:,}"
         start = self.start_of(trained)
-        gaps = f"free q {settings.fit.way(trained.model)}, AIS from {STARTS[start]} with K = {ais.num_chains}, "
-        gaps += f"S = {ais.num_temperatures}"
+        truth = f"AIS from {STARTS[start]} with K = {ais.num_chains}, S = {ais.num_temperatures}"
+        if exact_log_evidence(trained.model, self.examples(self.index[:1])) is not None:
+            truth = "exact log p(x)"
+        gaps = f"free q {settings.fit.way(trained.model)}, {truth}"
         sources = f"ranks of z on {settings.num_simulated:,} simulated examples among {among}; on "
         sources += f"{len(self.index):,} test examples: {f'{mixing}; ' if steps else ''}gaps, {gaps}"
         return {

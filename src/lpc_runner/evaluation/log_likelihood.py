@@ -71,7 +71,8 @@ class LikelihoodMetrics(Metrics):
         return tuple(NOTES)
 
     def label(self, facts: dict[str, object]) -> str:
-        return f"likelihood-k{facts['num_chains']}-s{facts['num_temperatures']}-n{facts['num_examples']}"
+        counts = f"k{facts['num_chains']}-s{facts['num_temperatures']}-n{facts['num_examples']}"
+        return f"likelihood-{facts['start']}-{counts}"
 
 
 NOTES = {
@@ -164,8 +165,14 @@ class LikelihoodEvaluator(HeldOut):
             parts, length, mine = [kept["rows"]], len(kept["rows"]), mine[done:]
             _log.info("%s: %d of %d examples were done before", name, length, total)
         with Progress(silent=not self.ranks.is_main or key is None, unit=f"{name} example") as progress:
+            progress.update(length, total, {})
             for number in mine:
-                parts.append(compute(number, chunks[number]).cpu())
+                try:
+                    parts.append(compute(number, chunks[number]).cpu())
+                except KeyboardInterrupt:
+                    if path is not None:
+                        _log.info("%s: %d of %d examples are kept; the same command goes on", name, length, total)
+                    raise
                 length += len(chunks[number])
                 if path is not None:
                     write_sealed(path, {"rows": torch.cat(parts)}, "")
@@ -188,7 +195,8 @@ class LikelihoodEvaluator(HeldOut):
         settings, ais = self.settings, self.settings.ais
         named = [VERSION, *what, hash_of_tensors(weights), f"{probe:.5g}", self.index.tolist(), self.seed]
         named += [hash_of_tensors({"values": self.data.test.values[self.index]}), self.device.type]
-        named += [ais.num_chains, ais.num_temperatures, ais.num_leapfrog, ais.start, settings.num_importance_samples]
+        named += [ais.num_chains, ais.num_temperatures, ais.num_leapfrog, self.start_of(trained)]
+        named.append(settings.num_importance_samples)
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24]
 
     def _first(self, trained: Trained) -> tuple[Tensor, DiagonalGaussian]:
@@ -206,9 +214,11 @@ class LikelihoodEvaluator(HeldOut):
         counts = (len(self.index), False), (num_simulated, True)
         moves = sum(-(-count // EXAMPLES) * ais.num_moves(trained.model, backward) for count, backward in counts)
         _log.info(
-            "AIS of %s test and %s simulated examples, K = %s chains, S = %s temperatures, %s decoder gradients: "
+            "AIS of %s test%s examples, K = %s chains, S = %s temperatures, %s decoder gradients: "
             "at most %s on %s at the pace just timed%s",
-            *(f"{value:,}" for value in (len(self.index), num_simulated, ais.num_chains, ais.num_temperatures)),
+            f"{len(self.index):,}",
+            f" and {num_simulated:,} simulated" if num_simulated else "",
+            *(f"{value:,}" for value in (ais.num_chains, ais.num_temperatures)),
             f"{self._passes(trained, num_simulated):,}",
             show_duration(per_move * moves),
             self.device,

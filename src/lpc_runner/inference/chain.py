@@ -20,7 +20,7 @@ from lpc_runner.base.distributions import DiagonalGaussian
 from lpc_runner.base.schema import declared
 from lpc_runner.base.tensors import generator
 from lpc_runner.inference.interfaces import Part, Sampler, parts_of
-from lpc_runner.inference.samplers import Info, State, log_acceptance
+from lpc_runner.inference.samplers import NOISE_BLOCK, Info, State, block_length, log_acceptance
 
 
 class Acceptance:
@@ -65,9 +65,6 @@ class ShadowMetropolis(Acceptance):
         if self.last is not None:
             self.add(-log_acceptance(self.last, left)[None], 2)
         self.z, self.last = state.z, left
-
-
-NOISE_BLOCK = 32  # steps of noise drawn at once
 
 
 class FusedPotential:
@@ -325,11 +322,6 @@ def advance(
     if accumulate and declared(sampler, Sampler, "adjusted"):
         state, accumulate = state._replace(seen=potential(state.z, accumulate=True)), False
     return step(state, partial(potential, accumulate=accumulate), noise)
-
-
-def block_length(sampler) -> int:
-    """Steps of a block: all, or about NOISE_BLOCK, a multiple of theta_every."""
-    return min(sampler.num_steps, sampler.theta_every * max(1, NOISE_BLOCK // sampler.theta_every))
 
 
 def to_the_end(sampler):

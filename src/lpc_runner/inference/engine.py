@@ -20,13 +20,12 @@ from lpc_runner.inference.chain import (
     Gathered,
     advance,
     begin,
-    block_length,
     draws,
     run_chain,
     theta_along,
 )
 from lpc_runner.inference.interfaces import Sampler
-from lpc_runner.inference.samplers import Info, State
+from lpc_runner.inference.samplers import Info, State, block_length
 
 
 class Captures:

@@ -27,6 +27,9 @@ from lpc_runner.inference.interfaces import Mean, Preconditioner, Sampler, StepS
 Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+NOISE_BLOCK = 32  # steps of noise drawn at once
+
+
 class State(NamedTuple):
     """A chain after t steps.
 
@@ -98,6 +101,8 @@ class MarkovChain(Sampler):
         self.num_steps, self.theta_states, self.theta_every = num_steps, theta_states, theta_every
         self.step_size, self.preconditioner = step_size, preconditioner
         self.start, self.first_start, self.first_steps, self.stop = start, first_start, first_steps, stop
+        if stop == "settled" and num_steps <= (length := block_length(self)):
+            raise ValueError(f"stop=settled ends chains after blocks of {length} steps, and num_steps is {num_steps}")
         if self.adjusted:
             _require_constant(self)
 
@@ -133,6 +138,11 @@ class MarkovChain(Sampler):
     def step(self, state: State, potential: Potential, noise: Tensor | None) -> tuple[State, Info]:
         assert self.move is not None  # or the class has a step of its own
         return self.move(state, *potential(state.z), noise)
+
+
+def block_length(sampler) -> int:
+    """Steps of a block: all, or about NOISE_BLOCK, a multiple of theta_every."""
+    return min(sampler.num_steps, sampler.theta_every * max(1, NOISE_BLOCK // sampler.theta_every))
 
 
 def _require_constant(sampler: MarkovChain) -> None:

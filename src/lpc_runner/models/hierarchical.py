@@ -109,9 +109,9 @@ class Hierarchical(LatentVariableModel):
 
 def _check_maps(maps: list[int], levels: list[int], data_shape: tuple[int, ...]) -> None:
     if len(maps) != len(levels):
-        raise ValueError(f"maps must have one side for each of the {len(levels)} levels, got {maps}")
+        raise ValueError(f"maps must have one side for each level, {len(levels)} in all, got {maps}")
     if any(side not in MAP_SIDES for side in maps) or any(low <= high for low, high in pairwise(maps)):
-        raise ValueError(f"maps must be sides of {MAP_SIDES} that fall from level 1 up, as [8, 4, 1], got {maps}")
+        raise ValueError(f"maps must be sides of {list(MAP_SIDES)} that fall from level 1 up, as [8, 4, 1], got {maps}")
     if len(data_shape) != 3 or data_shape[1:] not in [(side, side) for side in SIDES]:
         size = "x".join(map(str, data_shape[1:]))
         raise ValueError(f"maps are of square images of {SIDES} pixels, got {size} (model.maps=null: any image)")

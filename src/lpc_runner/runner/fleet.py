@@ -81,6 +81,12 @@ def fleets_of(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
         yield from (runs[first : first + size] for first in range(0, len(runs), size))
 
 
+def who_goes_together(planned: Sequence[Planned]) -> str:
+    """The fleets of what is not done, in words."""
+    sizes = [len(runs) for runs in fleets_of(planned) if runs[0].directory.state() != "done"]
+    return f"hydra/launcher=fleet: runs that train together: {', '.join(map(str, sizes)) or 'none is left'}"
+
+
 class Fleet(Interrupts):
     """Runs of one kind: the caller's thread starts theirs, receives signals for all of them and waits."""
 
@@ -89,7 +95,7 @@ class Fleet(Interrupts):
         self.failed, self.abandoned = failed, False
         self.members = [Member(self, run) for run in planned]
         self.order, self.turns = deque(self.members), threading.Condition()
-        self.progress, self.total = Progress(), sum(member.left for member in self.members)
+        self.total = sum(member.left for member in self.members)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         super()._receive(number, frame)
@@ -98,13 +104,16 @@ class Fleet(Interrupts):
 
     def run(self) -> None:
         """Until every member has left. Raises Interrupted on a signal, after all have saved."""
-        started = lambda member: member.ident is not None
-        with self, self.progress, _lines_named():
+        told, started = 0, lambda member: member.ident is not None
+        with self, Progress(unit=f"update of {len(self.members)} runs") as progress, _lines_named():
             try:
                 for member in self.members:
                     member.start()
                 # No join: in Python 3.11, left by an exception, it takes a thread that works on for one that ended.
                 while self.order:
+                    if (made := self.total - sum(member.left for member in self.members)) != told:
+                        progress.update(made, self.total, {})
+                        told = made
                     time.sleep(0.05)
             except BaseException:  # the signal again: at once
                 with self.turns:
@@ -127,7 +136,6 @@ class Fleet(Interrupts):
         """For this member's turn; passing: it is, and the next one's comes first."""
         with self.turns:
             if passing:
-                self.progress.update(self.total - sum(other.left for other in self.order), self.total, {})
                 self.order.rotate(-1)
                 self.turns.notify_all()
             self.turns.wait_for(lambda: self.order[0] is member or self.abandoned)

@@ -67,9 +67,7 @@ def cell_of_job(cfg: DictConfig, hydra_cfg: DictConfig) -> Cell:
         given = list(hydra_cfg.overrides.task)
         return _cell_of(next(record for record in records if record["overrides"] == given))
     except (FileNotFoundError, ValueError, LookupError, TypeError, StopIteration):
-        raise UserError(
-            f"{path}, the plan of this sweep, is gone or damaged; the same command writes it anew"
-        ) from None
+        raise UserError(f"{path}, this sweep's plan, is gone or damaged; the same command writes it anew") from None
 
 
 def _record(cell: Cell) -> dict[str, Any]:
@@ -101,8 +99,7 @@ def note_proposed(cell: Cell, number: int) -> None:
 
 def proposed_runs(folder: Path) -> list[Planned]:
     """Every run that was proposed and planned, once, in the order of proposal."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    runs = [plan(_cell_of(record)) for record in records]
+    runs = [plan(_cell_of(json.loads(path.read_text(encoding="utf-8")))) for path in sorted(folder.glob("*.json"))]
     return list({run.directory.name: run for run in runs}.values())
 
 

@@ -36,12 +36,9 @@ def print_plan(planned: list[Planned], chosen: Sequence[str] = ()) -> None:
             console.print(f"{facts if first else '':<32}   {line}", highlight=False, soft_wrap=True)
     states = [run.directory.state() for run in planned]
     fetched = dict.fromkeys(what for run, state in zip(planned, states) if state != "done" for what in run.to_fetch())
-    for line in chosen:
+    lines = [*chosen, *dict.fromkeys(f"data: {line}" for run in planned for line in run.experiment.dataset.account())]
+    for line in [*lines, *([f"to download first: {', '.join(fetched)}"] if fetched else [])]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in dict.fromkeys(line for run in planned for line in run.experiment.dataset.account()):
-        console.print(f"data: {line}", markup=False, highlight=False, soft_wrap=True)
-    if fetched:
-        console.print(f"to download first: {', '.join(fetched)}", highlight=False, soft_wrap=True)
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "resume", "new"))
     study, device = planned[0].cell.cfg.study, planned[0].experiment.device
     console.print(
@@ -131,8 +128,7 @@ def _noted(metrics: dict[str, float], facts: dict[str, Any]) -> _Measured:
     for metric in _ordered(metrics):
         ceiling = facts["ceilings"].get(metric)
         truth = "" if ceiling is None else number.format(ceiling)
-        note = facts["notes"].get(metric, "")
-        rows.append((metric, number.format(metrics[metric]), *((truth,) if known else ()), note))
+        rows.append((metric, number.format(metrics[metric]), *([truth] * bool(known)), facts["notes"].get(metric, "")))
     heading = "true rates" if facts["kind"] == "sequences" else "truth"
     return _Measured(rows, ("model", heading) if known else ("",), facts["sources"])
 

@@ -118,7 +118,8 @@ NOTES = {
         "log_likelihood: annealed importance sampling, nats per example, below log p(x) in expectation; ± standard "
         "deviation over seeds. Error: of one run's mean over its examples, mean over seeds.",
         "bdmc_gap: upper - lower bound on examples simulated from the model. Where it is of the size of a difference "
-        "between methods, more temperatures are wanted: metrics.ais.num_temperatures.",
+        "between methods, more temperatures are wanted: metrics.ais.num_temperatures. Of several measurements of a "
+        "run, that of the smallest gap is shown.",
     ),
     "posterior": (
         "calibration_chi2: of the ranks of z in the run's chain, per degree of freedom; 1: it samples the posterior. "

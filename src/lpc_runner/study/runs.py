@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,8 +137,10 @@ class Run:
         return [by_update[update] for update in sorted(by_update)]
 
     def measured(self, setting: tuple[Any, ...]) -> Measurement | None:
-        """The first measurement in exactly this setting: result.json's before later evaluations."""
-        return next((each for each in (*self.measurements, *self.estimates) if each.setting == setting), None)
+        """The first measurement in exactly this setting, result.json's before later evaluations; of log p(x), which may
+        be annealed from elsewhere, that of the smallest gap."""
+        found = [each for each in (*self.measurements, *self.estimates) if each.setting == setting]
+        return min(found, key=lambda each: each.values.get("bdmc_gap", math.inf), default=None)
 
     def values(self, setting: tuple[Any, ...] | None) -> dict[str, float]:
         """Numbers measured in exactly this setting; None: those that no setting enters, bounds for example."""

@@ -82,11 +82,11 @@ class Progress:
     def _line(self, now: float, done: int, total: int) -> str:
         began, first = self._first or (now, done)
         epoch = f"epoch {self._values['epoch']:.2f}  " if "epoch" in self._values else ""
-        pace = f"-- ms/{self._unit}  ETA --"
+        pace = "" if done == total else f"-- ms/{self._unit}  ETA --"
         if done > first:
             speed = (now - began) / (done - first)  # evaluations included
             pace = f"{1000 * speed:.3g} ms/{self._unit}  ETA {_clock(speed * (total - done))}"
-        return f"{epoch}{self._unit} {done}/{total}  {pace}"
+        return f"{epoch}{self._unit} {done}/{total}  {pace}".rstrip()
 
     def _shown(self) -> str:
         parts = [f"{label} {self._values[key]:.4g}" for key, label in _SHOWN.items() if key in self._values]
