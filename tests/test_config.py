@@ -552,14 +552,14 @@ def test_a_sweep_over_values_composes_once(monkeypatch):
 def test_a_single_run_is_composed_once_and_keeps_hydras_callbacks(command, workplace, monkeypatch):
     from hydra._internal.hydra import Hydra
 
-    composed = Hydra.compose_config
+    composed, before = Hydra.compose_config, HydraConfig.instance().cfg
     calls = []
     monkeypatch.setattr(Hydra, "compose_config", lambda *given, **more: calls.append(1) or composed(*given, **more))
     seen = "+hydra.callbacks.seen._target_=test_config.Seen"
     answer = command(*TINY, seen, "trainer.max_updates=1")
     assert answer.code == 0, answer.err
     assert len(calls) == 1 and Seen.events == ["run starts", "job starts", "job ends", "run ends"]
-    assert HydraConfig.instance().cfg is None  # as before
+    assert HydraConfig.instance().cfg is before
 
 
 class Seen(Callback):
