@@ -255,7 +255,7 @@ class Underdamped(MarkovChain):
     energy_error_of = "before"
 
     @checked
-    def __init__(self, *first: Any, friction: PositiveFloat = 2.0, **shared: Any) -> None:
+    def __init__(self, *first: Any, friction: PositiveFloat = 0.5, **shared: Any) -> None:
         super().__init__(*first, **shared)
         self.friction = friction
 
