@@ -16,7 +16,7 @@ from lpc_runner.base.distributions import DiagonalGaussian, Gaussian
 from lpc_runner.base.ranks import SINGLE, Ranks
 from lpc_runner.config.build import build
 from lpc_runner.data.dataset import Data, Split
-from lpc_runner.evaluation import log_likelihood
+from lpc_runner.evaluation import calibration, log_likelihood
 from lpc_runner.evaluation.ais import AnnealedImportance
 from lpc_runner.evaluation.calibration import PosteriorMetrics
 from lpc_runner.evaluation.evaluator import Setup
@@ -233,6 +233,17 @@ REST = {"free_steps": 1, "free_samples": 2, "free_learning_rate": 0.05, "num_ref
 def measured(data, tmp_path, trained, sampler):
     trained.sampler = sampler
     return evaluator(data, tmp_path, PosteriorMetrics(**LENGTHS, **REST, ais=ais(1, 2))).final(trained)[0]
+
+
+def test_a_truth_that_lies_below_a_bound_is_said(linear, tmp_path, monkeypatch, caplog):
+    """Of a model whose log p(x) is not known in closed form, from one draw of the prior."""
+    trained, data = linear
+    monkeypatch.setattr(calibration, "exact_log_evidence", lambda model, x: None)
+    settings = {**LENGTHS, **REST, "num_chains": 2, "num_chain_steps": 20, "num_reference_steps": 0, "free_steps": 60}
+    found = evaluator(data, tmp_path, PosteriorMetrics(**settings, ais=ais(1, 1, "prior")))
+    numbers, facts = found.final(trained)
+    assert numbers["approximation_gap"] < -1 and "log p(x) was found below an ELBO" in caplog.text
+    assert facts["start"] == "prior" and "AIS from the prior with K = 1, S = 1" in facts["sources"]
 
 
 def test_bias_against_long_chains_is_that_of_the_closed_form(linear, tmp_path):

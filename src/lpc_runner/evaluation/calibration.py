@@ -143,7 +143,7 @@ class PosteriorEvaluator(HeldOut):
             if has_chain:
                 numbers |= self._mixing(trained, tell)
             numbers |= self._gaps(trained, tell)
-        if numbers["approximation_gap"] < 0:
+        if numbers["approximation_gap"] < -1:  # nat, beyond the noise of an ELBO
             _log.warning("log p(x) was found below an ELBO: more metrics.ais.num_temperatures bring it nearer")
         numbers = finite(numbers)
         return numbers, facts | self._facts(trained, numbers)
