@@ -62,7 +62,7 @@ MISTAKES = [
         ["sampler: HMC", "γ must be constant", "Polynomial changes it", "step_size=constant"],
     ),
     ("sampler.stop=soon", ["sampler.stop must be one of never, settled"]),
-    ("method=none sampler.stop=settled", ["stop=settled ends chains after blocks of 10 steps, and num_steps is 10"]),
+    ("method=none sampler.stop=settled", ["stop=settled ends chains after blocks of 32 steps, num_steps is 10"]),
     ("sampler=map step_size=adapted", ["step_size=adapted", "sampler=map have none", "mala"]),
     ("sampler.num_steps=1 step_size=adapted", ["step_size=adapted", "two steps", "sampler=mala"]),
     ("step_size=adapted step_size.target=1", ["step_size.target must be a number in (0, 1) or null"]),

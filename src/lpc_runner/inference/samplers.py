@@ -101,8 +101,8 @@ class MarkovChain(Sampler):
         self.num_steps, self.theta_states, self.theta_every = num_steps, theta_states, theta_every
         self.step_size, self.preconditioner = step_size, preconditioner
         self.start, self.first_start, self.first_steps, self.stop = start, first_start, first_steps, stop
-        if stop == "settled" and num_steps <= (length := block_length(self)):
-            raise ValueError(f"stop=settled ends chains after blocks of {length} steps, and num_steps is {num_steps}")
+        if stop == "settled" and num_steps <= block_length(self):
+            raise ValueError(f"stop=settled ends chains after blocks of {NOISE_BLOCK} steps, num_steps is {num_steps}")
         if self.adjusted:
             _require_constant(self)
 
