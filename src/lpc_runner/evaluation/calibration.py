@@ -317,7 +317,9 @@ class PosteriorEvaluator(HeldOut):
     def _facts(self, trained: Trained, numbers: dict[str, float]) -> dict[str, object]:
         settings, ais = self.settings, self.settings.ais
         steps = trained.sampler.num_steps
-        among = f"{self.num_values - 1} {f'states of a chain of T = {steps}' if steps else 'draws of q'}"
+        count = self.num_values - 1
+        states = f"{'state' if count == 1 else 'states'} of a chain of T = {steps}"
+        among = f"{count} {states if steps else 'draws of q'}"
         mixing = f"R-hat and effective samples of {settings.num_chains} chains of {settings.num_chain_steps:,} steps"
         if steps and settings.num_reference_steps:
             mixing += f", bias against Hamiltonian ones of {settings.num_reference_steps:,}"
