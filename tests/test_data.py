@@ -71,8 +71,9 @@ class TestDigits:
         train, test = stratified_split(labels)
         assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(1797))
         everything = torch.from_numpy(enlarge(images.reshape(-1, 8, 8)))
-        assert torch.equal(digits.test.values, everything[test])
-        assert torch.equal(digits.train.labels, torch.from_numpy(labels[train]))
+        for split, indices in ((digits.train, train), (digits.test, test)):
+            assert torch.equal(split.values, everything[indices])
+            assert torch.equal(split.labels, torch.from_numpy(labels[indices]))
 
     def test_stratified_to_within_one(self, digits):
         counts = digits.train.labels.bincount() + digits.test.labels.bincount()
