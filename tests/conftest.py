@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
 import os
@@ -145,11 +147,20 @@ def plan_of(*overrides: str):
 
 
 def cells_of(*arguments: str):
-    """Every cell of a command line."""
+    """Every cell of a command line; the same words without a folder of options are composed once."""
+    own = any(argument.startswith("--") for argument in arguments)
+    return compose_cells(*arguments) if own else copy.deepcopy(_composed(*arguments))
+
+
+def compose_cells(*arguments: str):
+    """Every cell of a command line, composed anew."""
     from lpc_runner.config.compose import compose_command
     from lpc_runner.config.words import parse_arguments
 
     return compose_command(parse_arguments(list(arguments))).cells
+
+
+_composed = functools.cache(compose_cells)
 
 
 def cell_of(*overrides: str):

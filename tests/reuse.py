@@ -91,6 +91,17 @@ def defaults_once(function: Callable) -> Callable:
     return call
 
 
+def where_referred(function: Callable) -> Callable:
+    """The options chosen so far, a copy of which Hydra makes for each of forty files, for those that refer to one."""
+
+    @functools.wraps(function)
+    def call(overrides, defaults_list, self_added):
+        referred = any(default.is_interpolation() for default in defaults_list)
+        return function(overrides, defaults_list, self_added) if referred else None
+
+    return call
+
+
 def files(self, defaults, repo) -> Key:
     where = places(repo)
     return None if where is None else (*where, repr(defaults))
@@ -101,6 +112,7 @@ MADE_ONCE = (
     (ConfigRepository, "load_config", functools.partial(once, key=file)),
     (OverridesParser, "parse_rule", functools.partial(once, key=lambda self, s, rule_name: (s, rule_name))),
     (defaults_list, "_create_defaults_list", defaults_once),
+    (defaults_list, "_create_interpolation_map", where_referred),
     (ConfigLoaderImpl, "_compose_config_from_defaults_list", functools.partial(once, key=files)),
     (digits, "enlarge", functools.partial(once, key=lambda images: (images.shape, images.tobytes()))),
 )

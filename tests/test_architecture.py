@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -47,18 +48,29 @@ def part_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(tree_of(path)))
+
+
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
     """Every module a file imports, wherever in it: a.b for `from a import b` too, relative ones absolute."""
     package = ["lpc_runner", *path.relative_to(SOURCE).parent.parts]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return found
+    return frozenset(found)
 
 
 def parts_imported(path: Path) -> set[str]:
@@ -72,7 +84,7 @@ def importers_of(package: str) -> set[str]:
 
 
 def functions_of(path: Path):
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.Lambda)]
+    return [node for node in nodes_of(path) if isinstance(node, ast.FunctionDef | ast.Lambda)]
 
 
 def test_every_part_of_the_package_has_its_place():
@@ -97,8 +109,8 @@ def test_no_files_import_each_other_in_a_circle():
 
 def lines_of_code(path: Path) -> int:
     """Lines with a token of the program: docstrings, comments and empty lines cost nothing."""
-    text = path.read_text()
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
+    text = path.read_text(encoding="utf-8")
+    nodes = [node for node in nodes_of(path) if isinstance(node, ast.Expr)]
     strings = [node for node in nodes if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)]
     prose = {line for node in strings for line in range(node.lineno, (node.end_lineno or 0) + 1)}
     passed = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
@@ -115,7 +127,7 @@ def test_the_inner_house_stays_small():
 def test_a_name_at_the_top_of_a_file_means_one_thing(path):
     """The second of two constants of one name would change what stands above it, and no linter says so."""
     names = []
-    for node in ast.parse(path.read_text()).body:
+    for node in tree_of(path).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             stored = (part for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store))
             names += [part.id for part in stored]
@@ -128,7 +140,7 @@ def test_commands_alone_change_how_threads_wait():
     """A caller of `lpc_runner.load` keeps the environment that he has."""
     calls = set()
     for path, name in zip(FILES, NAMES):
-        for function in ast.walk(ast.parse(path.read_text())):
+        for function in nodes_of(path):
             if isinstance(function, ast.FunctionDef):
                 inner = (node for node in ast.walk(function) if isinstance(node, ast.Call))
                 named = {node.func.id for node in inner if isinstance(node.func, ast.Name)}
@@ -153,7 +165,7 @@ def test_heavy_packages_have_one_door():
 def test_wandb_and_torch_fidelity_are_imported_late():
     late = ("wandb", "wandb_workspaces", "torch_fidelity")
     for name in set().union(*map(importers_of, late)):
-        for node in ast.parse((SOURCE / name).read_text()).body:
+        for node in tree_of(SOURCE / name).body:
             assert not isinstance(node, ast.Import) or node.names[0].name not in late
             assert not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in late
 
@@ -162,7 +174,7 @@ def test_every_text_file_is_read_and_written_in_a_named_encoding():
     """A terminal's encoding is no business of a file's."""
     texts = ("read_text", "write_text", "open", "fdopen", "NamedTemporaryFile")
     for path in (*FILES, *(SOURCE.parents[1] / "scripts").glob("*.py")):
-        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        for call in (node for node in nodes_of(path) if isinstance(node, ast.Call)):
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
             given = [word.value for word in call.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
             binary = any(len(word) <= 3 and "b" in word for word in given)
@@ -173,7 +185,7 @@ def test_every_text_file_is_read_and_written_in_a_named_encoding():
 
 @each_file
 def test_only_commands_print(path):
-    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    calls = (node for node in nodes_of(path) if isinstance(node, ast.Call))
     prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
     if prints:
         name = str(path.relative_to(SOURCE))

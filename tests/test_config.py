@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import reuse
-from conftest import RUNS, TINY, cell_of, cells_of, environment, plan_of, result_of, write_images
+from conftest import RUNS, TINY, cell_of, cells_of, compose_cells, environment, plan_of, result_of, write_images
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
@@ -97,19 +97,31 @@ def beside(group: str, option: str, data: Path) -> tuple[str, ...]:
 def cells_with(group: str, option: str, data: Path, *more: str):
     # What digits trains without a word on the method is no part of what an option of another group is.
     apart = () if group in (*STUDIES, "dataset") else ("method=none",)
-    return cells_of(*beside(group, option, data), *apart, f"{group}={option}", *more)
+    return compose_cells(*beside(group, option, data), *apart, f"{group}={option}", *more)
 
 
 def narrowed(group: str, option: str) -> list[str]:
-    """The first of a study's seeds, and of its datasets, which are options of their own."""
-    sweep = (FILES.get((group, option)) or {}).get("hydra", {}).get("sweeper", {}).get("params", {})
-    dataset = [f"dataset={str(sweep['dataset']).split(',')[0]}"] if "dataset" in sweep else []
-    return ["seed=0", *dataset] if group in STUDIES else []
+    """The first of a study's seeds, and of its datasets, which are options of their own; of a variant, two methods."""
+    if group not in STUDIES:
+        return []
+    sweep = sweep_of(FILES.get((group, option)))
+    words = [f"dataset={sweep['dataset'].split(',')[0]}"] if "dataset" in sweep else []
+    for file in (file for file in FILES.values() if option in file.get("variants", ())):
+        methods = {**sweep_of(file), **sweep_of(file["variants"][option])}.get("method", "").split(",")
+        words += [f"method={methods[0]},{methods[-1]}"] if len(methods) > 2 else []
+    return ["seed=0", *words]
+
+
+def sweep_of(file: dict | None) -> dict[str, str]:
+    return (file or {}).get("hydra", {}).get("sweeper", {}).get("params", {})
 
 
 @pytest.mark.parametrize("group, option", OPTIONS)
 def test_every_option_composes_and_builds(group, option, data, workplace):
-    """With the first seed, and of the cells that choose the same options the first: the others differ in values."""
+    """With the first seed, and of the cells that choose the same options the first: the others differ in values.
+
+    Of a variant's methods the first and the last: those between are built with the file that it is a variant of.
+    """
     cells = cells_with(group, option, data, *narrowed(group, option))
     assert len(cells) == 1 or group in STUDIES
     firsts = {}
@@ -528,7 +540,10 @@ def test_cells_that_share_a_composition_are_those_composed_alone(command):
 @pytest.mark.parametrize("words", [("experiment=fig4_small", "method=adam_25", "seed=3"), ("dataset=lorenz", "seed=1")])
 def test_what_tests_make_once_is_what_hydra_composes(words, monkeypatch):
     """Twice with what reuse.py keeps, once without it."""
-    contents = lambda: [(OmegaConf.to_container(cell.cfg), cell.choices, cell.overrides) for cell in cells_of(*words)]
+
+    def contents():
+        return [(OmegaConf.to_container(cell.cfg), cell.choices, cell.overrides) for cell in compose_cells(*words)]
+
     kept = [contents(), contents()]
     for owner, name, _ in reuse.MADE_ONCE:
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
@@ -543,9 +558,8 @@ def test_a_sweep_over_values_composes_once(monkeypatch):
 
     calls, composed = [], compose._compose_raw
     monkeypatch.setattr(compose, "_compose_raw", lambda *given: calls.append(given) or composed(*given))
-    assert [cell.cfg.seed for cell in cells_of("-m", "dataset=mnist", "seed=range(20)", "step_size.value=0.1")] == list(
-        range(20)
-    )
+    cells = compose_cells("-m", "dataset=mnist", "seed=range(20)", "step_size.value=0.1")
+    assert [cell.cfg.seed for cell in cells] == list(range(20))
     assert len(calls) == 2  # the question whether it is a sweep, and the cells
 
 
