@@ -421,20 +421,6 @@ def curves(disk, num_seeds=2, length=4):
             disk.run(f"{name}{seed}", settings, seed, rows=rows, metrics=final, samples=picture, **total)
 
 
-def test_a_report_written_twice_is_the_same_to_the_byte(disk, tmp_path):
-    curves(disk)
-    contents = []
-    for folder in (disk.study / "report", tmp_path / "elsewhere"):
-        main([str(disk.study), "--output", str(folder)])
-        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert contents[0] == contents[1]
-    assert {"report.md", "report.csv", "digits-fd_random_conv.png", "digits-samples.png"} <= set(contents[0])
-    pictures = [content for name, content in contents[0].items() if name.endswith(".png")]
-    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in pictures)
-    text = contents[0]["report.md"].decode()
-    assert all(f"]({name})" in text for name in contents[0] if name.endswith(".png"))
-
-
 def test_the_csv_holds_every_run_in_full_precision(disk):
     disk.run("a", LPC, 3, metrics={"fd_random_conv": 1 / 3, "elbo": -0.1}, total_seconds=12.5)
     place = {"update": 5, "epoch": 0.5}

@@ -336,6 +336,8 @@ def test_the_page_parses_and_holds_every_picture_once_and_nothing_from_outside(d
     assert {name.partition("-")[2].removesuffix(".png").partition("-")[0] for name in drawn} >= {
         "objectives", "delta", "drift", "trajectories", "compute", "samples", FD
     }  # fmt: skip
+    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in drawn.values())
+    assert all(f"]({name})".encode() in contents[0]["report.md"] for name in drawn) and "report.csv" in contents[0]
     text = contents[0]["report.html"].decode()
     page = Page(text)
     embedded = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.images]
