@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import logging
 import os
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reuse  # noqa: F401 (before anything composes)
+import reuse  # before anything composes
 import torch
 
 from lpc_runner.base.surroundings import VARIABLES
@@ -146,21 +144,16 @@ def plan_of(*overrides: str):
     return plan(cell_of(*overrides))
 
 
-def cells_of(*arguments: str):
-    """Every cell of a command line; the same words without a folder of options are composed once."""
-    own = any(argument.startswith("--") for argument in arguments)
-    return compose_cells(*arguments) if own else copy.deepcopy(_composed(*arguments))
-
-
 def compose_cells(*arguments: str):
-    """Every cell of a command line, composed anew."""
+    """Every cell of a command line."""
     from lpc_runner.config.compose import compose_command
     from lpc_runner.config.words import parse_arguments
 
     return compose_command(parse_arguments(list(arguments))).cells
 
 
-_composed = functools.cache(compose_cells)
+# The same, of which words without a folder of options are composed once.
+cells_of = reuse.once(compose_cells, lambda *words: None if any(word.startswith("--") for word in words) else words)
 
 
 def cell_of(*overrides: str):

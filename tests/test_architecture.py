@@ -217,7 +217,7 @@ def test_a_page_s_files_functions_and_lines_of_code_are_there(page):
     assert len(rows) == len([line for line in text.splitlines() if line.startswith("| ")]) - text.count("| file |")
     for path, function, code in rows:
         source = (SOURCE / path).read_text(encoding="utf-8")
-        node = ast.parse(source)
+        node = tree_of(SOURCE / path)
         for name in function.split("."):
             (node,) = [inner for inner in node.body if getattr(inner, "name", None) == name]
         body = " ".join(ast.get_source_segment(source, node).split())

@@ -35,7 +35,8 @@ FILES = {
     for path in CONF_DIR.rglob("*.yaml")
     if path.parent != CONF_DIR and "hydra" not in path.relative_to(CONF_DIR).parts
 }
-OPTIONS = sorted([*FILES, *((group, name) for (group, _), file in FILES.items() for name in file.get("variants", ()))])
+VARIANTS = {(group, name): file for (group, _), file in FILES.items() for name in file.get("variants", ())}
+OPTIONS = sorted([*FILES, *VARIANTS])
 STUDIES = ("experiment", "method")
 # What an option does not go without.
 BESIDE = {
@@ -106,7 +107,7 @@ def narrowed(group: str, option: str) -> list[str]:
         return []
     sweep = sweep_of(FILES.get((group, option)))
     words = [f"dataset={sweep['dataset'].split(',')[0]}"] if "dataset" in sweep else []
-    for file in (file for file in FILES.values() if option in file.get("variants", ())):
+    if file := VARIANTS.get((group, option)):
         methods = {**sweep_of(file), **sweep_of(file["variants"][option])}.get("method", "").split(",")
         words += [f"method={methods[0]},{methods[-1]}"] if len(methods) > 2 else []
     return ["seed=0", *words]

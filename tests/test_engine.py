@@ -104,10 +104,11 @@ def compare(engine, model, batches, sampler, tolerance, device="cpu"):
                 parameter.mul_(0.9)
 
 
-@pytest.mark.parametrize(
-    "metric, sizes",
-    [*((metric, "constant") for metric in METRICS), ("none", "polynomial"), ("adam_shared", "polynomial")],
-)
+@pytest.mark.parametrize("metric, sizes", [
+    pytest.param(metric, sizes, marks=[] if fast else pytest.mark.slow)
+    for metric in METRICS for sizes in SIZES
+    for fast in [sizes == "constant" or metric in ("none", "adam_shared")]
+])  # fmt: skip
 def test_blocks_on_fixed_tensors_equal_the_loop(metric, sizes):
     """The function that a CUDA graph captures, run as it is: every sampler and preconditioner."""
     built, batches = models()
